@@ -1,0 +1,1 @@
+"""LLaVA on Megatron-Core: data, checkpoints, training."""

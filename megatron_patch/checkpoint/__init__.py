@@ -1,0 +1,1 @@
+"""Checkpoints: where tensors lie, and their way between Hugging Face and megatron.core."""

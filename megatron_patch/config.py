@@ -1,0 +1,404 @@
+"""What to do: frozen settings, each with its flag's help text beneath it, and the checks that need no tensor.
+
+Imports nothing heavy, so that a wrong setting is answered at once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+TrueOrFalse = Literal["true", "false"]
+Precision = Literal["bf16", "fp16", "fp32", "fp8"]
+PromptFormat = Literal["auto", "mistral", "llama_2", "v1", "plain", "chatml"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """Sizes of a decoder-only language model, in the names of megatron.core's TransformerConfig and GPTModel."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    layernorm_epsilon: float
+    vocab_size: int
+    rotary_base: float
+    max_position_embeddings: int
+    sliding_window: int | None = None
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the whole model, embedding and output layer included."""
+        heads = self.num_attention_heads + 2 * self.num_query_groups + self.num_attention_heads
+        layer = self.hidden_size * (heads * self.kv_channels + 3 * self.ffn_hidden_size + 2)
+        return self.num_layers * layer + self.hidden_size * (2 * self.vocab_size + 1)
+
+    def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
+        """Rows of megatron.core's embedding: the vocabulary padded to a multiple of 128 x TP (Megatron-LM's rule)."""
+        multiple = 128 * tensor_model_parallel_size
+        return math.ceil(self.vocab_size / multiple) * multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionModel:
+    """Sizes of a CLIP vision tower, in the names of megatron.core's TransformerConfig and CLIPViTModel."""
+
+    family: str
+    num_layers: int
+    """Layers that are built: one less than the checkpoint has, since LLaVA takes the second last one's output."""
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    layernorm_epsilon: float
+    patch_dim: int
+    img_size: int
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Positions that one picture takes in the text: its patches, without the class token."""
+        return (self.img_size // self.patch_dim) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llava:
+    """What a checkpoint's config.json says about the whole model."""
+
+    language: LanguageModel
+    vision: VisionModel
+    image_token_id: int
+    """Id of `<image>` in the tokenizer. Never looked up in the embedding, so it may lie past the table."""
+
+    def check_parallel(self, parallel: Parallel) -> None:
+        """Raise ValueError when the model cannot be cut as `parallel` asks."""
+        size = parallel.tensor_model_parallel_size
+        cut = (
+            ("the language model", "attention heads", self.language.num_attention_heads),
+            ("the language model", "query groups", self.language.num_query_groups),
+            ("the language model", "feed-forward channels", self.language.ffn_hidden_size),
+            ("the vision tower", "attention heads", self.vision.num_attention_heads),
+            ("the vision tower", "feed-forward channels", self.vision.ffn_hidden_size),
+        )
+        for model, what, count in cut:
+            if count % size:
+                allowed = [n for n in range(1, 65) if all(c % n == 0 for _, _, c in cut)]
+                raise ValueError(
+                    f"--tensor-model-parallel-size {size}: {model} has {count} {what}, which {size} does not divide; "
+                    f"use {listing(allowed)}"
+                )
+        stages, layers = parallel.pipeline_model_parallel_size, self.language.num_layers
+        if layers % stages:
+            raise ValueError(
+                f"--pipeline-model-parallel-size {stages}: the language model has {layers} layers, which {stages} does "
+                f"not divide; use {listing(divisors(layers))}"
+            )
+
+    def check_model_size(self, model_size: str) -> None:
+        """Raise ValueError when `model_size` ("7B", "500M", "auto") is not the size of the language model."""
+        if model_size == "auto":
+            return
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([BbMm])", model_size)
+        if not match:
+            raise ValueError(
+                f"--model-size {model_size}: expected a size such as 7B or 500M, or auto to take the model's own"
+            )
+        nominal = float(match[1]) * (1e9 if match[2] in "Bb" else 1e6)
+        count = self.language.num_parameters
+        if not 0.85 <= count / nominal <= 1.15:
+            actual = f"{count / 1e9:.1f}B" if count >= 1e8 else f"{count / 1e6:.1f}M"
+            raise ValueError(
+                f"--model-size {model_size}: the language model's config.json describes {actual} parameters; "
+                f"give the size of that model, another model, or auto to skip this check"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which network is trained and which parts of it."""
+
+    model_size: str = "auto"
+    """Size of the language model, such as 7B, checked against its config.json; auto: not checked."""
+
+    pretrained_checkpoint: Path | None = None
+    """Megatron-Core checkpoint to start from (mp_rank shards or torch_dist, at any TP and PP); none: new weights."""
+
+    model_config: Path | None = None
+    """Folder with config.json, tokenizer and processor of the LLaVA to train; none: the pretrained checkpoint's."""
+
+    seq_length: int | None = None
+    """Positions of one picture (576 for CLIP at 336 pixels), checked against the tower; none: the tower's own."""
+
+    decoder_seq_length: int = 1024
+    """Longest sequence of the language model, pictures included, in tokens."""
+
+    freeze_lm: bool = True
+    """Keep the language model's weights as they are."""
+
+    freeze_vit: bool = True
+    """Keep the vision tower's weights as they are."""
+
+    precision: Precision = "bf16"
+    """Type of weights and activations. Gradients and optimizer states are fp32."""
+
+    use_flash_attn: bool = True
+    """Fused attention (torch's scaled_dot_product_attention or Transformer Engine's); false: the unfused one."""
+
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layers to build the network of; auto: Transformer Engine where it is installed and there is a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.precision in ("fp16", "fp8"):
+            raise ValueError(f"--precision {self.precision}: not supported yet; use bf16 or fp32")
+        if self.pretrained_checkpoint is None and self.model_config is None:
+            raise ValueError(
+                "--pretrained-checkpoint none: then --model-config is needed, a folder with the LLaVA's config.json, "
+                "tokenizer and processor, which give the new model's sizes"
+            )
+        require_positive(self, "decoder_seq_length")
+
+    @property
+    def description(self) -> Path:
+        """Folder that describes the model: config.json, tokenizer, processor."""
+        return self.model_config or self.pretrained_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the model and the batch are cut over ranks."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share every layer's weights. Divides the attention heads and the query groups."""
+
+    pipeline_model_parallel_size: int = 1
+    """Stages that share the language model's layers. Divides their number."""
+
+    context_parallel_size: int = 1
+    """Ranks that share a sequence. Only 1 is supported yet."""
+
+    use_distributed_optimizer: bool = True
+    """Cut the optimizer's states over the data-parallel ranks (ZeRO-1)."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        if self.context_parallel_size != 1:
+            raise ValueError(f"--context-parallel-size {self.context_parallel_size}: not supported yet; use 1")
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model together."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is trained on."""
+
+    data_path: Path
+    """Energon dataset (a folder prepared by energon, or a metadataset's .yaml); its train split is used."""
+
+    valid_data_path: Path | None = None
+    """Energon dataset whose val split is used for validation; none: no validation."""
+
+    micro_batch_size: int = 1
+    """Samples per data-parallel rank that pass through the model at once."""
+
+    global_batch_size: int = 256
+    """Samples per iteration, over all ranks. A multiple of micro batch x data-parallel size."""
+
+    num_workers: int = 2
+    """Processes that read and decode samples, per data-parallel rank; 0: the training process does it."""
+
+    shuffle_buffer_size: int = 1000
+    """Samples that are shuffled among each other while reading; 0 or 1: the order of the shards."""
+
+    prompt_format: PromptFormat = "auto"
+    """How a conversation becomes text; auto: the language model family's own."""
+
+    def __post_init__(self) -> None:
+        for path in (self.data_path, self.valid_data_path):
+            if str(path) == "mock":
+                raise ValueError("dataset mock: not supported yet; give an energon dataset's folder")
+        require_positive(self, "micro_batch_size", "global_batch_size")
+        if self.num_workers < 0:
+            raise ValueError(f"--num-workers {self.num_workers}: expected 0 or more")
+
+    def num_micro_batches(self, parallel: Parallel, world_size: int) -> int:
+        """Micro batches that each data-parallel rank computes per iteration, or ValueError when sizes do not fit."""
+        if world_size % parallel.model_parallel_size:
+            raise ValueError(
+                f"{world_size} processes: TP {parallel.tensor_model_parallel_size} x PP "
+                f"{parallel.pipeline_model_parallel_size} x CP {parallel.context_parallel_size} needs a multiple of "
+                f"{parallel.model_parallel_size}; set NPROC_PER_NODE or the parallel sizes"
+            )
+        data_parallel_size = world_size // parallel.model_parallel_size
+        share = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size % share:
+            raise ValueError(
+                f"--global-batch-size {self.global_batch_size}: not a multiple of micro batch {self.micro_batch_size} "
+                f"x {data_parallel_size} data-parallel ranks = {share}; "
+                f"use {math.ceil(self.global_batch_size / share) * share}"
+            )
+        return self.global_batch_size // share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """Adam and its schedule."""
+
+    lr: float
+    """Highest learning rate, reached after the warmup."""
+
+    min_lr: float = 0.0
+    """Learning rate of the last iteration (cosine decay)."""
+
+    lr_warmup_iters: int = 0
+    """Iterations over which the learning rate rises from 0 to its highest."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay; not applied to biases and norms."""
+
+    adam_beta1: float = 0.9
+    """Decay of the gradients' running mean."""
+
+    adam_beta2: float = 0.95
+    """Decay of the squared gradients' running mean."""
+
+    adam_eps: float = 1e-8
+    """Term that keeps Adam's division finite."""
+
+    clip_grad: float = 1.0
+    """Largest norm of all gradients together; larger ones are scaled down. 0: no clipping."""
+
+    optimizer_offload: Literal["false", "static", "auto"] = "false"
+    """Optimizer states on the CPU. Only false is supported yet."""
+
+    def __post_init__(self) -> None:
+        if self.optimizer_offload != "false":
+            raise ValueError(f"--optimizer-offload {self.optimizer_offload}: not supported yet; use false")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"--min-lr {self.min_lr}: expected a number from 0 to --lr {self.lr}")
+        if self.lr_warmup_iters < 0:
+            raise ValueError(f"--lr-warmup-iters {self.lr_warmup_iters}: expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How long, and what is watched."""
+
+    train_iters: int
+    """Iterations in all; a resumed run counts the ones before."""
+
+    recompute: Literal["none", "sel", "full", "offload", "true", "false"] = "none"
+    """Activations recomputed in the backward pass: sel (true) only attention's, full every layer's, none (false)."""
+
+    seed: int = 1234
+    """Seed of new weights and of the order of samples."""
+
+    log_interval: int = 1
+    """Iterations between log lines. TensorBoard gets every iteration."""
+
+    eval_interval: int = 1000
+    """Iterations between validations."""
+
+    eval_iters: int = 10
+    """Global batches of one validation; 0: none."""
+
+    distributed_timeout_minutes: int = 10
+    """Minutes after which a rank that waits for another gives up."""
+
+    def __post_init__(self) -> None:
+        if self.recompute == "offload":
+            raise ValueError("--recompute offload: not supported yet; use sel, full or none")
+        require_positive(self, "train_iters", "log_interval", "eval_interval", "distributed_timeout_minutes")
+
+    @property
+    def recompute_granularity(self) -> Literal["selective", "full"] | None:
+        """The setting in megatron.core's words."""
+        return {"sel": "selective", "true": "selective", "full": "full"}.get(self.recompute)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Where results go."""
+
+    output: Path
+    """Folder that gets checkpoint/, tensorboard/ and log/. A run that finds a checkpoint there goes on from it."""
+
+    save_interval: int = 1000
+    """Iterations between saves. The last iteration is saved too."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "save_interval")
+
+    @property
+    def folder(self) -> Path:
+        """Where iterations are saved."""
+        return self.output / "checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that a training run is told."""
+
+    model: Model
+    parallel: Parallel = field(default_factory=Parallel)
+    data: Data
+    optimizer: Optimizer
+    training: Training
+    checkpoint: Checkpoint
+
+    def __post_init__(self) -> None:
+        if self.optimizer.lr_warmup_iters > self.training.train_iters:
+            raise ValueError(
+                f"--lr-warmup-iters {self.optimizer.lr_warmup_iters}: "
+                f"more than --train-iters {self.training.train_iters}"
+            )
+
+    def check(self, llava: Llava, world_size: int) -> None:
+        """Raise ValueError for whatever cannot work with this model on so many processes. Nothing is started before."""
+        llava.check_model_size(self.model.model_size)
+        llava.check_parallel(self.parallel)
+        self.data.num_micro_batches(self.parallel, world_size)
+        tokens = llava.vision.num_image_tokens
+        if self.model.seq_length not in (None, tokens):
+            raise ValueError(
+                f"--seq-length {self.model.seq_length}: a picture of {llava.vision.img_size} pixels in patches of "
+                f"{llava.vision.patch_dim} takes {tokens} positions; use {tokens}"
+            )
+        length, window = self.model.decoder_seq_length, llava.language.sliding_window
+        if length <= tokens:
+            raise ValueError(f"--decoder-seq-length {length}: a picture alone takes {tokens} positions; use more")
+        if window is not None and length > window:
+            raise ValueError(
+                f"--decoder-seq-length {length}: the language model's sliding window is {window}, and megatron.core "
+                f"attends to everything; use at most {window}"
+            )
+        longest = llava.language.max_position_embeddings
+        if length > longest:
+            raise ValueError(
+                f"--decoder-seq-length {length}: the language model knows {longest} positions; use at most that"
+            )
+
+
+def require_positive(settings: object, *names: str) -> None:
+    """Raise ValueError for the first of these fields that is less than 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 1 or more")
+
+
+def divisors(number: int) -> list[int]:
+    """The numbers that divide `number`, from 1 up."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def listing(items: list[int]) -> str:
+    """`[1, 2, 4]` -> "1, 2 or 4"."""
+    *head, last = map(str, items)
+    return f"{', '.join(head)} or {last}" if head else last

@@ -1,0 +1,1 @@
+"""From samples to batches of tokens and pixels. Imports no megatron.core."""

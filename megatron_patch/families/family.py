@@ -1,0 +1,121 @@
+"""The vocabulary of the tables: how one tensor, and one setting, is called on each side.
+
+A table is data. Nothing here touches a tensor: `layout.py` reads the same rows and moves the bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Layout = Literal["same", "qkv", "gated", "vocab", "class_token"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One megatron.core tensor and the Hugging Face tensors that it is made of. `*` stands for a layer's index."""
+
+    mcore: str
+    hf: tuple[str, ...]
+    layout: Layout = "same"
+    axis: int | None = None
+    """Tensor-parallel axis; None: every rank holds the whole tensor."""
+
+    def at(self, layer: int) -> Weight:
+        """The row of one layer: `*` replaced by its index."""
+        return replace(
+            self, mcore=self.mcore.replace("*", str(layer)), hf=tuple(n.replace("*", str(layer)) for n in self.hf)
+        )
+
+    def prefixed(self, mcore: str, hf: str) -> Weight:
+        """The row inside a larger model, where both names carry a prefix."""
+        return replace(self, mcore=mcore + self.mcore, hf=tuple(hf + name for name in self.hf))
+
+
+def replicated(mcore: str, hf: str) -> Weight:
+    """The same tensor on both sides, whole on every rank."""
+    return Weight(mcore, (hf,))
+
+
+def column(mcore: str, hf: str) -> Weight:
+    """A ColumnParallelLinear's weight or bias: cut along the output channels."""
+    return Weight(mcore, (hf,), axis=0)
+
+
+def row(mcore: str, hf: str) -> Weight:
+    """A RowParallelLinear's weight: cut along the input channels. (Its bias is replicated.)"""
+    return Weight(mcore, (hf,), axis=1)
+
+
+def vocab(mcore: str, hf: str) -> Weight:
+    """An embedding or output layer: rows padded to the shared rule, then cut along them."""
+    return Weight(mcore, (hf,), layout="vocab", axis=0)
+
+
+def qkv(mcore: str, attention: str, parameter: str = "weight") -> Weight:
+    """Query, key and value of an attention module, interleaved per query group in megatron.core."""
+    names = tuple(f"{attention}.{projection}_proj.{parameter}" for projection in "qkv")
+    return Weight(mcore, names, layout="qkv", axis=0)
+
+
+def gated(mcore: str, gate: str, up: str) -> Weight:
+    """A gated feed-forward's first layer: [gate; up], and shard i is [gate_i; up_i]."""
+    return Weight(mcore, (gate, up), layout="gated", axis=0)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One size in megatron.core's name, Hugging Face's, and what Hugging Face means by leaving it out."""
+
+    mcore: str
+    hf: str
+    default: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How a kind of model is called on both sides."""
+
+    name: str
+    """Hugging Face's `model_type`."""
+
+    weights: tuple[Weight, ...]
+    settings: tuple[Setting, ...] = ()
+    required: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    """Settings of config.json that the network takes as given, with the values that mean so, the default first."""
+
+    ignored: tuple[str, ...] = ()
+    """Patterns of Hugging Face names that a checkpoint may hold and that carry nothing to convert."""
+
+    renamed: tuple[tuple[str, str], ...] = ()
+    """(pattern, replacement): other spellings of the same Hugging Face names, turned into the table's."""
+
+    def rows(self, num_layers: int) -> Iterator[Weight]:
+        """The table with every layer written out."""
+        for weight in self.weights:
+            if "*" in weight.mcore:
+                yield from (weight.at(layer) for layer in range(num_layers))
+            else:
+                yield weight
+
+    def canonical(self, hf_name: str) -> str:
+        """A Hugging Face name in the table's spelling."""
+        for pattern, replacement in self.renamed:
+            hf_name = re.sub(pattern, replacement, hf_name)
+        return hf_name
+
+    def is_ignored(self, hf_name: str) -> bool:
+        """Whether a tensor of this (canonical) name is left out on purpose."""
+        return any(re.fullmatch(pattern, hf_name) for pattern in self.ignored)
+
+    def read_settings(self, hf_config: dict[str, Any]) -> dict[str, Any]:
+        """Sizes in megatron.core's names. Raises ValueError for a setting that megatron.core's model does not have."""
+        for name, allowed in self.required:
+            given = hf_config.get(name, allowed[0])
+            if given not in allowed:
+                raise ValueError(
+                    f"config.json: {name} is {given!r}; for {self.name} only {', '.join(map(repr, allowed))} is supported"
+                )
+        return {setting.mcore: hf_config.get(setting.hf, setting.default) for setting in self.settings}

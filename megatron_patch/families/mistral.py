@@ -1,0 +1,21 @@
+"""Mistral: Llama's tensors, other defaults, and a sliding window."""
+
+from __future__ import annotations
+
+from megatron_patch.families.family import Family, Setting
+from megatron_patch.families.llama import REQUIRED, SETTINGS, WEIGHTS
+
+MISTRAL = Family(
+    name="mistral",
+    weights=WEIGHTS,
+    settings=(
+        *SETTINGS,
+        Setting("ffn_hidden_size", "intermediate_size", 14336),
+        Setting("num_query_groups", "num_key_value_heads", 8),
+        Setting("kv_channels", "head_dim", None),
+        Setting("max_position_embeddings", "max_position_embeddings", 131072),
+        # An absent key means 4096 to MistralConfig; a model without a window says null.
+        Setting("sliding_window", "sliding_window", 4096),
+    ),
+    required=REQUIRED,
+)

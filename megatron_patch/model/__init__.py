@@ -1,0 +1,1 @@
+"""The LLaVA network, assembled from megatron.core's parts."""

