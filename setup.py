@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="megatron-patch-llava",
     version="0.1.0",
-    description="LLaVA on Megatron-Core: data to energon shards, Hugging Face checkpoints to Megatron-Core and back, pretraining",
+    description="LLaVA on Megatron-Core: data, checkpoints from and to Hugging Face, pretraining",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_patch", "megatron_patch.*"]),
     python_requires=">=3.10",

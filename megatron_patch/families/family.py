@@ -116,6 +116,6 @@ class Family:
             given = hf_config.get(name, allowed[0])
             if given not in allowed:
                 raise ValueError(
-                    f"config.json: {name} is {given!r}; for {self.name} only {', '.join(map(repr, allowed))} is supported"
+                    f"{name} is {given!r}; for {self.name} only {', '.join(map(repr, allowed))} is supported"
                 )
         return {setting.mcore: hf_config.get(setting.hf, setting.default) for setting in self.settings}

@@ -1,6 +1,6 @@
-"""How a row's tensors are laid out: merge Hugging Face's into megatron.core's, split it again, cut and join over ranks.
+"""How a row's tensors are laid out: merge Hugging Face's into megatron.core's, split again, cut and join over ranks.
 
-Pure functions of tensors of any dtype. "Whole" is megatron.core's tensor before tensor parallelism, vocabulary unpadded.
+Pure functions of tensors of any dtype. "Whole" is megatron.core's tensor before tensor parallelism.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LLaVA: a language model, a vision tower and a projector, each with its own table, under their prefixes.
 
-`config.json` of a LLaVA folder (Hugging Face's LlavaConfig, `text_config` and `vision_config` as the source models wrote
-them) is the one place that sizes are read from.
+`config.json` of a LLaVA folder (Hugging Face's LlavaConfig, `text_config` and `vision_config` as the source models
+wrote them) is the one place that sizes are read from.
 """
 
 from __future__ import annotations

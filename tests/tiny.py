@@ -1,0 +1,121 @@
+"""Tiny Hugging Face models and tokenizers for tests, made here: nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+# Awkward on purpose: three query heads per group, head_dim given and unlike hidden / heads, a vocabulary that 128 does
+# not divide, a norm epsilon and a rope theta that are no default.
+LANGUAGE_SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+VISION_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+    "projection_dim": 32,
+    "hidden_act": "quick_gelu",
+}
+
+
+def save_mistral(folder: Path, dtype: torch.dtype = torch.float32, **changed) -> Path:
+    """A MistralForCausalLM with random weights, its tokenizer beside it."""
+    config = MistralConfig(**{**LANGUAGE_SIZES, "sliding_window": None, **_rope(500000.0), **changed})
+    return _save(MistralForCausalLM, config, folder, dtype)
+
+
+def save_llama(folder: Path, dtype: torch.dtype = torch.float32, **changed) -> Path:
+    """A LlamaForCausalLM with random weights, its tokenizer beside it."""
+    return _save(LlamaForCausalLM, LlamaConfig(**{**LANGUAGE_SIZES, **_rope(10000.0), **changed}), folder, dtype)
+
+
+def save_clip(folder: Path, dtype: torch.dtype = torch.float32, **changed) -> Path:
+    """A CLIPVisionModel with random weights and its preprocessor_config.json."""
+    config = CLIPVisionConfig(**{**VISION_SIZES, **changed})
+    model = _random(CLIPVisionModel, config, dtype)
+    model.save_pretrained(folder)
+    size = config.image_size
+    (Path(folder) / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor_type": "CLIPImageProcessor",
+                "do_resize": True,
+                "size": {"shortest_edge": size},
+                "resample": 3,
+                "do_center_crop": True,
+                "crop_size": {"height": size, "width": size},
+                "do_rescale": True,
+                "rescale_factor": 1 / 255,
+                "do_normalize": True,
+                "image_mean": [0.48145466, 0.4578275, 0.40821073],
+                "image_std": [0.26862954, 0.26130258, 0.27577711],
+                "do_convert_rgb": True,
+            }
+        )
+    )
+    return Path(folder)
+
+
+def save_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A byte-level BPE tokenizer of exactly `vocab_size` tokens in a language model's folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = special + alphabet
+    merges = [("Ġ", letter) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    tokens += ["".join(merge) for merge in merges]
+    tokens += [f"<unused_{i}>" for i in range(vocab_size - len(tokens))]
+    bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def _rope(theta: float) -> dict:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
+def _random(model_class, config, dtype):
+    generator = torch.Generator().manual_seed(1)
+    model = model_class(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Norms and biases too: a mix-up between constant tensors would not be seen.
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.08 * noise + (parameter if parameter.ndim == 1 else 0))
+    return model.to(dtype).eval()
+
+
+def _save(model_class, config, folder: Path, dtype) -> Path:
+    _random(model_class, config, dtype).save_pretrained(folder)
+    save_tokenizer(folder, config.vocab_size)
+    return Path(folder)
