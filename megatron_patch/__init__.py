@@ -1,1 +1,5 @@
 """LLaVA on Megatron-Core: data, checkpoints, training."""
+
+from megatron_patch import patches
+
+patches.install()

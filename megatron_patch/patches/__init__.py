@@ -1,0 +1,85 @@
+"""Repairs of megatron.core 0.16.1, made while it is imported, so that no other file knows about them.
+
+`no_cuda` holds what it needs where there is no CUDA device, `no_transformer_engine` what it needs where Transformer
+Engine and Apex are missing. Each repair names the module that it mends and is made right after that module was loaded
+(the ones of torch itself: right before megatron.core is).
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+PACKAGE = "megatron.core"
+
+
+@dataclass(frozen=True)
+class Repair:
+    """One mended fault; the docstring of `make` says what, which lines, why, and when it is no longer needed."""
+
+    module: str
+    make: Callable[[ModuleType], None]
+
+
+def install() -> None:
+    """Have megatron.core repaired when it is first imported. Imports nothing itself; a second call does nothing."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    if PACKAGE in sys.modules:
+        raise ImportError(
+            f"{PACKAGE} was imported before megatron_patch, which repairs it on import: import megatron_patch first"
+        )
+    sys.meta_path.insert(0, _Finder())
+
+
+def needed() -> list[Repair]:
+    """The repairs for this machine."""
+    import torch
+
+    from megatron_patch.patches import no_cuda, no_transformer_engine
+
+    repairs = list(no_transformer_engine.REPAIRS)
+    if not torch.cuda.is_available():
+        repairs += no_cuda.REPAIRS
+    return repairs
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds megatron.core's modules as usual and wraps the loaders of those that have repairs."""
+
+    def __init__(self) -> None:
+        self.repairs: list[Repair] = []
+
+    def find_spec(self, name: str, path, target=None) -> importlib.machinery.ModuleSpec | None:
+        if name == PACKAGE:
+            self.repairs = needed()
+        elif not name.startswith(PACKAGE):
+            return None
+        modules = ("torch", PACKAGE) if name == PACKAGE else (name,)
+        repairs = [repair for repair in self.repairs if repair.module in modules]
+        spec = importlib.machinery.PathFinder.find_spec(name, path) if repairs else None
+        if spec is not None:
+            spec.loader = _Loader(spec.loader, repairs)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader, repairs: list[Repair]) -> None:
+        self.loader = loader
+        self.repairs = repairs
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        for repair in self.repairs:
+            if repair.module == "torch":
+                repair.make(sys.modules["torch"])
+        self.loader.exec_module(module)
+        for repair in self.repairs:
+            if repair.module != "torch":
+                repair.make(module)

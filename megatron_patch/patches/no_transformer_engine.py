@@ -1,0 +1,84 @@
+"""What megatron.core 0.16.1 needs where Transformer Engine and Apex are missing, on a GPU too.
+
+The optimizer is torch's AdamW then, whose state has a `step` tensor, and DistributedOptimizer mishandles it in three
+places. Line numbers are the wheel's, in megatron/core/optimizer/distrib_optimizer.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+
+from megatron_patch.patches import Repair
+
+
+def state_before_first_step(module: ModuleType) -> None:
+    """:642 asserts that exactly one `step` value exists: not so before the first step, nor on a rank without parameters.
+
+    So parameters that were never stepped get the state that they would start with, and a rank that has none says 0.
+    """
+    if module.HAVE_APEX_OR_TE:
+        return
+    stock = module.DistributedOptimizer.state_dict
+
+    @functools.wraps(stock)
+    def state_dict(self):
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not self.optimizer.state[parameter]:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        if self.optimizer.state:
+            return stock(self)
+        inner = {key: value for key, value in self.optimizer.state_dict().items() if key != "state"}
+        for group in inner["param_groups"]:
+            del group["params"]
+            group["step"] = 0.0
+        return {"optimizer": inner}
+
+    module.DistributedOptimizer.state_dict = state_dict
+
+
+def loaded_parameter_has_no_step(module: ModuleType) -> None:
+    """:940 copies every entry of the state from the loaded one, which has no `step`: KeyError. It is set elsewhere."""
+    if module.HAVE_APEX_OR_TE:
+        return
+    stock = module.DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(stock)
+    def set_states(self, model_param, tensors):
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        return stock(self, model_param, {"step": state["step"], **tensors} if "step" in state else tensors)
+
+    module.DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def own_step_for_each_parameter(module: ModuleType) -> None:
+    """:825 puts one `step` tensor into every state: AdamW then counts each step once per parameter.
+
+    Silent: the bias correction is wrong after a resume, and with it the losses (5.1033 instead of 5.1011).
+    """
+    if module.HAVE_APEX_OR_TE:
+        return
+    stock = module.DistributedOptimizer.load_state_dict
+
+    @functools.wraps(stock)
+    def load_state_dict(self, state_dict):
+        stock(self, state_dict)
+        for state in self.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].detach().clone()
+
+    module.DistributedOptimizer.load_state_dict = load_state_dict
+
+
+REPAIRS = tuple(
+    Repair("megatron.core.optimizer.distrib_optimizer", make)
+    for make in (state_before_first_step, loaded_parameter_has_no_step, own_step_for_each_parameter)
+)
