@@ -37,6 +37,8 @@ CLIP = Family(
         Setting("img_size", "image_size", 224),
     ),
     required=(("hidden_act", ("quick_gelu",)), ("num_channels", (3,))),
+    unused_layers=1,
+    unused=("vision_model.post_layernorm.weight", "vision_model.post_layernorm.bias"),
     # A whole CLIPModel brings its text half; position_ids is a constant that older versions wrote.
     ignored=(
         r"text_model\..*",

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from megatron_patch.families.shapes import whole_shape
+
 Layout = Literal["same", "qkv", "gated", "vocab", "class_token"]
 
 
@@ -23,6 +25,13 @@ class Weight:
     axis: int | None = None
     """Tensor-parallel axis; None: every rank holds the whole tensor."""
 
+    shape: tuple[int, ...] = ()
+    """megatron.core's whole tensor, vocabulary not padded. Known once the row belongs to a model (`Part.rows`)."""
+
+    num_query_groups: int = 1
+    kv_channels: int = 1
+    """How a `qkv` row is interleaved; known together with the shape."""
+
     def at(self, layer: int) -> Weight:
         """The row of one layer: `*` replaced by its index."""
         return replace(
@@ -32,6 +41,11 @@ class Weight:
     def prefixed(self, mcore: str, hf: str) -> Weight:
         """The row inside a larger model, where both names carry a prefix."""
         return replace(self, mcore=mcore + self.mcore, hf=tuple(hf + name for name in self.hf))
+
+    def sized(self, dims: dict[str, int]) -> Weight:
+        """The row in a model of these sizes (`shapes.py` has their names): shape and interleaving filled in."""
+        shape = whole_shape(self.mcore, self.layout, dims)
+        return replace(self, shape=shape, num_query_groups=dims["groups"], kv_channels=dims["kv_channels"])
 
 
 def replicated(mcore: str, hf: str) -> Weight:
@@ -89,6 +103,12 @@ class Family:
     ignored: tuple[str, ...] = ()
     """Patterns of Hugging Face names that a checkpoint may hold and that carry nothing to convert."""
 
+    unused_layers: int = 0
+    """Last layers of the checkpoint that the network does not build; kept aside and put back on export."""
+
+    unused: tuple[str, ...] = ()
+    """Other Hugging Face names that the network does not use; kept aside and put back on export."""
+
     renamed: tuple[tuple[str, str], ...] = ()
     """(pattern, replacement): other spellings of the same Hugging Face names, turned into the table's."""
 
@@ -99,6 +119,12 @@ class Family:
                 yield from (weight.at(layer) for layer in range(num_layers))
             else:
                 yield weight
+
+    def unused_names(self, num_layers: int) -> list[str]:
+        """Hugging Face names of the tensors that are kept aside, for a network of `num_layers` layers."""
+        aside = range(num_layers, num_layers + self.unused_layers)
+        repeated = [weight for weight in self.weights if "*" in weight.mcore]
+        return [name for layer in aside for weight in repeated for name in weight.at(layer).hf] + list(self.unused)
 
     def canonical(self, hf_name: str) -> str:
         """A Hugging Face name in the table's spelling."""

@@ -1,6 +1,7 @@
 """How a row's tensors are laid out: merge Hugging Face's into megatron.core's, split again, cut and join over ranks.
 
-Pure functions of tensors of any dtype. "Whole" is megatron.core's tensor before tensor parallelism.
+Pure functions of tensors of any dtype. "Whole" is megatron.core's tensor before tensor parallelism. A `qkv` row must be
+sized (`Weight.sized`), the others need not be.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from torch import Tensor
 from megatron_patch.families.family import Weight
 
 
-def merge(weight: Weight, tensors: Sequence[Tensor], num_query_groups: int) -> Tensor:
+def merge(weight: Weight, tensors: Sequence[Tensor]) -> Tensor:
     """Hugging Face's tensors of one row -> megatron.core's whole tensor."""
     if weight.layout == "qkv":
         # [g * n * d, ...] each -> [g, (q heads of the group, k, v) * d, ...]
-        groups = [tensor.unflatten(0, (num_query_groups, -1)) for tensor in tensors]
+        groups = [tensor.unflatten(0, (weight.num_query_groups, -1)) for tensor in tensors]
         return torch.cat(groups, dim=1).flatten(0, 1)
     if weight.layout == "gated":
         return torch.cat(list(tensors))
@@ -25,15 +26,21 @@ def merge(weight: Weight, tensors: Sequence[Tensor], num_query_groups: int) -> T
     return tensor.reshape(1, 1, -1) if weight.layout == "class_token" else tensor
 
 
-def split(weight: Weight, whole: Tensor, num_query_groups: int, kv_channels: int) -> tuple[Tensor, ...]:
+def split(weight: Weight, whole: Tensor) -> tuple[Tensor, ...]:
     """The inverse of `merge`."""
     if weight.layout == "qkv":
-        groups = whole.unflatten(0, (num_query_groups, -1))
-        queries = groups.shape[1] - 2 * kv_channels
-        return tuple(part.flatten(0, 1) for part in groups.split([queries, kv_channels, kv_channels], dim=1))
+        groups = whole.unflatten(0, (weight.num_query_groups, -1))
+        queries = groups.shape[1] - 2 * weight.kv_channels
+        parts = groups.split([queries, weight.kv_channels, weight.kv_channels], dim=1)
+        return tuple(part.flatten(0, 1) for part in parts)
     if weight.layout == "gated":
         return whole.chunk(2)
     return (whole.reshape(-1),) if weight.layout == "class_token" else (whole,)
+
+
+def hf_shapes(weight: Weight) -> tuple[tuple[int, ...], ...]:
+    """Shapes of Hugging Face's tensors of a sized row, in the order of its names."""
+    return tuple(tuple(part.shape) for part in split(weight, torch.empty(weight.shape, device="meta")))
 
 
 def pad_vocab(whole: Tensor, padded_vocab_size: int) -> Tensor:

@@ -18,6 +18,7 @@ from megatron_patch.families.family import Family, Weight
 from megatron_patch.families.llama import LLAMA
 from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.families.projector import PROJECTOR
+from megatron_patch.families.shapes import language_dims, projector_dims, vision_dims
 
 LANGUAGE_FAMILIES = {family.name: family for family in (LLAMA, MISTRAL)}
 VISION_FAMILIES = {family.name: family for family in (CLIP,)}
@@ -39,25 +40,60 @@ class Part:
     num_layers: int
     mcore_prefix: str
     hf_prefix: str
+    dims: dict[str, int]
+    """Sizes, in the names of `shapes.py`."""
 
     def rows(self) -> Iterator[Weight]:
-        """This part's table, prefixed, every layer written out."""
+        """This part's table, prefixed and sized, every layer written out."""
         for weight in self.family.rows(self.num_layers):
-            yield weight.prefixed(self.mcore_prefix, self.hf_prefix)
+            yield weight.prefixed(self.mcore_prefix, self.hf_prefix).sized(self.dims)
+
+    def unused_names(self) -> list[str]:
+        """The hub's names of the tensors that the network does not use and that are kept aside."""
+        return [self.hf_prefix + name for name in self.family.unused_names(self.num_layers)]
+
+    def hub_name(self, hf_name: str) -> str | None:
+        """The hub's name of a tensor in this part's own checkpoint (not a LLaVA's); None: left out on purpose."""
+        name = self.family.canonical(hf_name)
+        return None if self.family.is_ignored(name) else self.hf_prefix + name
 
 
 def parts(llava: Llava) -> tuple[Part, Part, Part]:
     """Language model, vision tower, projector."""
+    language, vision = llava.language, llava.vision
     return (
-        Part(LANGUAGE_FAMILIES[llava.language.family], llava.language.num_layers, "language_model.", "language_model."),
-        Part(VISION_FAMILIES[llava.vision.family], llava.vision.num_layers, "vision_model.", "vision_tower."),
-        Part(PROJECTOR, 0, "vision_projection.", "multi_modal_projector."),
+        Part(
+            family=LANGUAGE_FAMILIES[language.family],
+            num_layers=language.num_layers,
+            mcore_prefix="language_model.",
+            hf_prefix="language_model.",
+            dims=language_dims(language),
+        ),
+        Part(
+            family=VISION_FAMILIES[vision.family],
+            num_layers=vision.num_layers,
+            mcore_prefix="vision_model.",
+            hf_prefix="vision_tower.",
+            dims=vision_dims(vision),
+        ),
+        Part(
+            family=PROJECTOR,
+            num_layers=0,
+            mcore_prefix="vision_projection.",
+            hf_prefix="multi_modal_projector.",
+            dims=projector_dims(language, vision),
+        ),
     )
 
 
 def rows(llava: Llava) -> list[Weight]:
-    """The whole model's table."""
+    """The whole model's table, sized."""
     return [weight for part in parts(llava) for weight in part.rows()]
+
+
+def unused_names(llava: Llava) -> list[str]:
+    """The hub's names of all tensors that are kept aside: the tower's last layer and its post-norm."""
+    return [name for part in parts(llava) for name in part.unused_names()]
 
 
 def read_config(folder: Path) -> Llava:
@@ -69,7 +105,9 @@ def read_config(folder: Path) -> Llava:
         raise FileNotFoundError(
             f"{path}: missing; expected a folder made by hf2mcore_convertor_llava.sh or a LLaVA from Hugging Face"
         ) from None
-    except (ValueError, KeyError) as error:
+    except KeyError as error:
+        raise ValueError(f"{path}: has no {error}, which a LLaVA's config.json holds") from None
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -95,7 +133,10 @@ def describe_language_model(hf_config: dict[str, Any]) -> LanguageModel:
     rope = hf_config.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"rope_parameters: rope_type {rope['rope_type']!r} is not supported yet, only 'default'")
-    sizes["rotary_base"] = float(hf_config.get("rope_theta", rope.get("rope_theta", 10000.0)))
+    bases = {float(given["rope_theta"]) for given in (hf_config, rope) if given.get("rope_theta") is not None}
+    if len(bases) > 1:
+        raise ValueError(f"rope_theta and rope_parameters.rope_theta disagree: {' and '.join(map(str, sorted(bases)))}")
+    sizes["rotary_base"] = bases.pop() if bases else 10000.0
     sizes["num_query_groups"] = sizes["num_query_groups"] or sizes["num_attention_heads"]
     sizes["kv_channels"] = sizes["kv_channels"] or sizes["hidden_size"] // sizes["num_attention_heads"]
     return LanguageModel(family=family.name, **sizes)
@@ -105,7 +146,7 @@ def describe_vision_model(hf_config: dict[str, Any]) -> VisionModel:
     """Sizes of a vision tower from its own config.json, a whole CLIPModel's included."""
     hf_config = vision_config(hf_config)
     family = _family(VISION_FAMILIES, hf_config, "vision tower")
-    num_layers = hf_config.get("num_hidden_layers", 12) - 1
+    num_layers = hf_config.get("num_hidden_layers", 12) - family.unused_layers
     return VisionModel(family=family.name, num_layers=num_layers, **family.read_settings(hf_config))
 
 
