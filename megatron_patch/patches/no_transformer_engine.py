@@ -15,7 +15,7 @@ from megatron_patch.patches import Repair
 
 
 def state_before_first_step(module: ModuleType) -> None:
-    """:642 asserts that exactly one `step` value exists: not so before the first step, nor on a rank without parameters.
+    """:642 asserts that one `step` value exists: not so before the first step, nor on a rank without parameters.
 
     So parameters that were never stepped get the state that they would start with, and a rank that has none says 0.
     """

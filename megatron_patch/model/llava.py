@@ -1,0 +1,224 @@
+"""LLaVA from megatron.core's parts: CLIPViTModel, MultimodalProjector, GPTModel. State-dict names are LLaVAModel's.
+
+Pictures are placeholders in the text before the model sees them (data/), so it never changes a sequence's length: it
+puts the projected embeddings where the placeholders are.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.activations import quick_gelu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.transformer.enums import AttnMaskType, ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_patch.config import Config, LanguageModel, Llava, VisionModel
+from megatron_patch.model.specs import block_spec, norm, projector_submodules
+
+
+class LlavaModel(MegatronModule):
+    """One pipeline stage of LLaVA. The first stage holds the vision tower and the projector.
+
+    Args:
+        config: what to do; freezing, precision, parallel sizes and recomputation are read from it.
+        llava: sizes of the model.
+        pre_process, post_process: whether this is the first and the last pipeline stage.
+    """
+
+    def __init__(self, config: Config, llava: Llava, pre_process: bool = True, post_process: bool = True) -> None:
+        language = language_config(config, llava.language)
+        super().__init__(config=language)
+        self.image_token_id = llava.image_token_id
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.share_embeddings_and_output_weights = False
+        self.model_type = ModelType.encoder_or_decoder  # the schedules ask for it
+
+        if pre_process:
+            vision = vision_config(config, llava.vision)
+            self.vision_model = CLIPViTModel(
+                vision,
+                block_spec(vision, config.model, AttnMaskType.no_mask),
+                ln_pre_impl=norm(config.model),
+                patch_dim=llava.vision.patch_dim,
+                img_h=llava.vision.img_size,
+                img_w=llava.vision.img_size,
+            )
+            projector = projector_config(config, llava)
+            self.vision_projection = MultimodalProjector(
+                projector, projector_submodules(config.model), "mlp", llava.vision.hidden_size
+            )
+        self.language_model = _LanguageModel(
+            language,
+            block_spec(language, config.model, AttnMaskType.causal),
+            vocab_size=llava.language.padded_vocab_size(config.parallel.tensor_model_parallel_size),
+            max_sequence_length=config.model.decoder_seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            position_embedding_type="rope",
+            rotary_base=llava.language.rotary_base,
+        )
+        self.language_model.true_vocab_size = llava.language.vocab_size
+        self._freeze(config)
+        for parameter in self.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+
+    def forward(self, input_ids: Tensor | None, pixel_values: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        """Hidden states, logits or losses of one micro batch.
+
+        Args:
+            input_ids: int64 [b, s], `image_token_id` where pictures are; None past the first stage.
+            pixel_values: normalised [n, 3, h, w], the pictures of the batch in the order of their placeholders (n may
+                be 0); None past the first stage.
+            labels: int64 [b, s], the id to be predicted at each position, -100 where nothing is; None: no loss wanted.
+
+        Returns:
+            Last stage: fp32 losses [number of labels], or without labels this rank's logits [b, s, vocabulary / TP].
+            Other stages: hidden states [s, b, h].
+        """
+        embeddings = self._embed(input_ids, pixel_values) if self.pre_process else None
+        return self.language_model(
+            input_ids=input_ids, position_ids=None, attention_mask=None, decoder_input=embeddings, labels=labels
+        )
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Take the hidden states [s, b, h] of the previous pipeline stage."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The embedding, which is the output layer's weight too where a model ties them. megatron.core asks for it."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def _embed(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        is_image = input_ids == self.image_token_id  # [b, s]
+        text = self.language_model.embedding(input_ids.masked_fill(is_image, 0), position_ids=None)  # [s, b, h]
+        if pixel_values.shape[0] == 0:
+            # A text without pictures trains like any other: the projector takes part with a gradient of zero.
+            return text + 0 * sum(parameter.sum() for parameter in self.vision_projection.parameters())
+        features = self.vision_model(pixel_values)[:, self.vision_model.class_token_len :]  # [n, patches, h_vision]
+        images = self.vision_projection(features)  # [n, patches, h]
+        mixed = text.transpose(0, 1).masked_scatter(is_image.unsqueeze(-1), images.to(text.dtype))  # [b, s, h]
+        return mixed.transpose(0, 1).contiguous()
+
+    def _freeze(self, config: Config) -> None:
+        if config.model.freeze_lm:
+            self.language_model.requires_grad_(False)
+        if config.model.freeze_vit and self.pre_process:
+            self.vision_model.requires_grad_(False)
+
+
+class _LanguageModel(GPTModel):
+    """GPTModel that projects to the vocabulary only where there is a label, and whose padding rows are no words."""
+
+    true_vocab_size: int
+
+    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **unused) -> Tensor:
+        """`hidden_states` [s, b, h], `labels` [b, s] -> fp32 losses [number of labels], or logits [b, s, vocab / TP].
+
+        A caption labels some 30 of 620 positions: logits of the others would be the largest tensor of a step.
+        """
+        if not self.post_process:
+            return hidden_states
+        if labels is None:
+            logits, _ = self.output_layer(hidden_states)
+            return self._without_padding(logits).transpose(0, 1).contiguous()
+        is_label = labels.transpose(0, 1) != -100  # [s, b]
+        chosen = hidden_states[is_label].unsqueeze(1)  # [labels, 1, h]
+        logits, _ = self.output_layer(chosen)  # [labels, 1, vocab / TP]
+        targets = labels.transpose(0, 1)[is_label].unsqueeze(1)  # [labels, 1]
+        losses = tensor_parallel.vocab_parallel_cross_entropy(self._without_padding(logits).float(), targets)
+        return losses.squeeze(1)
+
+    def _without_padding(self, logits: Tensor) -> Tensor:
+        """Give rows past the vocabulary no probability: otherwise a loss counts words that do not exist."""
+        first = self.pg_collection.tp.rank() * logits.shape[-1]
+        words = max(0, self.true_vocab_size - first)
+        if words < logits.shape[-1]:
+            logits[..., words:] = float("-inf")
+        return logits
+
+
+def language_config(config: Config, sizes: LanguageModel) -> TransformerConfig:
+    """megatron.core's settings of the language model: RMSNorm, rotary embedding, gated SiLU, no bias, no dropout."""
+    return TransformerConfig(
+        num_layers=sizes.num_layers,
+        hidden_size=sizes.hidden_size,
+        ffn_hidden_size=sizes.ffn_hidden_size,
+        num_attention_heads=sizes.num_attention_heads,
+        num_query_groups=sizes.num_query_groups,
+        kv_channels=sizes.kv_channels,
+        layernorm_epsilon=sizes.layernorm_epsilon,
+        normalization="RMSNorm",
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        variable_seq_lengths=config.parallel.pipeline_model_parallel_size > 1,
+        calculate_per_token_loss=True,
+        **_recompute(config),
+        **_common(config),
+    )
+
+
+def vision_config(config: Config, sizes: VisionModel) -> TransformerConfig:
+    """megatron.core's settings of CLIP's tower: LayerNorm, biases, quick GELU. It stands on the first stage alone."""
+    return TransformerConfig(
+        num_layers=sizes.num_layers,
+        hidden_size=sizes.hidden_size,
+        ffn_hidden_size=sizes.ffn_hidden_size,
+        num_attention_heads=sizes.num_attention_heads,
+        layernorm_epsilon=sizes.layernorm_epsilon,
+        normalization="LayerNorm",
+        activation_func=quick_gelu,
+        bias_activation_fusion=False,
+        **({} if config.model.freeze_vit else _recompute(config)),
+        **_common(config),
+    )
+
+
+def projector_config(config: Config, llava: Llava) -> TransformerConfig:
+    """megatron.core's settings of LLaVA-1.5's projector, whose width is the language model's.
+
+    Its GELU is the exact one (erf): megatron.core's fused bias-GELU is the tanh approximation, 4e-4 away.
+    """
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=llava.language.hidden_size,
+        ffn_hidden_size=llava.language.hidden_size,
+        num_attention_heads=llava.language.num_attention_heads,
+        kv_channels=llava.language.kv_channels,
+        activation_func=F.gelu,
+        bias_activation_fusion=False,
+        **_common(config),
+    )
+
+
+def _common(config: Config) -> dict:
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.model.precision]
+    return {
+        "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "masked_softmax_fusion": False,
+        "attention_softmax_in_fp32": True,
+        "gradient_accumulation_fusion": False,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "autocast_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        # Weights that are read from a checkpoint anyway are not drawn first.
+        "perform_initialization": config.model.pretrained_checkpoint is None,
+    }
+
+
+def _recompute(config: Config) -> dict:
+    granularity = config.training.recompute_granularity
+    if granularity == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": granularity}

@@ -1,0 +1,122 @@
+"""Which of megatron.core's classes a layer is built of: its local ones, or Transformer Engine's."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_patch.config import Model
+from megatron_patch.model.attention import SDPAttention
+
+# torch_dist checkpoints carry Transformer Engine's names whichever spec wrote them, as gpt_layer_specs.py does it.
+# (megatron.core's own vision specs lack this, so that their checkpoints fit one spec only.)
+SPEC_NEUTRAL_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def uses_transformer_engine(model: Model) -> bool:
+    """Whether layers are Transformer Engine's. Raises ValueError when it was asked for and cannot be had."""
+    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    if model.transformer_impl == "transformer_engine" and not available:
+        raise ValueError(
+            "--transformer-impl transformer_engine: needs a GPU and the package transformer-engine[pytorch]; use local"
+        )
+    return available and model.transformer_impl != "local"
+
+
+def norm(model: Model) -> type:
+    """The class of a norm that stands alone."""
+    if uses_transformer_engine(model):
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return WrappedTorchNorm
+
+
+def block_spec(config: TransformerConfig, model: Model, mask_type: AttnMaskType) -> TransformerBlockSubmodules:
+    """The layers that this pipeline stage builds, and the norm behind them.
+
+    `mask_type`: causal for the language model. The vision tower's is no_mask (megatron.core's own local vision spec
+    says causal, which is silently wrong).
+    """
+    layer = _transformer_engine_layer(mask_type) if uses_transformer_engine(model) else _local_layer(model, mask_type)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm(model))
+
+
+def projector_submodules(model: Model) -> MLPSubmodules:
+    """The two linear layers of the projector."""
+    if uses_transformer_engine(model):
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+        return MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear)
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def _local_layer(model: Model, mask_type: AttnMaskType) -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=WrappedTorchNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": mask_type},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=SDPAttention if model.use_flash_attn else DotProductAttention,
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=WrappedTorchNorm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=SPEC_NEUTRAL_NAMES,
+        ),
+    )
+
+
+def _transformer_engine_layer(mask_type: AttnMaskType) -> ModuleSpec:
+    from megatron.core.extensions.transformer_engine import (
+        TEDotProductAttention,
+        TELayerNormColumnParallelLinear,
+        TERowParallelLinear,
+    )
+
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": mask_type},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=TELayerNormColumnParallelLinear,
+                    core_attention=TEDotProductAttention,
+                    linear_proj=TERowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=IdentityOp,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
