@@ -1,0 +1,147 @@
+"""What lies beside the weights: config, tokenizer, processor, and the tensors that the network does not use.
+
+A Megatron-Core checkpoint of ours is a Hugging Face LLaVA's folder with other weights, so that transformers opens its
+config and processor, and everything that the way back needs is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_patch.config import LanguageModel, Llava, VisionModel
+from megatron_patch.families.llava import LANGUAGE_FAMILIES, VISION_FAMILIES, vision_config
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+UNUSED = "unused.safetensors"
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+FILES = (CONFIG, GENERATION_CONFIG, PREPROCESSOR, PROCESSOR, CHAT_TEMPLATE, UNUSED, *TOKENIZER)
+
+
+def copy_companions(source: Path, target: Path, names: tuple[str, ...] = FILES) -> None:
+    """Copy these files, as far as `source` has them, into `target`, which is made where it is missing.
+
+    Each file is whole or absent at any time; what is the same already is written again. Raises OSError.
+    """
+    source, target = Path(source), Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    if source.resolve() == target.resolve():
+        return
+    for name in names:
+        if (source / name).is_file():
+            aside = target / f".{name}.{os.getpid()}"
+            try:
+                shutil.copyfile(source / name, aside)
+                os.replace(aside, target / name)
+            finally:
+                aside.unlink(missing_ok=True)
+
+
+def read_json(folder: Path, name: str = CONFIG) -> dict[str, Any]:
+    """A json file that holds an object. Raises FileNotFoundError or ValueError, one line that names the file."""
+    path = Path(folder) / name
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing; expected the folder of a checkpoint") from None
+    except NotADirectoryError:
+        raise NotADirectoryError(f"{folder}: not a folder; expected the folder of a checkpoint") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid json ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}; expected an object")
+    return content
+
+
+def write_json(folder: Path, name: str, content: dict[str, Any]) -> None:
+    """Write a json file in Hugging Face's style."""
+    (Path(folder) / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def llava_config(text: dict[str, Any], tower: dict[str, Any], image_token_index: int) -> dict[str, Any]:
+    """A LlavaConfig of a language model's and a tower's (or a whole CLIPModel's) config.json, which stay as they are."""
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": image_token_index,
+        "multimodal_projector_bias": True,
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": False,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "text_config": text,
+        "vision_config": vision_config(tower),
+    }
+
+
+def hf_config(config: dict[str, Any], llava: Llava, vocab_size: int, dtype: str) -> dict[str, Any]:
+    """The config.json of an export: `config`, with every size said outright.
+
+    transformers 4.57 and 5 differ in defaults and names (`rope_theta` against `rope_parameters`, `torch_dtype` against
+    `dtype`; a Mistral without `sliding_window` has one of 4096), so nothing is left to a default, and both names stand.
+    """
+    types = {"dtype": dtype, "torch_dtype": dtype}
+    text = {**config["text_config"], **language_settings(llava.language), **types, "vocab_size": vocab_size}
+    tower = {**config["vision_config"], **vision_settings(llava.vision), **types}
+    sizes = {"image_seq_length": llava.vision.num_image_tokens, "image_token_index": llava.image_token_id}
+    architecture = {"architectures": ["LlavaForConditionalGeneration"]}
+    return {**config, **architecture, **types, **sizes, "text_config": text, "vision_config": tower}
+
+
+def language_settings(model: LanguageModel) -> dict[str, Any]:
+    """A language model's sizes in Hugging Face's names, for transformers 4 and 5."""
+    settings = {setting.hf: getattr(model, setting.mcore) for setting in LANGUAGE_FAMILIES[model.family].settings}
+    rope = {"rope_type": "default", "rope_theta": model.rotary_base}
+    return {**settings, "rope_theta": model.rotary_base, "rope_parameters": rope}
+
+
+def vision_settings(model: VisionModel) -> dict[str, Any]:
+    """A vision tower's sizes in Hugging Face's names. Its layers include the ones that are not built."""
+    family = VISION_FAMILIES[model.family]
+    settings = {setting.hf: getattr(model, setting.mcore) for setting in family.settings}
+    return {**settings, "num_hidden_layers": model.num_layers + family.unused_layers}
+
+
+def preprocessor_config(model: VisionModel) -> dict[str, Any]:
+    """CLIP's picture transform at the tower's size, for a tower that comes without preprocessor_config.json."""
+    size = model.img_size
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "do_convert_rgb": True,
+    }
+
+
+def processor_config(model: VisionModel) -> dict[str, Any]:
+    """LlavaProcessor's settings: a picture becomes (size / patch)^2 placeholders, the class token is dropped."""
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "num_additional_image_tokens": 1,
+        "patch_size": model.patch_dim,
+        "vision_feature_select_strategy": "default",
+    }

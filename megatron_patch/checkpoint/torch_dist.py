@@ -1,0 +1,165 @@
+"""megatron.core's distributed checkpoints (format torch_dist), read without processes and without megatron.core.
+
+A folder holds `.metadata` (which tensor's which block lies where) and `*.distcp` files (the blocks). TransformerBlock
+stacks its layers: `decoder.layers.mlp.linear_fc1.weight` has a leading axis of layers. fc1 of a gated MLP is stored as
+[gate; up], as the table's whole tensor is. Norms lie under Transformer Engine's names, the vocabulary padded.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from megatron_patch.checkpoint.reader import Reader, existing_file
+from megatron_patch.families.family import Weight
+from megatron_patch.families.transformer_engine import to_local_name, to_transformer_engine_name
+
+LAYERS = ".decoder.layers."
+LAYER = re.compile(r"(.*\.decoder\.layers\.)(\d+)\.(.*)")
+
+# What torch.distributed.checkpoint and megatron.core write into `.metadata`. A pickle can name any callable of the
+# machine and run it; these only hold values.
+ADMITTED = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch": {"Size", "bfloat16", "float16", "float32", "float64", "int32", "int64", "uint8", "bool"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "collections": {"OrderedDict", "defaultdict"},
+    "builtins": {"dict", "list", "set", "tuple", "bytearray"},
+}
+
+
+class TorchDistReader(Reader):
+    """Whole, unpadded tensors under the local spec's names and global layer indices.
+
+    Optimizer states and other objects beside the model are left out. `rows` is the model's table. Raises ValueError or
+    FileNotFoundError, one line that names the file, for a checkpoint that is incomplete, damaged or carries code.
+    """
+
+    def __init__(self, folder: Path, rows: Iterable[Weight]) -> None:
+        self.folder = Path(folder)
+        self.source = str(folder)
+        self.rows = {weight.mcore: weight for weight in rows}
+        self.metadata = read_metadata(existing_file(self.folder, ".metadata", "expected a torch_dist checkpoint"))
+        # Name -> the stored key and the layer to take of it (None: all of it).
+        self.place: dict[str, tuple[str, int | None]] = {}
+        for key, stored in self.metadata.state_dict_metadata.items():
+            if not isinstance(stored, TensorStorageMetadata) or key.startswith("optimizer."):
+                continue
+            if LAYERS in key and not LAYER.fullmatch(key):
+                for layer in range(stored.size[0]):
+                    self.place[to_local_name(key.replace(LAYERS, f"{LAYERS}{layer}."))] = (key, layer)
+            else:
+                self.place[to_local_name(key)] = (key, None)
+
+    def __getitem__(self, name: str) -> Tensor:
+        key, layer = self.place[name]
+        stored = self.metadata.state_dict_metadata[key]
+        shape = self.shape(name)
+        wanted = shape if layer is None else (1, *shape)
+        start = (0,) * len(wanted) if layer is None else (layer, *(0,) * len(shape))
+        tensor = torch.empty(wanted, dtype=stored.properties.dtype)
+        filled = 0
+        for block in stored.chunks:
+            target, source = _overlap(start, wanted, tuple(block.offsets), tuple(block.sizes))
+            if target is None:
+                continue
+            part = self._read_block(key, block.offsets, block.sizes)[source]
+            tensor[target] = part
+            filled += part.numel()
+        if filled != tensor.numel():
+            raise ValueError(f"{self.folder}: the blocks of {key} hold {filled} of its {tensor.numel()} values")
+        return tensor if layer is None else tensor[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.place)
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        key, layer = self.place[name]
+        size = tuple(self.metadata.state_dict_metadata[key].size)
+        shape = size if layer is None else size[1:]
+        weight = self.rows.get(name)
+        if weight is not None and weight.layout == "vocab":
+            return (min(shape[0], weight.shape[0]), *shape[1:])
+        return shape
+
+    def _read_block(self, key: str, offsets: torch.Size, sizes: torch.Size) -> Tensor:
+        index = MetadataIndex(key, offsets)
+        where = self.metadata.storage_data.get(index)
+        if where is None:
+            raise ValueError(f"{self.folder}/.metadata: does not say where the block of {key} at {list(offsets)} lies")
+        path = self.folder / where.relative_path
+        if Path(where.relative_path).name != where.relative_path:
+            raise ValueError(f"{self.folder}/.metadata: {key} lies in {where.relative_path!r}, out of the folder")
+        existing_file(self.folder, where.relative_path, f"it holds {key}; copy the checkpoint again")
+        with path.open("rb") as file:
+            file.seek(where.offset)
+            content = file.read(where.length)
+        try:
+            block = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for damaged bytes
+            raise ValueError(f"{path}: {key} at {list(offsets)} is not readable ({type(error).__name__})") from error
+        if tuple(block.shape) != tuple(sizes):
+            raise ValueError(f"{path}: {key} at {list(offsets)} has shape {list(block.shape)}, expected {list(sizes)}")
+        return block
+
+
+def stored_key(name: str) -> str:
+    """The key under which megatron.core saves a parameter: norms fused, the layer's index turned into an axis."""
+    name = to_transformer_engine_name(name)
+    match = LAYER.fullmatch(name)
+    return f"{match[1]}{match[3]}" if match else name
+
+
+def read_metadata(path: Path) -> Metadata:
+    """A `.metadata` file. Raises ValueError when it is damaged or names anything that is not a value of it."""
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: not the metadata of a torch_dist checkpoint ({error})") from None
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"{path}: holds a {type(metadata).__name__}, not the metadata of a torch_dist checkpoint")
+    return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in ADMITTED.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code")
+        return super().find_class(module, name)
+
+
+def _overlap(
+    start: tuple[int, ...], shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> tuple[tuple[slice, ...] | None, tuple[slice, ...] | None]:
+    """Where a stored block meets the wanted box: in the box's and in the block's own coordinates; None where not."""
+    target, source = [], []
+    for begin, length, offset, size in zip(start, shape, offsets, sizes, strict=True):
+        first, last = max(begin, offset), min(begin + length, offset + size)
+        if first >= last:
+            return None, None
+        target.append(slice(first - begin, last - begin))
+        source.append(slice(first - offset, last - offset))
+    return tuple(target), tuple(source)
