@@ -39,16 +39,6 @@ def synchronisation(torch_module: ModuleType) -> None:
     torch_module.cuda.nvtx.range_pop = _nothing()
 
 
-def streams(torch_module: ModuleType) -> None:
-    """Streams and events exist and have always finished. param_and_grad_buffer.py:417, hybrid_optimizer.py:217."""
-    cuda = torch_module.cuda
-    cuda.Stream = type("Stream", (_Stream,), {})
-    cuda.Event = type("Event", (_Stream,), {})
-    cuda.current_stream = lambda device=None: _Stream()
-    cuda.default_stream = lambda device=None: _Stream()
-    cuda.stream = lambda stream: contextlib.nullcontext()
-
-
 def random_numbers(torch_module: ModuleType) -> None:
     """The device's random numbers are the CPU's. tensor_parallel/random.py:235-240, 422."""
     cuda = torch_module.cuda
@@ -137,7 +127,6 @@ def no_compilation(jit: ModuleType) -> None:
 REPAIRS = (
     Repair("torch", current_device),
     Repair("torch", synchronisation),
-    Repair("torch", streams),
     Repair("torch", random_numbers),
     Repair("torch", factories),
     Repair("torch", moves),
@@ -170,33 +159,3 @@ def _on_cpu(factory):
 
 def _is_not_about_cpu_state(record) -> bool:
     return "CPU RNG state changed" not in record.getMessage()
-
-
-class _Stream:
-    """A stream or an event on the CPU, where everything has finished when it is asked."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        pass
-
-    def wait_stream(self, stream) -> None:
-        """Nothing to wait for."""
-
-    def wait_event(self, event) -> None:
-        """Nothing to wait for."""
-
-    def wait(self, stream=None) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def record(self, stream=None) -> None:
-        """Nothing to mark."""
-
-    def record_event(self, event=None) -> _Stream:
-        """An event that has happened."""
-        return self
-
-    def query(self) -> bool:
-        """Finished."""
-        return True

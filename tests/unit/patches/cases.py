@@ -1,0 +1,159 @@
+"""What each repair is for, as code that fails without it. Run in processes of their own: repairs are made on import."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+
+import torch
+
+import megatron_patch  # noqa: F401  (installs the repairs)
+from megatron_patch import patches
+
+
+def run_without(repair: str | None, case: str) -> None:
+    """Leave one repair out (None: none), then run a case."""
+    everything = patches.needed
+    patches.needed = lambda: [r for r in everything() if r.make.__name__ != repair]
+    globals()[case]()
+
+
+def current_device() -> None:
+    """An allocation that asks for the device."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    _start()
+    assert RotaryEmbedding(kv_channels=8, rotary_percent=1.0)(4).device.type == "cpu"
+
+
+def synchronisation() -> None:
+    """A timer waits for the device."""
+    from megatron.core.timers import Timers
+
+    timer = Timers(log_level=0, log_option="all")("case", log_level=0)
+    timer.start()
+    timer.stop()
+
+
+def random_numbers() -> None:
+    """The tracker seeds the device."""
+    _start()
+
+
+def random_number_tracker() -> None:
+    """Drawing inside a fork: the tracker's own numbers, and the outer ones go on as if nothing had been drawn."""
+    from megatron.core import tensor_parallel
+
+    _start()
+    torch.manual_seed(5)
+    outer = torch.get_rng_state()
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        first = torch.rand(3)
+    assert torch.equal(outer, torch.get_rng_state())
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        assert not torch.equal(first, torch.rand(3))
+
+
+def factories() -> None:
+    """A norm of gradients is put into a tensor with a literal device."""
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.full((2,), 3.0)
+    clip_grad_by_total_norm_fp32([parameter], max_norm=1.0, total_norm=4.0)
+    assert torch.ones(1, device="cuda").device.type == "cpu"
+
+
+def moves() -> None:
+    """CLIPViTModel moves its positions to the device when it is built."""
+    import megatron.core  # noqa: F401
+
+    assert torch.ones(1).cuda().device.type == "cpu"
+    assert torch.ones(1).to("cuda").device.type == "cpu"
+    assert torch.ones(1).to(device="cuda", dtype=torch.float64).dtype == torch.float64
+    assert torch.nn.Linear(1, 1).cuda().weight.device.type == "cpu"
+
+
+def type_names() -> None:
+    """The distributed optimizer sorts parameters by the text of their type."""
+    _optimizer()
+
+
+def no_compilation() -> None:
+    """Small functions stay what they are."""
+    from megatron.core.jit import jit_fuser
+
+    def function(x):
+        return x
+
+    assert jit_fuser(function) is function
+
+
+def state_before_first_step() -> None:
+    """Saving an optimizer that has made no step."""
+    model, optimizer = _optimizer()
+    optimizer.sharded_state_dict(model.module.sharded_state_dict(), metadata=_metadata())
+
+
+def loaded_parameter_has_no_step() -> None:
+    """Loading a saved optimizer."""
+    _save_and_load(*_optimizer())
+
+
+def own_step_for_each_parameter() -> None:
+    """A resumed optimizer counts one step a step."""
+    model, optimizer = _optimizer()
+    _train(model, optimizer)
+    _save_and_load(model, optimizer)
+    _train(model, optimizer)
+    steps = {state["step"].item() for state in optimizer.chained_optimizers[0].optimizer.state.values()}
+    assert steps == {2.0}
+
+
+def _start() -> None:
+    from megatron_patch import parallel
+    from megatron_patch.config import Parallel
+
+    store = f"file://{tempfile.mkdtemp()}/store"
+    parallel.start(Parallel(), seed=1, init_method=store, rank=0, world_size=1)
+
+
+def _wrapped_model():
+    """A small language model wrapped for data parallelism."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    _start()
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, calculate_per_token_loss=True)
+    model = GPTModel(config, get_gpt_layer_local_spec(), vocab_size=16, max_sequence_length=8)
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    return DistributedDataParallel(config, ddp_config, model)
+
+
+def _optimizer():
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    model = _wrapped_model()
+    return model, get_megatron_optimizer(OptimizerConfig(lr=0.1, use_distributed_optimizer=True), [model])
+
+
+def _train(model, optimizer) -> None:
+    for parameter in model.parameters():
+        parameter.main_grad.fill_(1.0)
+    optimizer.step()
+
+
+def _save_and_load(model, optimizer) -> None:
+    from megatron.core import dist_checkpointing
+
+    with tempfile.TemporaryDirectory() as folder:
+        state = optimizer.sharded_state_dict(model.module.sharded_state_dict(), metadata=_metadata())
+        dist_checkpointing.save({"optimizer": copy.copy(state)}, folder)
+        target = optimizer.sharded_state_dict(model.module.sharded_state_dict(), is_loading=True, metadata=_metadata())
+        optimizer.load_state_dict(dist_checkpointing.load({"optimizer": target}, folder)["optimizer"])
+
+
+def _metadata() -> dict:
+    return {"distrib_optim_sharding_type": "fully_reshardable"}
