@@ -181,6 +181,9 @@ class Parallel:
     context_parallel_size: int = 1
     """Ranks that share a sequence. Only 1 is supported yet."""
 
+    env: Literal["dsw", "dlc"] = "dsw"
+    """Where it runs. dsw: this machine; dlc: several, told by WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT."""
+
     use_distributed_optimizer: bool = True
     """Cut the optimizer's states over the data-parallel ranks (ZeRO-1)."""
 
@@ -354,17 +357,16 @@ class Config:
     checkpoint: Checkpoint
 
     def __post_init__(self) -> None:
-        if self.optimizer.lr_warmup_iters > self.training.train_iters:
+        if self.optimizer.lr_warmup_iters >= self.training.train_iters:
             raise ValueError(
                 f"--lr-warmup-iters {self.optimizer.lr_warmup_iters}: "
-                f"more than --train-iters {self.training.train_iters}"
+                f"expected less than --train-iters {self.training.train_iters}"
             )
 
-    def check(self, llava: Llava, world_size: int) -> None:
-        """Raise ValueError for whatever cannot work with this model on so many processes. Nothing is started before."""
+    def check(self, llava: Llava) -> None:
+        """Raise ValueError for whatever cannot work with this model. Nothing is started before."""
         llava.check_model_size(self.model.model_size)
         llava.check_parallel(self.parallel)
-        self.data.num_micro_batches(self.parallel, world_size)
         tokens = llava.vision.num_image_tokens
         if self.model.seq_length not in (None, tokens):
             raise ValueError(

@@ -1,0 +1,174 @@
+"""Training state on disk: weights, optimizer, iteration and position in the data, in megatron.core's torch_dist format.
+
+No random state: a step draws no random number (every dropout is 0), and the data's own lies in its position.
+The learning rate follows from the iteration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_patch.config import Config
+from megatron_patch.model.llava import LlavaModel
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    iteration: int = 0
+    """Iterations done."""
+    consumed_samples: int = 0
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run in `folder`, None when there is none yet.
+
+    Raises ValueError when the tracker file names no checkpoint that exists.
+    """
+    tracker = folder / TRACKER
+    if not tracker.exists():
+        return None
+    text = tracker.read_text().strip()
+    target = folder / f"iter_{int(text):07d}" if text.isdecimal() else None
+    if target is None or not (target / "metadata.json").exists():
+        raise ValueError(
+            f"{tracker}: names iteration {text!r}, of which there is no checkpoint; "
+            f"write the number of an existing iter_ folder into it, or remove it to start anew"
+        )
+    return target
+
+
+def save(
+    config: Config, model: LlavaModel, optimizer: MegatronOptimizer, progress: Progress, position: Any | None
+) -> Path:
+    """Write a checkpoint of all ranks together; the tracker names it only when it is whole.
+
+    `position`: this data-parallel rank's place in the data, given by exactly one rank of each (None: by another one).
+    """
+    folder = config.checkpoint.folder
+    target = folder / f"iter_{progress.iteration:07d}"
+    partial = folder / f"{target.name}.partial"
+    _on_rank_0(lambda: _make_empty(partial))
+    model_state = model.sharded_state_dict(metadata=_metadata())
+    dist_checkpointing.save(
+        {
+            "model": model_state,
+            "optimizer": optimizer.sharded_state_dict(model_state, metadata=_metadata()),
+            "progress": dataclasses.asdict(progress),
+        },
+        str(partial),
+    )
+    if position is not None:
+        torch.save(position, _position_file(partial))
+    dist.barrier()
+    _on_rank_0(lambda: _publish(config, partial, target))
+    return target
+
+
+def load(config: Config, checkpoint: Path, model: LlavaModel, optimizer: MegatronOptimizer) -> Progress:
+    """Restore weights and optimizer from a checkpoint that `save` wrote, at any parallel sizes."""
+    _check_same_optimizer(config, checkpoint)
+    model_state = model.sharded_state_dict(metadata=_metadata())
+    state = dist_checkpointing.load(
+        {
+            "model": model_state,
+            "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_metadata()),
+        },
+        str(checkpoint),
+        strict=StrictHandling.RAISE_UNEXPECTED,
+    )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return Progress(**state["progress"])
+
+
+def load_position(checkpoint: Path) -> Any:
+    """This data-parallel rank's place in the data."""
+    path = _position_file(checkpoint)
+    if not path.exists():
+        raise ValueError(
+            f"{path}: missing; the run was saved with fewer data-parallel ranks, and the data cannot be continued "
+            f"exactly; start with the same number of processes and the same parallel sizes"
+        )
+    # Energon's state is made of its own classes; the file was written by `save`, beside the weights.
+    return torch.load(path, weights_only=False)
+
+
+def _metadata() -> dict[str, Any]:
+    """How the optimizer is stored: so that it can be loaded at any parallel sizes."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _position_file(checkpoint: Path) -> Path:
+    return checkpoint / f"data_position_{parallel_state.get_data_parallel_rank():03d}.pt"
+
+
+def _check_same_optimizer(config: Config, checkpoint: Path) -> None:
+    saved = json.loads((checkpoint / "config.json").read_text())["parallel"]["use_distributed_optimizer"]
+    if saved != config.parallel.use_distributed_optimizer:
+        raise ValueError(
+            f"{checkpoint}: saved with --use-distributed-optimizer {str(saved).lower()}, which keeps other states; "
+            f"resume with the same"
+        )
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _publish(config: Config, partial: Path, target: Path) -> None:
+    """Data, folder, rename, folder, tracker: each on the disk before the next."""
+    (partial / "config.json").write_text(json.dumps(dataclasses.asdict(config), default=str, indent=2))
+    for file in partial.iterdir():
+        _sync(file)
+    _sync(partial)
+    # What lies there is not named by the tracker: a run was killed between this rename and the tracker's.
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    _sync(target.parent)
+    temporary = target.parent / f"{TRACKER}.partial"
+    temporary.write_text(str(int(target.name.removeprefix("iter_"))))
+    _sync(temporary)
+    temporary.rename(target.parent / TRACKER)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _on_rank_0(action: Callable[[], None]) -> None:
+    """Do something to files once; the others wait, and fail with it."""
+    error = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as caught:
+            error = [caught]
+    dist.broadcast_object_list(error, src=0)
+    if error[0] is not None:
+        raise error[0]

@@ -1,0 +1,106 @@
+"""From one command to its processes: check everything that can be checked, then hand over to torchrun.
+
+What can be known from the arguments and from config.json is answered before torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_patch.config import Config
+from megatron_patch.families.llava import read_config
+
+
+def is_worker() -> bool:
+    """Whether this process is one that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launch(config: Config, script: Path, argv: Sequence[str]) -> int:
+    """Run `script` with `argv` on every process that the configuration asks for; returns the exit code.
+
+    Raises ValueError or OSError, before anything is started, for what cannot work.
+    """
+    check_files(config)
+    config.check(read_config(config.model.description))
+    nodes, node_rank = find_nodes(config)
+    processes = processes_per_node(config, nodes)
+    micro_batches = config.data.num_micro_batches(config.parallel, nodes * processes)
+    print(
+        f"{nodes * processes} processes on {nodes} nodes: TP {config.parallel.tensor_model_parallel_size} x PP "
+        f"{config.parallel.pipeline_model_parallel_size} x DP {nodes * processes // config.parallel.model_parallel_size}"
+        f", {micro_batches} micro batches of {config.data.micro_batch_size} per iteration",
+        flush=True,
+    )
+    if nodes == 1:
+        where = ["--standalone"]
+    else:
+        where = [f"--nnodes={nodes}", f"--node-rank={node_rank}"]
+        where += [f"--master-addr={os.environ['MASTER_ADDR']}", f"--master-port={os.environ['MASTER_PORT']}"]
+    return _torchrun(config, [*where, f"--nproc-per-node={processes}", str(script), *argv])
+
+
+def check_files(config: Config) -> None:
+    """Raise FileNotFoundError for the first input folder that is not there."""
+    for flag, path in (
+        ("--pretrained-checkpoint", config.model.pretrained_checkpoint),
+        ("--model-config", config.model.model_config),
+        ("--data-path", config.data.data_path),
+        ("--valid-data-path", config.data.valid_data_path),
+    ):
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"{flag} {path}: no such folder")
+
+
+def find_nodes(config: Config) -> tuple[int, int]:
+    """Number of nodes and this one's rank: 1 and 0 for dsw; for dlc from the environment of a PyTorchJob."""
+    if config.parallel.env == "dsw":
+        return 1, 0
+    missing = [name for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ValueError(f"--env dlc: {', '.join(missing)} not in the environment; a PyTorchJob sets it; or use dsw")
+    return _number_from("WORLD_SIZE"), _number_from("RANK")
+
+
+def processes_per_node(config: Config, nodes: int) -> int:
+    """NPROC_PER_NODE, else the pod's GPUs, else the GPUs that torch sees, else one copy of the model on CPUs."""
+    for name in ("NPROC_PER_NODE", "KUBERNETES_CONTAINER_RESOURCE_GPU"):
+        if os.environ.get(name):
+            return _number_from(name)
+    import torch
+
+    return torch.cuda.device_count() or max(1, config.parallel.model_parallel_size // nodes)
+
+
+def _number_from(name: str) -> int:
+    text = os.environ[name]
+    if not text.isdecimal():
+        raise ValueError(f"environment variable {name}={text!r}: expected a whole number")
+    return int(text)
+
+
+def _torchrun(config: Config, arguments: list[str]) -> int:
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    processes = int(next(a for a in arguments if a.startswith("--nproc-per-node=")).split("=")[1])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the line below says it in one
+    try:
+        main(arguments)
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        how = (
+            f"signal {signal.Signals(-failure.exitcode).name}"
+            if failure.exitcode < 0
+            else f"exit code {failure.exitcode}"
+        )
+        print(f"error: rank {rank} ended with {how}; see {config.checkpoint.output / 'log'}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,138 @@
+"""A whole training run on one page."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.energon import SavableDataLoader
+
+from megatron_patch import parallel
+from megatron_patch.checkpoint import resume
+from megatron_patch.checkpoint.companions import copy_companions
+from megatron_patch.checkpoint.convert import load_rank
+from megatron_patch.checkpoint.resume import Progress
+from megatron_patch.config import Config, Llava
+from megatron_patch.data.loader import restore_position, save_position, train_loader, valid_loader
+from megatron_patch.families.llava import read_config
+from megatron_patch.families.transformer_engine import to_transformer_engine_name
+from megatron_patch.model.llava import LlavaModel
+from megatron_patch.model.specs import uses_transformer_engine
+from megatron_patch.training.metrics import Metrics, logger
+from megatron_patch.training.optimizer import build_optimizer, build_scheduler, wrap
+from megatron_patch.training.step import Totals, batch_runner, train_step
+
+
+def train(config: Config) -> Progress:
+    """Train on this process and the others that torchrun started, from the beginning or from the last checkpoint."""
+    llava = read_config(config.model.description)
+    model, wrapped, optimizer, progress, checkpoint = start_or_resume(config, llava)
+    scheduler = build_scheduler(optimizer, config, progress.iteration)
+    loader, batches = open_data(config, llava, checkpoint)
+    run_batch = batch_runner(config)
+    metrics = Metrics(config, first_iteration=progress.iteration + 1, is_writer=dist.get_rank() == 0)
+
+    for iteration in range(progress.iteration + 1, config.training.train_iters + 1):
+        scheduler.step(1)
+        step = train_step(wrapped, optimizer, batches, run_batch)
+        progress = Progress(iteration, progress.consumed_samples + step.totals.num_samples)
+        metrics.log(iteration, step, optimizer.param_groups[0]["lr"], progress.consumed_samples)
+
+        if config.data.valid_data_path and is_due(iteration, config.training.eval_interval, config):
+            metrics.log_validation(iteration, validate(config, llava, wrapped, run_batch))
+        if is_due(iteration, config.checkpoint.save_interval, config):
+            metrics.flush()
+            position = save_position(loader) if writes_position() else None
+            logger.info(f"saved {resume.save(config, model, optimizer, progress, position)}")
+    metrics.flush()
+    return progress
+
+
+def start_or_resume(
+    config: Config, llava: Llava
+) -> tuple[LlavaModel, DistributedDataParallel, MegatronOptimizer, Progress, Path | None]:
+    """Model and optimizer with the weights of the run's last checkpoint, or of the pretrained one, or new ones."""
+    checkpoint = resume.latest(config.checkpoint.folder)
+    model = LlavaModel(
+        config,
+        llava,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    ).to(parallel.device())
+    if checkpoint is None and config.model.pretrained_checkpoint is not None:
+        load_pretrained(config, llava, model)
+        logger.info(f"loaded the weights of {config.model.pretrained_checkpoint}")
+    # After the weights: the optimizer takes its fp32 copies of them when it is built.
+    wrapped = wrap(model, config)
+    optimizer = build_optimizer(wrapped, config)
+    progress = Progress()
+    if checkpoint is not None:
+        progress = resume.load(config, checkpoint, model, optimizer)
+        logger.info(f"resumed from {checkpoint} at iteration {progress.iteration}")
+    if dist.get_rank() == 0:
+        copy_companions(config.model.description, config.checkpoint.folder)
+    return model, wrapped, optimizer, progress, checkpoint
+
+
+def load_pretrained(config: Config, llava: Llava, model: LlavaModel) -> None:
+    """Put this rank's part of the pretrained checkpoint, saved at any TP and PP, into the model."""
+    weights = load_rank(
+        config.model.pretrained_checkpoint,
+        llava,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=config.parallel.tensor_model_parallel_size,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=config.parallel.pipeline_model_parallel_size,
+    )
+    if uses_transformer_engine(config.model):
+        weights = {to_transformer_engine_name(name): tensor for name, tensor in weights.items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
+    if wrong:
+        raise ValueError(f"{config.model.pretrained_checkpoint}: {wrong[0]} and {len(wrong) - 1} more do not match")
+
+
+def open_data(config: Config, llava: Llava, checkpoint: Path | None) -> tuple[SavableDataLoader | None, Iterator]:
+    """The training data from where `checkpoint` left it, on the ranks that read."""
+    if not reads_data():
+        return None, itertools.repeat(None)
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    loader = train_loader(config, llava, rank=rank, world_size=size)
+    if checkpoint is not None:
+        restore_position(loader, resume.load_position(checkpoint))
+    return loader, iter(loader)
+
+
+def validate(config: Config, llava: Llava, model: DistributedDataParallel, run_batch: Callable[..., Totals]) -> Totals:
+    """The loss on the first samples of the val split: every validation sees the same."""
+    batches = itertools.repeat(None)
+    if reads_data():
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        batches = iter(valid_loader(config, llava, rank=rank, world_size=size))
+    model.eval()
+    with torch.no_grad():
+        totals = [run_batch(model, batches, forward_only=True) for _ in range(config.training.eval_iters)]
+    model.train()
+    return Totals.mean(totals)
+
+
+def is_due(iteration: int, interval: int, config: Config) -> bool:
+    """Whether something that happens every `interval` iterations, and at the end, happens after this one."""
+    return iteration % interval == 0 or iteration == config.training.train_iters
+
+
+def reads_data() -> bool:
+    """Whether this rank reads samples: one of each tensor-parallel group, on the stages that need text or labels."""
+    at_an_end = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+    return at_an_end and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def writes_position() -> bool:
+    """Whether this rank saves the place in the data of its data-parallel rank."""
+    return reads_data() and parallel_state.is_pipeline_first_stage()

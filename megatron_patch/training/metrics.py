@@ -1,0 +1,108 @@
+"""What a run shows: a line for people, scalars for TensorBoard."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_patch.config import Config
+from megatron_patch.training.step import Step, Totals
+
+logger = logging.getLogger("megatron_patch")
+
+
+class Metrics:
+    """Rank 0's log and TensorBoard; on other ranks it does nothing.
+
+    Scalars carry Megatron-LM's names. `first_iteration` is the first that this process computes: points that a killed
+    run wrote at or behind it are dropped, so that a resumed curve has no double points.
+    """
+
+    def __init__(self, config: Config, first_iteration: int, is_writer: bool) -> None:
+        self.config = config
+        self.is_writer = is_writer
+        self.steps: list[Step] = []
+        self.first_iteration = first_iteration
+        self.start = time.monotonic()
+        if is_writer:
+            self.board = SummaryWriter(config.checkpoint.output / "tensorboard", purge_step=first_iteration)
+
+    def log(self, iteration: int, step: Step, learning_rate: float, consumed_samples: int) -> None:
+        """Record an iteration (counted from 1) and, at the end of an interval, print its line."""
+        if not self.is_writer:
+            return
+        for name, value in {
+            "lm loss": step.totals.loss,
+            "learning-rate": learning_rate,
+            "grad-norm": step.grad_norm,
+            "batch-size": step.totals.num_samples,
+            "iteration-time": step.seconds,
+            "samples-per-second": step.totals.num_samples / step.seconds,
+            "tokens-per-second": step.totals.num_tokens / step.seconds,
+            "consumed-samples": consumed_samples,
+        }.items():
+            self.board.add_scalar(name, value, iteration)
+        self.steps.append(step)
+        last = self.config.training.train_iters
+        if iteration % self.config.training.log_interval == 0 or iteration == last:
+            logger.info(self._line(iteration, learning_rate, consumed_samples))
+            self.steps.clear()
+
+    def log_validation(self, iteration: int, totals: Totals) -> None:
+        """Record a validation after `iteration`."""
+        if not self.is_writer:
+            return
+        perplexity = math.exp(min(totals.loss, 20))
+        self.board.add_scalar("lm loss validation", totals.loss, iteration)
+        self.board.add_scalar("lm loss validation ppl", perplexity, iteration)
+        logger.info(
+            f"validation at iteration {iteration} | lm loss: {totals.loss:.6f} | ppl: {perplexity:.4f} | "
+            f"{totals.num_samples} samples"
+        )
+
+    def flush(self) -> None:
+        """Write what is buffered: before a checkpoint, so that the curve up to it survives a kill."""
+        if self.is_writer:
+            self.board.flush()
+
+    def _line(self, iteration: int, learning_rate: float, consumed_samples: int) -> str:
+        totals = Totals.mean([step.totals for step in self.steps])
+        seconds = sum(step.seconds for step in self.steps)
+        left = self.config.training.train_iters - iteration
+        pace = (time.monotonic() - self.start) / (iteration - self.first_iteration + 1)
+        return " | ".join(
+            (
+                f"iteration {iteration:8d}/{self.config.training.train_iters:8d}",
+                f"lm loss: {totals.loss:.6f}",
+                f"learning rate: {learning_rate:.6E}",
+                f"grad norm: {self.steps[-1].grad_norm:.4f}",
+                f"time per iteration (ms): {1000 * seconds / len(self.steps):.1f}",
+                f"samples/s: {totals.num_samples / seconds:.1f}",
+                f"tokens/s: {totals.num_tokens / seconds:.1f}",
+                f"consumed samples: {consumed_samples}",
+                f"time left: {timedelta(seconds=round(left * pace))}",
+            )
+        )
+
+
+def start_log(folder: Path, rank: int) -> None:
+    """Send every rank's messages to `folder`/rank_XXX.log, and rank 0's to the terminal too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank_{rank:03d}.log")]
+    if rank == 0:
+        handlers.append(logging.StreamHandler(sys.stdout))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = handlers
+    # Other libraries' remarks go to the rank's file alone.
+    logging.getLogger().handlers = handlers[:1]
+    logging.captureWarnings(True)

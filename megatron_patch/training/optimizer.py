@@ -1,0 +1,70 @@
+"""The model wrapped for data parallelism, its optimizer and its learning rate, as megatron.core has them."""
+
+from __future__ import annotations
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from megatron_patch.config import Config
+from megatron_patch.model.llava import LlavaModel
+
+
+def wrap(model: LlavaModel, config: Config) -> DistributedDataParallel:
+    """The model in its precision, its gradients in fp32 and reduced over the data-parallel ranks."""
+    module = Float16Module(model.config, model) if model.config.bf16 else model
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.use_distributed_optimizer
+    )
+    return DistributedDataParallel(model.config, ddp_config, module)
+
+
+def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronOptimizer:
+    """Adam with decoupled weight decay, its states in fp32 and, where asked for, cut over the data-parallel ranks."""
+    settings = config.optimizer
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            bf16=model.config.bf16,
+            params_dtype=model.config.params_dtype,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        ),
+        [model],
+    )
+    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def build_scheduler(optimizer: MegatronOptimizer, config: Config, iteration: int) -> OptimizerParamScheduler:
+    """The learning rate after `iteration` iterations; `step(1)` before each further one.
+
+    Iteration i of n (from 1) has the rate of step i: a linear warmup, then a cosine that is at its lowest at n.
+    Always follows the present settings, also when an optimizer was restored that was saved under others.
+    """
+    settings = config.optimizer
+    for group in optimizer.param_groups:
+        group["max_lr"], group["min_lr"] = settings.lr, settings.min_lr
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters,
+        lr_decay_steps=config.training.train_iters,
+        lr_decay_style="cosine",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=config.training.train_iters,
+        wd_incr_style="constant",
+    )
+    scheduler.step(iteration)
+    return scheduler

@@ -1,0 +1,150 @@
+"""One training step: a global batch through megatron.core's schedule, then the optimizer."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_patch import parallel
+from megatron_patch.config import Config
+from megatron_patch.data.image import normalize, read_image_settings
+from megatron_patch.data.task_encoder import Batch
+
+Schedule = Callable[..., list[dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What one global batch gave, over all ranks and micro batches."""
+
+    loss: float
+    """Sum of the learned tokens' losses / their number."""
+
+    num_labels: int
+    num_samples: int
+    num_tokens: int
+    """Positions up to the last learned one of every sample: the padding behind it is not counted."""
+
+    @staticmethod
+    def mean(totals: list[Totals]) -> Totals:
+        """Several global batches as one."""
+        num_labels = sum(total.num_labels for total in totals)
+        return Totals(
+            loss=sum(total.loss * total.num_labels for total in totals) / max(num_labels, 1),
+            num_labels=num_labels,
+            num_samples=sum(total.num_samples for total in totals),
+            num_tokens=sum(total.num_tokens for total in totals),
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step reports."""
+
+    totals: Totals
+    grad_norm: float
+    seconds: float
+
+
+def train_step(
+    model: DistributedDataParallel, optimizer: MegatronOptimizer, batches: Iterator[Batch], run: Callable[..., Totals]
+) -> Step:
+    """Compute one global batch's gradients and let the optimizer step.
+
+    `run` is what `batch_runner` made. Raises FloatingPointError when the loss or the gradients are no numbers; the
+    weights of this step must not be saved then.
+    """
+    start = time.perf_counter()
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    totals = run(model, batches, forward_only=False)
+    if not math.isfinite(totals.loss):
+        raise FloatingPointError(f"the loss is {totals.loss}; expected a number")
+    _, grad_norm, _ = optimizer.step()
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError(f"the gradients' norm is {grad_norm}; expected a number")
+    return Step(totals=totals, grad_norm=grad_norm, seconds=time.perf_counter() - start)
+
+
+def batch_runner(config: Config) -> Callable[..., Totals]:
+    """A function (model, batches, forward_only) -> Totals that takes one global batch through the pipeline."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.model.precision]
+    num_micro_batches = config.data.num_micro_batches(config.parallel, dist.get_world_size())
+    image = read_image_settings(config.model.description)
+    schedule: Schedule = get_forward_backward_func()
+
+    def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, Callable]:
+        batch = _next_batch(batches)
+        input_ids = pixel_values = labels = None
+        if parallel_state.is_pipeline_first_stage():
+            input_ids = batch.input_ids.to(parallel.device(), non_blocking=True)
+            pixels = batch.pixels.to(parallel.device(), non_blocking=True)
+            pixel_values = normalize(pixels, image.mean, image.std, dtype)  # [n, 3, h, w]
+        if parallel_state.is_pipeline_last_stage():
+            labels = batch.labels.to(parallel.device(), non_blocking=True)
+        output = model(input_ids, pixel_values, labels)
+        return output, functools.partial(_sum_losses, batch)
+
+    def run(model: DistributedDataParallel, batches: Iterator[Batch], forward_only: bool) -> Totals:
+        reports = schedule(
+            forward_step_func=forward_step,
+            data_iterator=batches,
+            model=model,
+            num_microbatches=num_micro_batches,
+            seq_length=config.model.decoder_seq_length,
+            micro_batch_size=config.data.micro_batch_size,
+            forward_only=forward_only,
+        )
+        return _total(reports)
+
+    return run
+
+
+def _next_batch(batches: Iterator[Batch]) -> Batch | None:
+    """The next micro batch, read by tensor-parallel rank 0 and handed to the others. Stages in between need none."""
+    if not (parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()):
+        return None
+    group = parallel_state.get_tensor_model_parallel_group()
+    box = [next(batches) if group.rank() == 0 else None]
+    if group.size() > 1:
+        dist.broadcast_object_list(box, group=group, group_src=0, device=parallel.device())
+    return box[0]
+
+
+def _sum_losses(batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """megatron.core's loss function on the last stage: (sum, number of learned tokens, what is reported)."""
+    total = losses.sum()
+    is_label = batch.labels != -100  # [b, s]
+    length = is_label.shape[1]
+    padding = is_label.flip(1).int().argmax(dim=1)  # [b], positions behind the last label
+    counts = [losses.numel(), is_label.shape[0], int((length - padding).sum())]
+    report = torch.tensor(counts, dtype=torch.float64, device=losses.device)
+    return total, report[0].int(), {"totals": torch.cat([total.detach().double().view(1), report])}
+
+
+def _total(reports: list[dict[str, Tensor]]) -> Totals:
+    """Add up what the last stages' reports say, on every rank."""
+    totals = torch.zeros(4, dtype=torch.float64, device=parallel.device())
+    # Tensor-parallel ranks hold the same report: one of them speaks.
+    if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
+        for report in reports:
+            totals += report["totals"]
+    dist.all_reduce(totals)
+    loss, num_labels, num_samples, num_tokens = totals.tolist()
+    return Totals(
+        loss=loss / max(num_labels, 1),
+        num_labels=int(num_labels),
+        num_samples=int(num_samples),
+        num_tokens=int(num_tokens),
+    )

@@ -1,0 +1,27 @@
+"""One process of a training run, from its start to its exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from megatron_patch import parallel
+from megatron_patch.config import Config
+from megatron_patch.training.loop import train
+from megatron_patch.training.metrics import start_log
+
+
+def run(config: Config) -> int:
+    """Train and return the exit code. What a user can mend is one line on stderr, its traceback in the rank's log."""
+    rank = int(os.environ["RANK"])
+    start_log(config.checkpoint.output / "log", rank)
+    try:
+        parallel.start(config.parallel, config.training.seed, config.training.distributed_timeout_minutes)
+        train(config)
+        parallel.stop()
+    except (ValueError, OSError, FloatingPointError) as error:
+        logging.getLogger().error("stopped", exc_info=True)
+        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
