@@ -1,4 +1,4 @@
-"""What lies beside the weights: config, tokenizer, processor, and the tensors that the network does not use.
+"""What lies beside the weights: tracker, config, tokenizer, processor, and the tensors that the network does not use.
 
 A Megatron-Core checkpoint of ours is a Hugging Face LLaVA's folder with other weights, so that transformers opens its
 config and processor, and everything that the way back needs is there.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from megatron_patch.config import LanguageModel, Llava, VisionModel
 from megatron_patch.families.llava import LANGUAGE_FAMILIES, VISION_FAMILIES, vision_config
 
+TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -52,6 +54,24 @@ def copy_companions(source: Path, target: Path, names: tuple[str, ...] = FILES) 
                 aside.unlink(missing_ok=True)
 
 
+def checkpoint_folder(folder: Path) -> Path:
+    """The folder of the iteration (or release) that `folder`'s tracker file names.
+
+    Raises FileNotFoundError or ValueError, one line, for a tracker that is missing, empty, garbage or points nowhere.
+    """
+    folder = Path(folder)
+    tracker = folder / TRACKER
+    if not tracker.is_file():
+        raise FileNotFoundError(f"{tracker}: missing; expected the folder of a Megatron-Core checkpoint")
+    text = tracker.read_text(errors="replace").strip()
+    if text != "release" and not re.fullmatch(r"[0-9]{1,12}", text):
+        raise ValueError(f"{tracker}: holds {text[:40]!r}; expected an iteration's number, 0 or more, or release")
+    target = folder / (text if text == "release" else f"iter_{int(text):07d}")
+    if not target.is_dir():
+        raise FileNotFoundError(f"{target}: missing, though {TRACKER} names {text}; copy the checkpoint again")
+    return target
+
+
 def read_json(folder: Path, name: str = CONFIG) -> dict[str, Any]:
     """A json file that holds an object. Raises FileNotFoundError or ValueError, one line that names the file."""
     path = Path(folder) / name
@@ -74,7 +94,7 @@ def write_json(folder: Path, name: str, content: dict[str, Any]) -> None:
 
 
 def llava_config(text: dict[str, Any], tower: dict[str, Any], image_token_index: int) -> dict[str, Any]:
-    """A LlavaConfig of a language model's and a tower's (or a whole CLIPModel's) config.json, which stay as they are."""
+    """A LlavaConfig of a language model's and a tower's (or a whole CLIPModel's) config.json, kept as they are."""
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",

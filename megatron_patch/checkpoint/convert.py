@@ -6,6 +6,7 @@ for. So no model is ever whole in memory.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_patch.checkpoint import mp_rank
+from megatron_patch.checkpoint.companions import TRACKER, checkpoint_folder
 from megatron_patch.checkpoint.mp_rank import MpRankReader
 from megatron_patch.checkpoint.reader import Reader
 from megatron_patch.checkpoint.torch_dist import TorchDistReader
@@ -23,7 +25,6 @@ from megatron_patch.families.family import Weight
 from megatron_patch.families.layout import hf_shapes, merge, pad_vocab, shard, split
 from megatron_patch.families.llava import rows as llava_rows
 
-TRACKER = "latest_checkpointed_iteration.txt"
 LANGUAGE_LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)(\..*)")
 
 
@@ -97,6 +98,27 @@ def cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
     return result
 
 
+def new_projector(rows: Iterable[Weight], seed: int) -> dict[str, Tensor]:
+    """fp32 weights for linear layers that no source has, as torch.nn.Linear (and so LLaVA) draws them.
+
+    `rows`: weights and biases, each bias after its weight. Hugging Face's names; the same for the same seed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for weight in rows:
+        (name,) = weight.hf
+        fan_in = weight.shape[1] if name.endswith(".weight") else tensors[name.removesuffix("bias") + "weight"].shape[1]
+        bound = fan_in**-0.5
+        tensors[name] = torch.empty(weight.shape).uniform_(-bound, bound, generator=generator)
+    return tensors
+
+
+def append_mean_rows(table: Tensor, num_rows: int) -> Tensor:
+    """`table` [n, h] with its mean row (computed in fp32) repeated up to `num_rows` rows."""
+    mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
+    return torch.cat([table, mean.expand(num_rows - table.shape[0], -1)])
+
+
 def check_mcore(rows: Iterable[Weight], mcore: Reader) -> None:
     """Raise ValueError unless `mcore` holds exactly the table's tensors, in the shapes that the config gives."""
     check_coverage({weight.mcore: weight.shape for weight in rows}, mcore)
@@ -112,14 +134,14 @@ def check_coverage(expected: dict[str, tuple[int, ...]], reader: Reader, also: S
     extra = [name for name in reader if name not in known]
     if extra:
         raise ValueError(
-            f"{reader.source}: {_some(extra)} not in the table of this model; nothing is dropped silently: "
-            "check that config.json and weights belong together"
+            f"{reader.source_of(extra[0])}: {_some(extra)} not in the table of this model, and nothing is dropped "
+            "silently; check that config.json and weights belong together"
         )
     for name, shape in expected.items():
         found = reader.shape(name)
         if found != shape:
             raise ValueError(
-                f"{reader.source}: {name} has shape {list(found)}, by config.json {list(shape)} is expected; "
+                f"{reader.source_of(name)}: {name} has shape {list(found)}, by config.json {list(shape)} is expected; "
                 "check that config.json and weights belong together"
             )
 
@@ -176,24 +198,6 @@ def rank_tensors(mcore: Reader, llava: Llava, stage: Stage, tp_rank: int, tp_siz
         yield name, shard(weight, whole, tp_size)[tp_rank].clone(memory_format=torch.contiguous_format)
 
 
-def checkpoint_folder(folder: Path) -> Path:
-    """The folder of the iteration (or release) that `folder`'s tracker file names.
-
-    Raises FileNotFoundError or ValueError, one line, for a tracker that is missing, empty, garbage or points nowhere.
-    """
-    folder = Path(folder)
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        raise FileNotFoundError(f"{tracker}: missing; expected the folder of a Megatron-Core checkpoint")
-    text = tracker.read_text(errors="replace").strip()
-    if text != "release" and not re.fullmatch(r"[0-9]{1,12}", text):
-        raise ValueError(f"{tracker}: holds {text[:40]!r}; expected an iteration's number, 0 or more, or release")
-    target = folder / (text if text == "release" else f"iter_{int(text):07d}")
-    if not target.is_dir():
-        raise FileNotFoundError(f"{target}: missing, though {TRACKER} names {text}; copy the checkpoint again")
-    return target
-
-
 def open_mcore(folder: Path, llava: Llava) -> Reader:
     """A Megatron-Core checkpoint's whole, unpadded state dict, lazily: shards or torch_dist, at any saved TP and PP.
 
@@ -245,6 +249,17 @@ def write_shards(
             sizes = {"tensor_model_parallel_size": tp_size, "pipeline_model_parallel_size": pp_size}
             mp_rank.write_rank(folder / "release", name, model, {**args, **sizes})
     (folder / TRACKER).write_text("release\n")
+
+
+def num_bytes_written(llava: Llava, tp_size: int, dtype: torch.dtype) -> int:
+    """Size of all tensors that `write_shards` writes: replicated ones once per tensor-parallel rank."""
+    count = 0
+    for weight in llava_rows(llava):
+        rows, *rest = weight.shape
+        if weight.layout == "vocab":
+            rows = llava.language.padded_vocab_size(tp_size)
+        count += math.prod((rows, *rest)) * (tp_size if weight.axis is None else 1)
+    return count * dtype.itemsize
 
 
 def _some(names: Sequence[str]) -> str:

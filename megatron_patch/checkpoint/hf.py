@@ -98,12 +98,18 @@ class HfWriter:
 
     def _write_shard(self) -> None:
         self.shards.append(list(self.pending))
-        save_file(self.pending, self._unnamed(len(self.shards)), metadata={"format": "pt"})
+        save_tensors(self.pending, self._unnamed(len(self.shards)))
         self.pending = {}
         self.pending_size = 0
 
     def _unnamed(self, number: int) -> Path:
         return self.folder / f"model-{number:05d}.safetensors.partial"
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that whoever may read its folder may read; safetensors itself lets only the owner."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 class _SafetensorsFile:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 
@@ -19,6 +21,10 @@ class Reader(Mapping[str, Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it where the store can tell."""
         return tuple(self[name].shape)
+
+    def source_of(self, name: str) -> str:
+        """Where one tensor lies, for messages."""
+        return self.source
 
 
 class InMemory(Reader):
@@ -62,6 +68,9 @@ class Joined(Reader):
     def shape(self, name: str) -> tuple[int, ...]:
         return self.owner[name].shape(name)
 
+    def source_of(self, name: str) -> str:
+        return self.owner[name].source
+
 
 def existing_file(folder: Path, name: str, what: str) -> Path:
     """`folder`/`name`, or FileNotFoundError that says what is missing."""
@@ -82,3 +91,11 @@ def load_tensors(path: Path) -> dict:
             f"{path}: not a file of tensors and plain values ({reason}); expected one that "
             "torch.load(weights_only=True) reads"
         ) from error
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a small safetensors file. Raises ValueError, one line, for a damaged one."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); copy it again") from None

@@ -1,0 +1,83 @@
+"""A folder that is either whole or not there: built aside, locked, on the disk, then renamed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_target(target: Path) -> None:
+    """Raise ValueError when `target` is anything but an empty or a new folder: nothing is overwritten."""
+    target = Path(target)
+    if target.is_dir():
+        if any(target.iterdir()):
+            raise ValueError(f"{target}: is not empty; give a new folder, or remove what is there")
+    elif target.exists() or target.is_symlink():
+        raise ValueError(f"{target}: is not a folder; give a new folder")
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to write into, renamed to `target` at the end. After an error nothing is left of it.
+
+    Raises ValueError when `target` is not empty or another process is writing it. What a killed one left is removed.
+    """
+    target = Path(target)
+    check_target(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.partial"
+    lock = _lock(partial, target)
+    try:
+        for leftover in partial.iterdir():
+            _remove(leftover)
+        yield partial
+        check_target(target)
+        _sync_tree(partial)
+        os.rename(partial, target)  # takes the place of an empty folder
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _lock(partial: Path, target: Path) -> int:
+    """Make `partial` this process's own. The lock is on the folder itself, so that it goes away with it."""
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its last owner may have renamed or removed it between our opening and our locking it.
+        if not partial.exists() or not os.path.samestat(os.stat(partial), os.fstat(lock)):
+            raise BlockingIOError
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"{target}: another process is writing it; wait for that, or give another folder") from None
+    return lock
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root) / name)
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

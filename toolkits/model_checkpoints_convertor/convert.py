@@ -1,0 +1,288 @@
+"""Convert LLaVA between Hugging Face and Megatron-Core: `python convert.py --help`.
+
+What can be known from the arguments and the json files is checked first, and torch is imported after that: a mistake is
+answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tqdm import tqdm
+
+from megatron_patch.arguments import parse
+from megatron_patch.checkpoint import companions
+from megatron_patch.checkpoint.output import check_target, written_aside
+from megatron_patch.config import Llava, Parallel, Precision, PromptFormat
+from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model, parts
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from megatron_patch.checkpoint.reader import Reader
+
+T = TypeVar("T")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """Convert LLaVA between Hugging Face and Megatron-Core."""
+
+    model_size: str = "auto"
+    """Size of the language model, such as 7B, checked against its config.json; auto: not checked."""
+
+    source_llm_ckpt_path: Path
+    """Hugging Face folder of a Mistral or Llama; with --mg2hf true a Megatron-Core checkpoint, shards or torch_dist."""
+
+    source_clip_ckpt_path: Path | None = None
+    """Hugging Face folder of a CLIP (whole, or its vision half). With --mg2hf true only where the checkpoint lacks the
+    tower's unused last layer."""
+
+    target_ckpt_path: Path
+    """Folder for the result: new or empty. It appears when it is whole."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share every layer of the shards written. A checkpoint is read at any size."""
+
+    pipeline_model_parallel_size: int = 1
+    """Stages that share the layers of the shards written."""
+
+    mg2hf: bool = False
+    """Direction; false: Hugging Face to Megatron-Core, true: Megatron-Core to Hugging Face."""
+
+    precision: Precision = "bf16"
+    """Type of the weights written."""
+
+    hf_ckpt_path: Path | None = None
+    """With --mg2hf true: a LLaVA's folder, for the config.json and tokenizer that the checkpoint does not carry."""
+
+    prompt_format: PromptFormat = "auto"
+    """Chat template that is written beside the weights; auto: the language model family's own, or the one there is."""
+
+    seed: int = 1234
+    """Seed of the new projector's weights."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in DTYPES:
+            raise ValueError(f"--precision {self.precision}: weights are kept as bf16, fp16 or fp32; use one of these")
+        if not self.mg2hf and self.source_clip_ckpt_path is None:
+            raise ValueError("--source-clip-ckpt-path none: a CLIP's folder is needed with --mg2hf false")
+
+    @property
+    def parallel(self) -> Parallel:
+        """The cut of the shards written."""
+        return Parallel(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one conversion. Returns the exit code; a mistake is one line on stderr."""
+    conversion = parse(Conversion, sys.argv[1:] if argv is None else argv)
+    try:
+        if conversion.mg2hf:
+            export_hf(conversion)
+        else:
+            import_hf(conversion)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def import_hf(conversion: Conversion) -> None:
+    """Hugging Face's language model and CLIP -> Megatron-Core shards with a new projector."""
+    text = companions.read_json(conversion.source_llm_ckpt_path)
+    tower = companions.read_json(conversion.source_clip_ckpt_path)
+    # The image token's id is known once the tokenizer has it; nothing that is checked here depends on it.
+    llava = Llava(
+        language=_described(describe_language_model, text, conversion.source_llm_ckpt_path),
+        vision=_described(describe_vision_model, tower, conversion.source_clip_ckpt_path),
+        image_token_id=0,
+    )
+    llava.check_model_size(conversion.model_size)
+    llava.check_parallel(conversion.parallel)
+    check_target(conversion.target_ckpt_path)
+
+    import torch
+
+    from megatron_patch.checkpoint.convert import num_bytes_written, write_shards
+    from megatron_patch.checkpoint.hf import save_tensors
+
+    dtype = getattr(torch, DTYPES[conversion.precision])
+    mcore, unused = _open_sources(conversion, llava, dtype)
+    tp_size, pp_size = conversion.tensor_model_parallel_size, conversion.pipeline_model_parallel_size
+    with written_aside(conversion.target_ckpt_path) as folder:
+        llava = _write_companions(conversion, folder, llava, text, tower)
+        save_tensors(unused, folder / companions.UNUSED)
+        with _progress(num_bytes_written(llava, tp_size, dtype)) as bar:
+            write_shards(
+                folder,
+                mcore,
+                llava,
+                tp_size=tp_size,
+                pp_size=pp_size,
+                args=_args(conversion, llava),
+                progress=lambda tensor: bar.update(tensor.nbytes),
+            )
+    print(f"wrote {conversion.target_ckpt_path}: TP {tp_size} x PP {pp_size}, {conversion.precision}")
+
+
+def export_hf(conversion: Conversion) -> None:
+    """A Megatron-Core checkpoint -> LlavaForConditionalGeneration, as transformers 4.57 and 5 open it."""
+    checkpoint = conversion.source_llm_ckpt_path
+    companions.checkpoint_folder(checkpoint)
+    carriers = [path for path in (checkpoint, conversion.hf_ckpt_path) if path is not None]
+    carrier = next((path for path in carriers if (path / companions.CONFIG).is_file()), None)
+    if carrier is None:
+        raise FileNotFoundError(f"{checkpoint}: has no config.json; give --hf-ckpt-path, a LLaVA folder that has one")
+    config = companions.read_json(carrier)
+    llava = _described(describe, config, carrier)
+    llava.check_model_size(conversion.model_size)
+    check_target(conversion.target_ckpt_path)
+
+    import torch
+
+    from megatron_patch.checkpoint.convert import append_mean_rows, cast, open_mcore, to_hf
+    from megatron_patch.checkpoint.hf import HfWriter
+    from megatron_patch.families.llava import rows
+
+    dtype = getattr(torch, DTYPES[conversion.precision])
+    table = rows(llava)
+    weights = to_hf(table, open_mcore(checkpoint, llava), dtype)
+    unused = _unused_for_export(conversion, llava, carriers)
+    vocab_size = _exported_vocab_size(llava)
+    with written_aside(conversion.target_ckpt_path) as folder:
+        for source in reversed(carriers):
+            companions.copy_companions(source, folder)
+        (folder / companions.UNUSED).unlink(missing_ok=True)
+        config = companions.hf_config(config, llava, vocab_size, DTYPES[conversion.precision])
+        companions.write_json(folder, companions.CONFIG, config)
+        _complete_processor(folder, llava)
+        if conversion.prompt_format != "auto" or not (folder / companions.CHAT_TEMPLATE).is_file():
+            _write_chat_template(conversion, folder, llava)
+        tables = {name for weight in table if weight.layout == "vocab" for name in weight.hf}
+        writer = HfWriter(folder)
+        with _progress(sum(math.prod(weights.shape(name)) for name in weights) * dtype.itemsize) as bar:
+            for name in weights:
+                tensor = weights[name]
+                writer.add(name, append_mean_rows(tensor, vocab_size) if name in tables else tensor)
+                bar.update(tensor.nbytes)
+        for name, tensor in unused.items():
+            writer.add(name, cast(tensor, dtype, name))
+        writer.close()
+    print(f"wrote {conversion.target_ckpt_path}: LlavaForConditionalGeneration, {conversion.precision}")
+
+
+def _open_sources(conversion: Conversion, llava: Llava, dtype: torch.dtype) -> tuple[Reader, dict[str, Tensor]]:
+    """The whole megatron.core model, lazily, and the sources' tensors that it does not use."""
+    from megatron_patch.checkpoint.convert import new_projector, to_mcore
+    from megatron_patch.checkpoint.hf import HfReader
+    from megatron_patch.checkpoint.reader import InMemory, Joined
+    from megatron_patch.families.llava import rows, unused_names
+
+    language, tower, projector = parts(llava)
+    source = Joined(
+        [
+            HfReader(conversion.source_llm_ckpt_path, language.hub_name),
+            HfReader(conversion.source_clip_ckpt_path, tower.hub_name),
+            InMemory(new_projector(projector.rows(), conversion.seed), "the new projector"),
+        ]
+    )
+    unused = unused_names(llava)
+    return to_mcore(rows(llava), source, unused, dtype), {name: source[name] for name in unused}
+
+
+def _write_companions(
+    conversion: Conversion, folder: Path, llava: Llava, text: dict[str, Any], tower: dict[str, Any]
+) -> Llava:
+    """Everything beside the shards. Returns `llava` with the image token's id, which the tokenizer gives."""
+    from megatron_patch.data.tokenize import install_tokenizer
+
+    llava = dataclasses.replace(llava, image_token_id=install_tokenizer(conversion.source_llm_ckpt_path, folder))
+    config = companions.llava_config(text, tower, llava.image_token_id)
+    companions.write_json(folder, companions.CONFIG, config)
+    companions.copy_companions(conversion.source_llm_ckpt_path, folder, (companions.GENERATION_CONFIG,))
+    companions.copy_companions(conversion.source_clip_ckpt_path, folder, (companions.PREPROCESSOR,))
+    _complete_processor(folder, llava)
+    _write_chat_template(conversion, folder, llava)
+    return llava
+
+
+def _complete_processor(folder: Path, llava: Llava) -> None:
+    """Write what a processor needs and no source had."""
+    if not (folder / companions.PREPROCESSOR).is_file():
+        companions.write_json(folder, companions.PREPROCESSOR, companions.preprocessor_config(llava.vision))
+    if not (folder / companions.PROCESSOR).is_file():
+        companions.write_json(folder, companions.PROCESSOR, companions.processor_config(llava.vision))
+
+
+def _write_chat_template(conversion: Conversion, folder: Path, llava: Llava) -> None:
+    from megatron_patch.data.tokenize import chat_template, format_name
+
+    name = format_name(conversion.prompt_format, llava.language.family)
+    (folder / companions.CHAT_TEMPLATE).write_text(chat_template(name))
+
+
+def _unused_for_export(conversion: Conversion, llava: Llava, carriers: list[Path]) -> dict[str, Tensor]:
+    """The tensors that transformers' model has and megatron.core's has not: as the import kept them, or CLIP's."""
+    from megatron_patch.checkpoint.hf import HfReader
+    from megatron_patch.checkpoint.reader import load_safetensors
+    from megatron_patch.families.llava import unused_names
+
+    names = unused_names(llava)
+    path = next((path / companions.UNUSED for path in carriers if (path / companions.UNUSED).is_file()), None)
+    if path is not None:
+        kept = load_safetensors(path)
+    elif conversion.source_clip_ckpt_path is not None:
+        _, tower, _ = parts(llava)
+        kept = path = HfReader(conversion.source_clip_ckpt_path, tower.hub_name)
+    else:
+        raise FileNotFoundError(
+            f"{carriers[0] / companions.UNUSED}: missing; it holds the tower's last layer, which no training uses; "
+            "give CLIP's folder with --source-clip-ckpt-path"
+        )
+    for name in names:
+        if name not in kept:
+            raise ValueError(f"{path}: has no {name}; give another --source-clip-ckpt-path or copy it again")
+    return {name: kept[name] for name in names}
+
+
+def _exported_vocab_size(llava: Llava) -> int:
+    """Rows of the exported embedding: transformers looks the image token up before it puts the picture there."""
+    size, needed = llava.language.vocab_size, llava.image_token_id + 1
+    return size if needed <= size else math.ceil(needed / 64) * 64
+
+
+def _args(conversion: Conversion, llava: Llava) -> dict[str, Any]:
+    """What Megatron-LM keeps as `args` in a shard: plain values, so that it loads with weights_only."""
+    padded = llava.language.padded_vocab_size(conversion.tensor_model_parallel_size)
+    sizes = {**dataclasses.asdict(llava.language), "vision": dataclasses.asdict(llava.vision)}
+    return {**sizes, "padded_vocab_size": padded, "params_dtype": DTYPES[conversion.precision]}
+
+
+def _described(describe: Callable[[dict[str, Any]], T], config: dict[str, Any], folder: Path) -> T:
+    """`describe(config)`, with the file in the message when it raises."""
+    try:
+        return describe(config)
+    except KeyError as error:
+        raise ValueError(f"{folder / companions.CONFIG}: has no {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / companions.CONFIG}: {error}") from None
+
+
+def _progress(num_bytes: int) -> tqdm:
+    return tqdm(total=num_bytes, unit="B", unit_scale=True, desc="converting", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
