@@ -7,6 +7,7 @@ wrote them) is the one place that sizes are read from.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,13 @@ REQUIRED = {
     "projector_hidden_act": ("gelu",),
     "multimodal_projector_bias": (True,),
 }
+
+# The names that transformers' modules have since 4.52, turned into the hub's.
+RENAMED = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.(?=vision_tower\.|multi_modal_projector\.)", ""),
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,16 @@ def rows(llava: Llava) -> list[Weight]:
 def unused_names(llava: Llava) -> list[str]:
     """The hub's names of all tensors that are kept aside: the tower's last layer and its post-norm."""
     return [name for part in parts(llava) for name in part.unused_names()]
+
+
+def hub_name(llava: Llava, hf_name: str) -> str | None:
+    """The hub's name of a tensor in a whole LLaVA's checkpoint, whatever wrote it; None: left out on purpose."""
+    for pattern, replacement in RENAMED:
+        hf_name = re.sub(pattern, replacement, hf_name)
+    for part in parts(llava):
+        if hf_name.startswith(part.hf_prefix):
+            return part.hub_name(hf_name.removeprefix(part.hf_prefix))
+    return hf_name
 
 
 def read_config(folder: Path) -> Llava:

@@ -1,0 +1,158 @@
+"""Tables and sizes, held against transformers' own models and configs."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from itertools import chain
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from megatron_patch.checkpoint.hf import HfReader
+from megatron_patch.families import llava as families
+from megatron_patch.families.layout import hf_shapes
+from megatron_patch.families.transformer_engine import FUSED_NORMS, to_local_name, to_transformer_engine_name
+from tests.tiny import LANGUAGE_SIZES, VISION_SIZES
+
+MISTRAL = {"model_type": "mistral", **LANGUAGE_SIZES, "rope_theta": 1e6, "sliding_window": None}
+CLIP = {"model_type": "clip_vision_model", **VISION_SIZES}
+LLAVA = {"model_type": "llava", "image_token_index": 300, "text_config": MISTRAL, "vision_config": CLIP}
+
+
+def changed(config: dict, **changes) -> dict:
+    return {name: value for name, value in {**config, **changes}.items() if value != "absent"}
+
+
+def test_tables_hold_every_tensor_of_transformers_llava(tmp_path):
+    """Names and shapes, as save_pretrained writes them, are the tables' and the unused ones: no more, no less."""
+    config = LlavaConfig(
+        text_config=LlamaConfig(**LANGUAGE_SIZES), vision_config=CLIPVisionConfig(**VISION_SIZES), image_token_index=299
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    llava = families.read_config(tmp_path)
+    weights = HfReader(tmp_path, partial(families.hub_name, llava))
+    expected = {
+        name: shape for weight in families.rows(llava) for name, shape in zip(weight.hf, hf_shapes(weight), strict=True)
+    }
+    assert set(weights) == set(expected) | set(families.unused_names(llava))
+    assert not set(expected) & set(families.unused_names(llava))
+    assert {name: weights.shape(name) for name in expected} == expected
+
+
+def test_number_of_parameters_is_the_tables():
+    llava = families.describe(LLAVA)
+    (language, *_) = families.parts(llava)
+    assert llava.language.num_parameters == sum(torch.Size(row.shape).numel() for row in language.rows())
+
+
+def test_sizes_of_a_language_model():
+    sizes = families.describe_language_model(MISTRAL)
+    assert (sizes.num_layers, sizes.hidden_size, sizes.num_query_groups, sizes.kv_channels) == (4, 96, 4, 16)
+    assert (sizes.rotary_base, sizes.sliding_window, sizes.layernorm_epsilon) == (1e6, None, 1e-5)
+
+
+def test_defaults_are_hugging_faces():
+    minimal = families.describe_language_model({"model_type": "mistral"})
+    assert (minimal.sliding_window, minimal.num_query_groups, minimal.kv_channels) == (4096, 8, 128)
+    assert minimal.rotary_base == 10000.0
+    llama = families.describe_language_model({"model_type": "llama", "head_dim": None})
+    assert (llama.sliding_window, llama.num_query_groups, llama.kv_channels) == (None, 32, 128)
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_theta": 5e5}, 5e5),
+        ({"rope_theta": "absent", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),
+    ],
+    ids=["transformers 4", "transformers 5", "both"],
+)
+def test_rope_theta(rope, expected):
+    assert families.describe_language_model(changed(MISTRAL, **rope)).rotary_base == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported, only llama, mistral"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3' is not supported yet"),
+        ({"rope_parameters": {"rope_theta": 7.0}}, "disagree: 7.0 and 1000000.0"),
+    ],
+)
+def test_what_the_network_does_not_have_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        families.describe_language_model(changed(MISTRAL, **changes))
+
+
+def test_vision_half_of_a_whole_clip():
+    whole = CLIPConfig(vision_config=VISION_SIZES).to_dict()
+    sizes = families.describe_vision_model(whole)
+    assert sizes == families.describe_vision_model(CLIP)
+    assert (sizes.num_layers, sizes.num_image_tokens) == (2, 16)
+    assert families.vision_config(whole)["model_type"] == "clip_vision_model"
+
+
+def test_names_of_a_whole_clip_and_of_transformers_5():
+    _, tower, _ = families.parts(families.describe(LLAVA))
+    hub = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+    assert tower.hub_name("vision_model.encoder.layers.0.mlp.fc1.weight") == hub
+    assert tower.hub_name("encoder.layers.0.mlp.fc1.weight") == hub
+    for ignored in ("text_model.final_layer_norm.bias", "logit_scale", "visual_projection.weight"):
+        assert tower.hub_name(ignored) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "config.json: missing"),
+        ("{", "config.json: Expecting"),
+        ({"model_type": "mistral"}, "model_type is 'mistral', expected 'llava'"),
+        ({**LLAVA, "vision_feature_layer": -1}, "vision_feature_layer is -1, only -2 is supported"),
+        ({"model_type": "llava"}, "has no 'text_config'"),
+    ],
+)
+def test_unfit_config_json(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        families.read_config(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "hub"),
+    [
+        ("model.language_model.norm.weight", "language_model.model.norm.weight"),
+        ("lm_head.weight", "language_model.lm_head.weight"),
+        ("language_model.lm_head.weight", "language_model.lm_head.weight"),
+        ("model.vision_tower.post_layernorm.bias", "vision_tower.vision_model.post_layernorm.bias"),
+        ("vision_tower.vision_model.post_layernorm.bias", "vision_tower.vision_model.post_layernorm.bias"),
+        ("model.multi_modal_projector.linear_1.bias", "multi_modal_projector.linear_1.bias"),
+        ("vision_tower.vision_model.embeddings.position_ids", None),
+        ("image_newline", "image_newline"),
+    ],
+)
+def test_names_of_a_whole_llava(written, hub):
+    assert families.hub_name(families.describe(LLAVA), written) == hub
+
+
+def test_transformer_engine_names():
+    """The fused names as Transformer Engine's LayerNormLinear has them, in either direction."""
+    prefix = "language_model.decoder.layers.3"
+    fused = {
+        f"{prefix}.input_layernorm.weight": f"{prefix}.self_attention.linear_qkv.layer_norm_weight",
+        f"{prefix}.input_layernorm.bias": f"{prefix}.self_attention.linear_qkv.layer_norm_bias",
+        f"{prefix}.pre_mlp_layernorm.weight": f"{prefix}.mlp.linear_fc1.layer_norm_weight",
+        f"{prefix}.pre_mlp_layernorm.bias": f"{prefix}.mlp.linear_fc1.layer_norm_bias",
+    }
+    assert len(FUSED_NORMS) == len(fused)
+    for name in chain(fused, ["language_model.decoder.final_layernorm.weight", "vision_model.ln_pre.weight"]):
+        assert to_transformer_engine_name(name) == fused.get(name, name)
+        assert to_local_name(to_transformer_engine_name(name)) == to_local_name(name) == name
