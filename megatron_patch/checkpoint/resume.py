@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_patch.checkpoint.companions import TRACKER, checkpoint_folder
 from megatron_patch.config import Config
 from megatron_patch.model.llava import LlavaModel
 
-TRACKER = "latest_checkpointed_iteration.txt"
+CONFIG = "run_config.json"
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,21 @@ class Progress:
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run in `folder`, None when there is none yet.
 
-    Raises ValueError when the tracker file names no checkpoint that exists.
+    Raises ValueError or OSError when the tracker file names no checkpoint that a run can go on from.
     """
-    tracker = folder / TRACKER
-    if not tracker.exists():
+    if not (folder / TRACKER).exists():
         return None
-    text = tracker.read_text().strip()
-    target = folder / f"iter_{int(text):07d}" if text.isdecimal() else None
-    if target is None or not (target / "metadata.json").exists():
+    checkpoint = checkpoint_folder(folder)
+    if not (checkpoint / CONFIG).is_file():
         raise ValueError(
-            f"{tracker}: names iteration {text!r}, of which there is no checkpoint; "
-            f"write the number of an existing iter_ folder into it, or remove it to start anew"
+            f"{checkpoint}: not the checkpoint of a training run; give another output folder, "
+            f"and this one as --pretrained-checkpoint to start from its weights"
         )
-    return target
+    return checkpoint
 
 
 def save(
-    config: Config, model: LlavaModel, optimizer: MegatronOptimizer, progress: Progress, position: Any | None
+    config: Config, model: LlavaModel, optimizer: MegatronOptimizer, progress: Progress, position: bytes | None
 ) -> Path:
     """Write a checkpoint of all ranks together; the tracker names it only when it is whole.
 
@@ -75,7 +73,7 @@ def save(
         str(partial),
     )
     if position is not None:
-        torch.save(position, _position_file(partial))
+        _position_file(partial).write_bytes(position)
     dist.barrier()
     _on_rank_0(lambda: _publish(config, partial, target))
     return target
@@ -98,16 +96,15 @@ def load(config: Config, checkpoint: Path, model: LlavaModel, optimizer: Megatro
     return Progress(**state["progress"])
 
 
-def load_position(checkpoint: Path) -> Any:
-    """This data-parallel rank's place in the data."""
+def load_position(checkpoint: Path) -> bytes:
+    """This data-parallel rank's place in the data, as it was given to `save`."""
     path = _position_file(checkpoint)
     if not path.exists():
         raise ValueError(
             f"{path}: missing; the run was saved with fewer data-parallel ranks, and the data cannot be continued "
             f"exactly; start with the same number of processes and the same parallel sizes"
         )
-    # Energon's state is made of its own classes; the file was written by `save`, beside the weights.
-    return torch.load(path, weights_only=False)
+    return path.read_bytes()
 
 
 def _metadata() -> dict[str, Any]:
@@ -123,7 +120,7 @@ def _position_file(checkpoint: Path) -> Path:
 
 
 def _check_same_optimizer(config: Config, checkpoint: Path) -> None:
-    saved = json.loads((checkpoint / "config.json").read_text())["parallel"]["use_distributed_optimizer"]
+    saved = json.loads((checkpoint / CONFIG).read_text())["parallel"]["use_distributed_optimizer"]
     if saved != config.parallel.use_distributed_optimizer:
         raise ValueError(
             f"{checkpoint}: saved with --use-distributed-optimizer {str(saved).lower()}, which keeps other states; "
@@ -138,7 +135,7 @@ def _make_empty(folder: Path) -> None:
 
 def _publish(config: Config, partial: Path, target: Path) -> None:
     """Data, folder, rename, folder, tracker: each on the disk before the next."""
-    (partial / "config.json").write_text(json.dumps(dataclasses.asdict(config), default=str, indent=2))
+    (partial / CONFIG).write_text(json.dumps(dataclasses.asdict(config), default=str, indent=2))
     for file in partial.iterdir():
         _sync(file)
     _sync(partial)

@@ -1,12 +1,13 @@
 """Repairs of megatron.core 0.16.1, made while it is imported, so that no other file knows about them.
 
 `no_cuda` holds what it needs where there is no CUDA device, `no_transformer_engine` what it needs where Transformer
-Engine and Apex are missing. Each repair names the module that it mends and is made right after that module was loaded
-(the ones of torch itself: right before megatron.core is).
+Engine and Apex are missing. Each repair names the modules that it mends and is made right after such a module was
+loaded.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.abc
 import importlib.machinery
 import sys
@@ -21,7 +22,9 @@ PACKAGE = "megatron.core"
 class Repair:
     """One mended fault; the docstring of `make` says what, which lines, why, and when it is no longer needed."""
 
-    module: str
+    modules: str
+    """Name of a module, or a pattern of names with `*`."""
+
     make: Callable[[ModuleType], None]
 
 
@@ -57,12 +60,11 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path, target=None) -> importlib.machinery.ModuleSpec | None:
         if name == PACKAGE:
             self.repairs = needed()
-        elif not name.startswith(PACKAGE):
+        elif not name.startswith(PACKAGE + "."):
             return None
-        modules = ("torch", PACKAGE) if name == PACKAGE else (name,)
-        repairs = [repair for repair in self.repairs if repair.module in modules]
+        repairs = [repair for repair in self.repairs if fnmatch.fnmatchcase(name, repair.modules)]
         spec = importlib.machinery.PathFinder.find_spec(name, path) if repairs else None
-        if spec is not None:
+        if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, repairs)
         return spec
 
@@ -76,10 +78,10 @@ class _Loader(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        for repair in self.repairs:
-            if repair.module == "torch":
-                repair.make(sys.modules["torch"])
         self.loader.exec_module(module)
         for repair in self.repairs:
-            if repair.module != "torch":
-                repair.make(module)
+            repair.make(module)
+
+    def __getattr__(self, name: str):
+        # importlib.resources, inspect and the like ask the loader for sources and paths.
+        return getattr(self.loader, name)

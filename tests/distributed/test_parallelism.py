@@ -1,0 +1,87 @@
+"""However the model and the batch are cut, the losses are those of one process."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from megatron.core import parallel_state
+
+from megatron_patch.config import Config, Parallel
+from megatron_patch.families.llava import read_config
+from megatron_patch.training.loop import start_or_resume
+from megatron_patch.training.optimizer import build_scheduler
+from megatron_patch.training.step import batch_runner, train_step
+from tests import tiny_runs
+from tests.distributed.ranks import run_ranks
+
+STEPS = 5
+
+
+def train(config: Config) -> list[tuple[float, float]]:
+    """Losses and gradient norms of a few steps on the same two micro batches."""
+    llava = read_config(config.model.description)
+    _, wrapped, optimizer, _, _ = start_or_resume(config, llava)
+    scheduler = build_scheduler(optimizer, config, 0)
+    mine = tiny_runs.batches(llava, 2)[
+        parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()
+    ]
+    batches = itertools.cycle(mine)
+    run = batch_runner(config)
+    reports = []
+    for _ in range(STEPS):
+        scheduler.step(1)
+        step = train_step(wrapped, optimizer, batches, run)
+        reports.append((step.totals.loss, step.grad_norm))
+    return reports
+
+
+def run(mcore, tmp_path, world_size=1, changed=(), **sizes):
+    cut = Parallel(**sizes)
+    config = tiny_runs.config(mcore, tmp_path, parallel=cut, **dict(changed))
+    return run_ranks(train, cut, world_size, config)
+
+
+@pytest.fixture(scope="module")
+def one_process(mcore, tmp_path_factory):
+    (reports,) = run(mcore, tmp_path_factory.mktemp("one"))
+    assert reports[-1][0] < reports[0][0] - 0.1
+    return reports
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sizes"),
+    [
+        (2, {"tensor_model_parallel_size": 2}),
+        (2, {"pipeline_model_parallel_size": 2}),
+        (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+        (2, {"use_distributed_optimizer": False}),
+        (2, {"use_distributed_optimizer": True}),
+    ],
+    ids=["TP2", "PP2", "TP2xPP2", "DP2", "DP2+DO"],
+)
+def test_losses_equal_one_process(mcore, tmp_path, one_process, world_size, sizes):
+    for reports in run(mcore, tmp_path, world_size, **sizes):
+        for (loss, grad_norm), (expected_loss, expected_norm) in zip(reports, one_process, strict=True):
+            assert loss == pytest.approx(expected_loss, abs=1e-5)
+            assert grad_norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("recompute", ["sel", "full"])
+def test_recomputing_changes_nothing(mcore, tmp_path, one_process, recompute):
+    (reports,) = run(mcore, tmp_path, changed={"recompute": recompute}.items())
+    assert reports == one_process
+
+
+def test_frozen_stage_without_trained_weights(mcore, tmp_path):
+    """Only the projector trains: the second stage has nothing to step, and the loss is the same."""
+    frozen = {"freeze_lm": True, "freeze_vit": True}.items()
+    (expected,) = run(mcore, tmp_path, changed=frozen)
+    assert expected[-1][0] < expected[0][0]
+    for reports in run(mcore, tmp_path, 2, changed=frozen, pipeline_model_parallel_size=2):
+        assert [loss for loss, _ in reports] == pytest.approx([loss for loss, _ in expected], abs=1e-5)
+
+
+def test_bf16_is_near_fp32(mcore, tmp_path, one_process):
+    (reports,) = run(mcore, tmp_path, changed={"precision": "bf16"}.items())
+    assert [loss for loss, _ in reports] == pytest.approx([loss for loss, _ in one_process], abs=3e-2)

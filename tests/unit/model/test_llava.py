@@ -1,0 +1,89 @@
+"""transformers' LLaVA is the judge of ours: the same weights give the same logits and the same loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlavaForConditionalGeneration
+
+from megatron_patch import parallel
+from megatron_patch.config import Parallel
+from megatron_patch.data.image import normalize, read_image_settings
+from megatron_patch.families.llava import read_config
+from megatron_patch.model.llava import LlavaModel
+from megatron_patch.training.loop import load_pretrained
+from tests import tiny_runs
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    parallel.start(Parallel(), seed=1, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    parallel.stop()
+
+
+def build(mcore, tmp_path, **changed):
+    config = tiny_runs.config(mcore, tmp_path, **changed)
+    model = LlavaModel(config, read_config(mcore))
+    load_pretrained(config, read_config(mcore), model)
+    return model.eval()
+
+
+def pictures(mcore, batch):
+    settings = read_image_settings(mcore)
+    return normalize(batch.pixels, settings.mean, settings.std, torch.float32)
+
+
+def hf_logits(hf, mcore, batch):
+    """[b, s, vocabulary] without the rows that the export appends."""
+    judge = LlavaForConditionalGeneration.from_pretrained(hf).eval()
+    # Right-padded texts: as a processor gives them, with a mask that ends with the text.
+    lengths = 1 + (batch.labels != -100).float().cumsum(1).argmax(1)
+    mask = torch.arange(batch.input_ids.shape[1]) < lengths.unsqueeze(1)
+    with torch.no_grad():
+        logits = judge(
+            input_ids=batch.input_ids, pixel_values=pictures(mcore, batch), attention_mask=mask.long()
+        ).logits
+    return logits[..., : read_config(mcore).language.vocab_size], mask
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_logits_and_loss_equal_transformers(mcore, hf, one_process, tmp_path, flash):
+    """Grouped queries, an explicit head_dim, two pictures, right-padded texts, a vocabulary that is padded."""
+    llava = read_config(mcore)
+    model = build(mcore, tmp_path, use_flash_attn=flash)
+    (batch,) = tiny_runs.batches(llava, 1)
+    expected, mask = hf_logits(hf, mcore, batch)
+    with torch.no_grad():
+        logits = model(batch.input_ids, pictures(mcore, batch))
+        losses = model(batch.input_ids, pictures(mcore, batch), batch.labels)
+
+    assert logits.shape[-1] == llava.language.padded_vocab_size(1) > llava.language.vocab_size
+    assert torch.isneginf(logits[..., llava.language.vocab_size :]).all()
+    difference = (logits[..., : llava.language.vocab_size] - expected)[mask].abs().max()
+    assert difference <= 1e-5
+    is_label = batch.labels != -100
+    assert losses.shape == (is_label.sum(),)
+    assert abs(losses.mean() - F.cross_entropy(expected[is_label], batch.labels[is_label])) <= 1e-5
+
+
+def test_text_without_pictures_trains(mcore, one_process, tmp_path):
+    """Everything but the projector frozen: there is a gradient to reduce all the same, and it is zero."""
+    model = build(mcore, tmp_path, freeze_lm=True, freeze_vit=True)
+    ids = torch.randint(5, 300, (2, 16))
+    losses = model(ids, torch.zeros(0, 3, 28, 28), ids)
+    losses.sum().backward()
+    gradients = [parameter.grad for parameter in model.vision_projection.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+def test_frozen_parts_have_no_gradients(mcore, one_process, tmp_path):
+    llava = read_config(mcore)
+    model = build(mcore, tmp_path, freeze_lm=True, freeze_vit=True)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"vision_projection.encoder.linear_fc{i}.{what}" for i in (1, 2) for what in ("weight", "bias")}
+    (batch,) = tiny_runs.batches(llava, 1)
+    model(batch.input_ids, pictures(mcore, batch), batch.labels).sum().backward()
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert with_gradient == trained

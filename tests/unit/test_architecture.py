@@ -1,0 +1,60 @@
+"""Who may import whom: read from the files themselves."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "megatron_patch"
+
+# Folder or file -> what of this package it may import, besides itself.
+ALLOWED = {
+    "config.py": (),
+    "arguments.py": (),
+    "parallel.py": ("config",),
+    "launch.py": ("config", "families"),
+    "patches": (),
+    "families": ("config",),
+    "model": ("config",),
+    "checkpoint": ("config", "families", "model"),
+    "data": ("config",),
+    "training": ("config", "families", "model", "checkpoint", "data", "parallel"),
+    "__init__.py": ("patches",),
+}
+WITHOUT_MEGATRON_CORE = ("config.py", "arguments.py", "launch.py", "families", "data")
+MEGATRON_CORE_IN_CHECKPOINT = ("resume.py", "torch_dist.py")
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports(path):
+    place = path.relative_to(PACKAGE).parts[0]
+    used = imports(path)
+    own = {name.split(".")[1] for name in used if name.startswith("megatron_patch.")}
+    assert own <= {place.removesuffix(".py"), *ALLOWED[place]}
+    assert not any(name.startswith(("megatron.training", "toolkits", "examples", "tests")) for name in used)
+    if place in WITHOUT_MEGATRON_CORE or (place == "checkpoint" and path.name not in MEGATRON_CORE_IN_CHECKPOINT):
+        assert not any(name.startswith("megatron.core") for name in used)
+
+
+def test_nobody_edits_the_path_or_reads_global_arguments():
+    for folder in ("megatron_patch", "toolkits", "examples", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path != Path(__file__):
+                text = path.read_text()
+                assert "sys.path." not in text, path
+                assert "get_args()" not in text, path

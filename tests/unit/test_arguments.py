@@ -1,0 +1,85 @@
+"""Flags follow from the dataclasses, and a mistake is one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_patch.arguments import flag, parse, walk
+from megatron_patch.config import Config
+
+REQUIRED = "--data-path data --lr 1e-3 --train-iters 9 --output out --pretrained-checkpoint weights".split()
+
+# Renaming or dropping a flag breaks people's scripts: this list is changed on purpose only.
+FLAGS = """
+--model-size --pretrained-checkpoint --model-config --seq-length --decoder-seq-length --freeze-lm --freeze-vit
+--precision --use-flash-attn --transformer-impl
+--tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size --env --use-distributed-optimizer
+--data-path --valid-data-path --micro-batch-size --global-batch-size --num-workers --shuffle-buffer-size
+--prompt-format
+--lr --min-lr --lr-warmup-iters --weight-decay --adam-beta1 --adam-beta2 --adam-eps --clip-grad --optimizer-offload
+--train-iters --recompute --seed --log-interval --eval-interval --eval-iters --distributed-timeout-minutes
+--output --save-interval
+""".split()
+
+
+def error_of(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        parse(Config, [*REQUIRED, *words])
+    assert stopped.value.code == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    return text
+
+
+def test_flags_are_frozen():
+    assert [flag(setting.name) for _, setting, _ in walk(Config)] == FLAGS
+
+
+def test_values_reach_their_fields():
+    words = "--freeze-lm false --seq-length none --valid-data-path none --recompute sel --clip-grad 0.5".split()
+    config = parse(Config, [*REQUIRED, *words])
+    assert config.model.freeze_lm is False
+    assert config.model.seq_length is None
+    assert config.data.data_path == Path("data")
+    assert config.data.valid_data_path is None
+    assert config.training.recompute_granularity == "selective"
+    assert config.optimizer.clip_grad == 0.5
+    assert config.parallel.tensor_model_parallel_size == 1
+
+
+def test_a_later_flag_wins():
+    assert parse(Config, [*REQUIRED, "--seed", "1", "--seed", "2"]).training.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--freeze-lm yes", "--freeze-lm 'yes': expected true or false"),
+        ("--precision int8", "--precision 'int8': expected one of bf16, fp16, fp32, fp8"),
+        ("--micro-batch-size x", "--micro-batch-size 'x': expected INT"),
+        ("--micro-batch-sise 3", "--micro-batch-sise: no such flag; did you mean --micro-batch-size?"),
+        ("--precision fp8", "--precision fp8: not supported yet; use bf16 or fp32"),
+        ("--precision fp16", "--precision fp16: not supported yet"),
+        ("--context-parallel-size 2", "--context-parallel-size 2: not supported yet; use 1"),
+        ("--recompute offload", "--recompute offload: not supported yet"),
+        ("--optimizer-offload auto", "--optimizer-offload auto: not supported yet"),
+        ("--data-path mock", "dataset mock: not supported yet"),
+        ("--min-lr 1", "--min-lr 1.0: expected a number from 0 to --lr 0.001"),
+        ("--micro-batch-size 0", "--micro-batch-size 0: expected 1 or more"),
+        ("--lr-warmup-iters 9", "--lr-warmup-iters 9: expected less than --train-iters 9"),
+        ("--pretrained-checkpoint none", "--pretrained-checkpoint none: then --model-config is needed"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, words, said):
+    assert said in error_of(capsys, *words.split())
+
+
+def test_help_has_a_sentence_for_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse(Config, ["--help"])
+    text = capsys.readouterr().out
+    for name in FLAGS:
+        assert name in text
+    assert "Ranks that share every layer's weights. Divides the attention heads" in text

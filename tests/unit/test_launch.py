@@ -1,0 +1,60 @@
+"""How many processes, where, told by the environment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_patch.config import Parallel
+from megatron_patch.launch import check_files, find_nodes, processes_per_node
+from tests.tiny_runs import config
+
+JOB = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "node-0", "MASTER_PORT": "6000"}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    for name in (*JOB, "NPROC_PER_NODE", "KUBERNETES_CONTAINER_RESOURCE_GPU"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def run(env="dsw", **sizes):
+    return config(Path("weights"), Path("out"), parallel=Parallel(env=env, **sizes))
+
+
+def test_dsw_is_this_machine_whatever_the_environment_says(environment):
+    environment.setenv("WORLD_SIZE", "4")
+    environment.setenv("RANK", "3")
+    assert find_nodes(run()) == (1, 0)
+
+
+def test_dlc_reads_a_pytorch_job(environment):
+    for name, value in JOB.items():
+        environment.setenv(name, value)
+    assert find_nodes(run("dlc")) == (4, 3)
+    environment.delenv("MASTER_ADDR")
+    with pytest.raises(ValueError, match="--env dlc: MASTER_ADDR not in the environment"):
+        find_nodes(run("dlc"))
+
+
+def test_processes_per_node(environment):
+    assert processes_per_node(run(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), nodes=1) == 4
+    environment.setenv("KUBERNETES_CONTAINER_RESOURCE_GPU", "8")
+    assert processes_per_node(run(), nodes=1) == 8
+    environment.setenv("NPROC_PER_NODE", "2")
+    assert processes_per_node(run(), nodes=1) == 2
+    environment.setenv("NPROC_PER_NODE", "two")
+    with pytest.raises(ValueError, match="NPROC_PER_NODE='two': expected a whole number"):
+        processes_per_node(run(), nodes=1)
+
+
+def test_missing_folder_is_named(tmp_path):
+    settings = run()
+    there = replace(settings, model=replace(settings.model, pretrained_checkpoint=tmp_path))
+    with pytest.raises(FileNotFoundError, match="--pretrained-checkpoint weights: no such folder"):
+        check_files(settings)
+    with pytest.raises(FileNotFoundError, match="--data-path out: no such folder"):
+        check_files(there)
