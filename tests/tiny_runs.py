@@ -20,7 +20,7 @@ def config(mcore: Path, output: Path, *, parallel: Parallel | None = None, **cha
         model=Model(pretrained_checkpoint=mcore, **model),
         parallel=parallel or Parallel(),
         data=Data(data_path=output, micro_batch_size=2, global_batch_size=4, num_workers=0),
-        optimizer=Optimizer(lr=1e-2),
+        optimizer=Optimizer(lr=2e-3),
         training=Training(**training),
         checkpoint=Checkpoint(output=output),
     )

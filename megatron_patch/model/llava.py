@@ -159,7 +159,10 @@ def language_config(config: Config, sizes: LanguageModel) -> TransformerConfig:
         gated_linear_unit=True,
         add_bias_linear=False,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        # Batches are padded to their longest sample, so that stages hand over tensors of different lengths. (The
+        # dispatcher is of no use here, but megatron.core asks for this one then.)
         variable_seq_lengths=config.parallel.pipeline_model_parallel_size > 1,
+        moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
         **_recompute(config),
         **_common(config),
@@ -212,9 +215,18 @@ def _common(config: Config) -> dict:
         "pipeline_dtype": dtype,
         "autocast_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
-        # Weights that are read from a checkpoint anyway are not drawn first.
-        "perform_initialization": config.model.pretrained_checkpoint is None,
+        # Weights that are read from a checkpoint are not drawn first. (Not by perform_initialization=False: that leaves
+        # out the marks by which tensor-parallel weights are counted in the norm of the gradients.)
+        **(
+            {}
+            if config.model.pretrained_checkpoint is None
+            else {"init_method": _keep, "output_layer_init_method": _keep}
+        ),
     }
+
+
+def _keep(weight: Tensor) -> Tensor:
+    return weight
 
 
 def _recompute(config: Config) -> dict:

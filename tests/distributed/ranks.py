@@ -16,9 +16,16 @@ from megatron_patch.config import Parallel
 
 
 def run_ranks(function: Callable[..., Any], sizes: Parallel, world_size: int, *args: Any) -> list[Any]:
-    """Call `function(*args)` on `world_size` processes cut by `sizes`; what each returned, in the order of ranks."""
+    """Call `function(*args)` on `world_size` processes cut by `sizes`; what each returned, in the order of ranks.
+
+    A single process is this one: starting another takes longer than most of what it would do.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world_size, Path(folder), function, sizes, args), nprocs=world_size)
+        job = (world_size, Path(folder), function, sizes, args)
+        if world_size == 1:
+            _rank(0, *job)
+        else:
+            mp.spawn(_rank, job, nprocs=world_size)
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world_size)]
 
 

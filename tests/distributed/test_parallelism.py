@@ -45,7 +45,7 @@ def run(mcore, tmp_path, world_size=1, changed=(), **sizes):
 @pytest.fixture(scope="module")
 def one_process(mcore, tmp_path_factory):
     (reports,) = run(mcore, tmp_path_factory.mktemp("one"))
-    assert reports[-1][0] < reports[0][0] - 0.1
+    assert reports[-1][0] < reports[0][0] - 0.5
     return reports
 
 
@@ -70,7 +70,7 @@ def test_losses_equal_one_process(mcore, tmp_path, one_process, world_size, size
 @pytest.mark.parametrize("recompute", ["sel", "full"])
 def test_recomputing_changes_nothing(mcore, tmp_path, one_process, recompute):
     (reports,) = run(mcore, tmp_path, changed={"recompute": recompute}.items())
-    assert reports == one_process
+    assert [loss for loss, _ in reports] == pytest.approx([loss for loss, _ in one_process], abs=1e-5)
 
 
 def test_frozen_stage_without_trained_weights(mcore, tmp_path):
@@ -84,4 +84,4 @@ def test_frozen_stage_without_trained_weights(mcore, tmp_path):
 
 def test_bf16_is_near_fp32(mcore, tmp_path, one_process):
     (reports,) = run(mcore, tmp_path, changed={"precision": "bf16"}.items())
-    assert [loss for loss, _ in reports] == pytest.approx([loss for loss, _ in one_process], abs=3e-2)
+    assert [loss for loss, _ in reports] == pytest.approx([loss for loss, _ in one_process], abs=1e-2)

@@ -1,0 +1,76 @@
+"""What lies beside the weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_patch.checkpoint import companions
+from megatron_patch.families.llava import describe
+from tests.tiny import LANGUAGE_SIZES, VISION_SIZES
+
+TEXT = {"model_type": "mistral", **LANGUAGE_SIZES, "rope_theta": 1e6}
+CLIP = {"model_type": "clip_vision_model", **VISION_SIZES}
+
+
+def test_copying_is_whole_and_can_be_repeated(tmp_path, mcore):
+    target = tmp_path / "run" / "checkpoint"
+    for _ in range(2):
+        companions.copy_companions(mcore, target)
+        copied = {path.name for path in target.iterdir()}
+        assert copied == {path.name for path in mcore.iterdir() if path.is_file()} - {companions.TRACKER}
+        for name in copied:
+            assert (target / name).read_bytes() == (mcore / name).read_bytes()
+    companions.copy_companions(target, target)
+
+
+def test_weights_are_not_companions(tmp_path, hf):
+    companions.copy_companions(hf, tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_source_configs_are_kept_as_they_are():
+    config = companions.llava_config(TEXT, CLIP, 300)
+    assert config["text_config"] == TEXT
+    assert config["vision_config"] == CLIP
+    assert describe(config).image_token_id == 300
+
+
+def test_exported_config_says_what_versions_would_default_differently():
+    config = companions.llava_config(TEXT, CLIP, 300)
+    exported = companions.hf_config(config, describe(config), 320, "bfloat16")
+    text = exported["text_config"]
+    assert text["vocab_size"] == 320
+    assert text["sliding_window"] == 4096  # what Mistral means by leaving it out
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 1e6
+    for part in (exported, text, exported["vision_config"]):
+        assert part["dtype"] == part["torch_dtype"] == "bfloat16"
+    assert exported["vision_config"]["num_hidden_layers"] == VISION_SIZES["num_hidden_layers"]
+    assert exported["image_seq_length"] == 16
+    without_window = companions.llava_config({**TEXT, "sliding_window": None}, CLIP, 300)
+    exported = companions.hf_config(without_window, describe(without_window), 320, "bfloat16")
+    assert exported["text_config"]["sliding_window"] is None
+
+
+def test_tokenizer_class_that_only_transformers_5_knows(tmp_path):
+    companions.make_tokenizer_portable(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    for name, portable in (
+        ("TokenizersBackend", "PreTrainedTokenizerFast"),
+        ("LlamaTokenizer", "LlamaTokenizer"),
+    ):
+        path.write_text(json.dumps({"tokenizer_class": name, "bos_token": "<s>"}))
+        companions.make_tokenizer_portable(tmp_path)
+        assert json.loads(path.read_text()) == {"tokenizer_class": portable, "bos_token": "<s>"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "config.json: missing"), ("{", "config.json: not valid json"), ("[]", "holds a list; expected an object")],
+)
+def test_unfit_json(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises((ValueError, OSError), match=message):
+        companions.read_json(tmp_path)

@@ -1,0 +1,217 @@
+"""Hugging Face <-> the whole megatron.core state dict <-> one rank's part of it."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from megatron_patch.checkpoint import convert
+from megatron_patch.checkpoint.companions import checkpoint_folder
+from megatron_patch.checkpoint.convert import Stage, even_stage, load_rank, open_mcore, to_hf, to_mcore
+from megatron_patch.checkpoint.reader import InMemory
+from megatron_patch.families.layout import hf_shapes
+from megatron_patch.families.llava import parts, read_config, rows, unused_names
+
+LAYER = "language_model.decoder.layers."
+
+
+@pytest.fixture(scope="module")
+def llava(mcore):
+    return read_config(mcore)
+
+
+@pytest.fixture(scope="module")
+def weights(llava):
+    """Random tensors of a whole LLaVA under the hub's names."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {name: shape for row in rows(llava) for name, shape in zip(row.hf, hf_shapes(row), strict=True)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def whole(llava, weights):
+    return to_mcore(rows(llava), InMemory(weights, "made here"))
+
+
+def write(folder, whole, llava, tp_size, pp_size):
+    folder.mkdir()
+    convert.write_shards(folder, whole, llava, tp_size=tp_size, pp_size=pp_size, args={})
+
+
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4)])
+def test_round_trip_through_shards_is_bit_exact(tmp_path, llava, weights, whole, tp_size, pp_size):
+    write(tmp_path / "shards", whole, llava, tp_size, pp_size)
+    back = to_hf(rows(llava), open_mcore(tmp_path / "shards", llava))
+    assert set(back) == set(weights)
+    for name, tensor in weights.items():
+        assert torch.equal(back[name], tensor), name
+        assert back.shape(name) == tuple(tensor.shape)
+
+
+@pytest.mark.parametrize("saved", [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 2), (4, 4)])
+def test_load_rank_gives_what_was_written_at_that_size(tmp_path, llava, whole, saved, tp_size, pp_size):
+    """A rank loaded from any cut equals the file of that rank in a checkpoint of the wanted cut."""
+    write(tmp_path / "saved", whole, llava, *saved)
+    write(tmp_path / "wanted", whole, llava, tp_size, pp_size)
+    for file in sorted((tmp_path / "wanted").rglob("*.pt")):
+        tp_rank, pp_rank = (int(number) for number in (file.parent.name + "_0").split("_")[2:4])
+        content = torch.load(file, weights_only=True, mmap=True)
+        expected = {name: tensor for name, tensor in content["model"].items() if tensor is not None}
+        loaded = load_rank(
+            tmp_path / "saved", llava, tp_rank=tp_rank, tp_size=tp_size, pp_rank=pp_rank, pp_size=pp_size
+        )
+        assert set(loaded) == set(expected)
+        for name, tensor in loaded.items():
+            assert torch.equal(tensor, expected[name]), name
+            assert tensor.is_contiguous()
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_stage_of_an_unequal_cut(llava, tmp_path, whole):
+    write(tmp_path / "shards", whole, llava, 1, 1)
+    stage = Stage(layers=range(1, 4), pre_process=False, post_process=True)
+    part = load_rank(tmp_path / "shards", llava, tp_rank=0, tp_size=1, pp_rank=1, pp_size=2, stage=stage)
+    layers = {name.removeprefix(LAYER).split(".")[0] for name in part if name.startswith(LAYER)}
+    assert layers == {"0", "1", "2"}
+    norm = "2.input_layernorm.weight"
+    assert torch.equal(part[LAYER + norm], whole[LAYER + "3.input_layernorm.weight"])
+    assert "language_model.output_layer.weight" in part
+    assert not any(name.startswith(("vision", "language_model.embedding")) for name in part)
+
+
+def test_stages_together_hold_every_tensor_once(llava):
+    names = [row.mcore for row in rows(llava)]
+    stages = [even_stage(4, rank, 2) for rank in range(2)]
+    assert [stage.layers for stage in stages] == [range(2), range(2, 4)]
+    for name in names:
+        assert sum(stage.local_name(name) is not None for stage in stages) == 1
+    assert stages[1].local_name(LAYER + "3.mlp.linear_fc2.weight") == LAYER + "1.mlp.linear_fc2.weight"
+    assert stages[1].local_name("vision_model.decoder.layers.1.mlp.linear_fc2.weight") is None
+
+
+def test_layers_that_stages_do_not_divide():
+    with pytest.raises(ValueError, match="4 layers: not a multiple of 3 pipeline stages"):
+        even_stage(4, 0, 3)
+
+
+def test_unequal_stages_are_read(tmp_path, llava, weights, whole):
+    """Layers of a stage are counted where they are, not assumed to be the same number everywhere."""
+    cut = [Stage(range(1), True, False), Stage(range(1, 4), False, True)]
+    for pp_rank, stage in enumerate(cut):
+        model = convert.rank_state_dict(whole, llava, stage, 0, 1)
+        convert.mp_rank.write_rank(tmp_path / "release", convert.mp_rank.rank_name(0, pp_rank, 2), model, {})
+    (tmp_path / convert.TRACKER).write_text("release")
+    back = to_hf(rows(llava), open_mcore(tmp_path, llava))
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+LINEAR = "language_model.model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({LINEAR: None}, f"made here: {LINEAR} is missing"),
+        ({LINEAR: None, "language_model.model.norm.weight": None}, r"\(and 1 more\) are missing"),
+        ({"language_model.model.layers.0.new": torch.ones(1)}, "layers.0.new is not in the table"),
+        ({"language_model.model.layers.4.mlp.up_proj.weight": torch.ones(1)}, "layers.4.mlp.up_proj.weight is not in"),
+        ({LINEAR: torch.ones(160, 95)}, rf"{LINEAR} has shape \[160, 95\], by config.json \[160, 96\] is expected"),
+    ],
+)
+def test_coverage_of_hugging_faces_side(llava, weights, changes, message):
+    tensors = {name: tensor for name, tensor in {**weights, **changes}.items() if tensor is not None}
+    with pytest.raises(ValueError, match=message):
+        to_mcore(rows(llava), InMemory(tensors, "made here"))
+
+
+def test_swapped_query_and_key_are_found_by_shape(llava, weights):
+    name = "language_model.model.layers.0.self_attn.{}_proj.weight"
+    swapped = {name.format("q"): weights[name.format("k")], name.format("k"): weights[name.format("q")]}
+    with pytest.raises(ValueError, match=r"q_proj.weight has shape"):
+        to_mcore(rows(llava), InMemory({**weights, **swapped}, "made here"))
+
+
+def test_unused_tensors_must_be_there(llava, weights):
+    with pytest.raises(ValueError, match=r"vision_tower.*missing"):
+        to_mcore(rows(llava), InMemory(weights, "made here"), unused_names(llava))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"language_model.decoder.final_layernorm.weight": None}, "final_layernorm.weight is missing"),
+        ({"vision_model.decoder.final_layernorm.weight": torch.ones(1)}, "final_layernorm.weight is not in the table"),
+        ({"vision_model.class_token": torch.ones(1, 1, 3)}, r"class_token has shape \[1, 1, 3\]"),
+    ],
+)
+def test_coverage_of_megatron_cores_side(llava, whole, changes, message):
+    tensors = {name: tensor for name, tensor in {**dict(whole), **changes}.items() if tensor is not None}
+    with pytest.raises(ValueError, match=message):
+        to_hf(rows(llava), InMemory(tensors, "made here"))
+
+
+def test_types(llava, weights):
+    half = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    assert {tensor.dtype for tensor in to_mcore(rows(llava), InMemory(half, "")).values()} == {torch.bfloat16}
+    single = to_mcore(rows(llava), InMemory(half, ""), dtype=torch.float32)
+    back = to_hf(rows(llava), single, dtype=torch.bfloat16)
+    assert all(torch.equal(back[name], tensor) for name, tensor in half.items())
+
+
+def test_fp16_overflow_is_refused():
+    assert convert.cast(torch.tensor([65504.0, float("inf")]).half(), torch.float32, "x").dtype == torch.float32
+    with pytest.raises(ValueError, match="x: holds values that fp16 cannot"):
+        convert.cast(torch.tensor([70000.0]), torch.float16, "x")
+
+
+def test_new_projector_is_drawn_as_linear_layers_are(llava):
+    _, _, projector = parts(llava)
+    tensors = convert.new_projector(projector.rows(), seed=1)
+    again, other = (convert.new_projector(projector.rows(), seed=seed) for seed in (1, 2))
+    for name, width in {"linear_1": llava.vision.hidden_size, "linear_2": llava.language.hidden_size}.items():
+        for parameter in ("weight", "bias"):
+            key = f"multi_modal_projector.{name}.{parameter}"
+            bound = width**-0.5
+            assert 0.8 * bound < tensors[key].abs().max() <= bound
+            assert torch.equal(tensors[key], again[key])
+            assert not torch.equal(tensors[key], other[key])
+
+
+def test_rows_appended_to_a_table_are_its_mean():
+    table = torch.randn(5, 3).bfloat16()
+    longer = convert.append_mean_rows(table, 8)
+    assert torch.equal(longer[:5], table)
+    assert torch.equal(longer[7], table.float().mean(0).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "missing; expected the folder of a Megatron-Core checkpoint"),
+        ("", "holds ''; expected an iteration's number"),
+        ("garbage\n", "holds 'garbage'"),
+        ("-3", "holds '-3'"),
+        ("²", "holds"),
+        ("7", "iter_0000007: missing, though latest_checkpointed_iteration.txt names 7"),
+        ("../release", "holds '../release'"),
+    ],
+)
+def test_unfit_tracker(tmp_path, mcore, llava, text, message):
+    shutil.copytree(mcore, tmp_path / "copy")
+    tracker = tmp_path / "copy" / convert.TRACKER
+    tracker.unlink()
+    if text is not None:
+        tracker.write_text(text)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        open_mcore(tmp_path / "copy", llava)
+    assert "\n" not in str(error.value)
+
+
+def test_tracker_names_the_folder(tmp_path):
+    for text, name in (("release\n", "release"), ("30", "iter_0000030")):
+        (tmp_path / name).mkdir()
+        (tmp_path / convert.TRACKER).write_text(text)
+        assert checkpoint_folder(tmp_path) == tmp_path / name

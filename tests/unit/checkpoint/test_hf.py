@@ -1,0 +1,195 @@
+"""Hugging Face folders: every way weights lie in them, and everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_patch.checkpoint.hf import HfReader, HfWriter
+
+TENSORS = {
+    "a": torch.arange(6.0).reshape(2, 3),
+    "b": torch.arange(4).to(torch.bfloat16),
+    "c": torch.ones(5, dtype=torch.float16),
+}
+
+
+def write_index(folder: Path, name: str, weight_map: dict[str, str]) -> None:
+    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def one_safetensors(folder):
+    save_file(TENSORS, folder / "model.safetensors")
+
+
+def sharded_safetensors(folder):
+    files = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    files["c"] = files["b"]
+    for file in set(files.values()):
+        save_file({name: TENSORS[name] for name in files if files[name] == file}, folder / file)
+    write_index(folder, "model.safetensors.index.json", files)
+
+
+def one_bin(folder):
+    torch.save(TENSORS, folder / "pytorch_model.bin")
+
+
+def old_bin(folder):
+    torch.save(TENSORS, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def sharded_bin(folder):
+    for name in TENSORS:
+        torch.save({name: TENSORS[name]}, folder / f"{name}.bin")
+    write_index(folder, "pytorch_model.bin.index.json", {name: f"{name}.bin" for name in TENSORS})
+
+
+@pytest.mark.parametrize("write", [one_safetensors, sharded_safetensors, one_bin, old_bin, sharded_bin])
+def test_reads(tmp_path, write):
+    write(tmp_path)
+    reader = HfReader(tmp_path)
+    assert set(reader) == set(TENSORS)
+    assert len(reader) == 3
+    for name, tensor in TENSORS.items():
+        assert reader.shape(name) == tuple(tensor.shape)
+        assert torch.equal(reader[name], tensor)
+        assert reader[name].dtype == tensor.dtype
+
+
+def test_names_are_renamed_and_left_out(tmp_path):
+    one_safetensors(tmp_path)
+    reader = HfReader(tmp_path, lambda name: None if name == "c" else f"x.{name}")
+    assert set(reader) == {"x.a", "x.b"}
+    assert torch.equal(reader["x.a"], TENSORS["a"])
+
+
+def no_folder(folder):
+    os.rmdir(folder)
+
+
+def missing_shard(folder):
+    sharded_safetensors(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def absent_tensor(folder):
+    one_safetensors(folder)
+    write_index(folder, "model.safetensors.index.json", dict.fromkeys([*TENSORS, "d"], "model.safetensors"))
+
+
+def unlisted_tensor(folder):
+    one_safetensors(folder)
+    write_index(folder, "model.safetensors.index.json", dict.fromkeys("ab", "model.safetensors"))
+
+
+def bad_index(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+
+
+def index_out_of_the_folder(folder):
+    write_index(folder, "model.safetensors.index.json", {"a": "../secret.safetensors"})
+
+
+def truncated(folder):
+    one_safetensors(folder)
+    os.truncate(folder / "model.safetensors", 40)
+
+
+def empty(folder):
+    (folder / "model.safetensors").touch()
+
+
+def truncated_bin(folder):
+    one_bin(folder)
+    os.truncate(folder / "pytorch_model.bin", 200)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (no_folder, "no such folder; expected a Hugging Face checkpoint"),
+        (lambda folder: None, "holds no weights; expected one of model.safetensors.index.json"),
+        (missing_shard, "model-00002-of-00002.safetensors: missing; model.safetensors.index.json names it"),
+        (absent_tensor, "has no tensor d, which model.safetensors.index.json says is in it"),
+        (unlisted_tensor, "holds c, which model.safetensors.index.json does not say"),
+        (bad_index, "model.safetensors.index.json: not an index of weights"),
+        (index_out_of_the_folder, "leads out of the folder"),
+        (truncated, "model.safetensors: not a readable safetensors file"),
+        (empty, "model.safetensors: not a readable safetensors file"),
+        (truncated_bin, "pytorch_model.bin: not a file of tensors"),
+    ],
+)
+def test_damage_is_one_line_that_names_the_file(tmp_path, damage, message):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    damage(folder)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        HfReader(folder)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_same_tensor_under_two_spellings(tmp_path):
+    one_safetensors(tmp_path)
+    with pytest.raises(ValueError, match="the same tensor twice"):
+        HfReader(tmp_path, lambda name: "x")
+
+
+class _Canary:
+    """A pickle that creates a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_bin_is_not_run(tmp_path, zipped):
+    canary = tmp_path / "canary"
+    torch.save({"a": _Canary(canary)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="not a file of tensors and plain values"):
+        HfReader(tmp_path)
+    assert not canary.exists()
+
+
+def test_writer_makes_one_file(tmp_path):
+    write(tmp_path, max_shard_size=1000)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    check_written(tmp_path)
+
+
+def test_writer_makes_shards_with_an_index(tmp_path):
+    """24, 8 and 10 bytes into files of at most 32."""
+    write(tmp_path, max_shard_size=32)
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*shards, "model.safetensors.index.json"]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index == {"metadata": {"total_size": 42}, "weight_map": {"a": shards[0], "b": shards[0], "c": shards[1]}}
+    check_written(tmp_path)
+
+
+def test_written_files_are_as_readable_as_their_folder(tmp_path):
+    tmp_path.chmod(0o755)
+    write(tmp_path, max_shard_size=1000)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def write(folder, max_shard_size):
+    writer = HfWriter(folder, max_shard_size)
+    for name, tensor in TENSORS.items():
+        writer.add(name, tensor)
+    writer.close()
+
+
+def check_written(folder):
+    reader = HfReader(folder)
+    assert set(reader) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(reader[name], tensor)

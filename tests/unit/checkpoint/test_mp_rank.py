@@ -1,0 +1,171 @@
+"""Shards on disk: what is in a file, and everything that can be wrong with a folder of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_patch.checkpoint.convert import open_mcore
+from megatron_patch.families.llava import read_config
+from megatron_patch.families.transformer_engine import to_transformer_engine_name
+
+
+@pytest.fixture
+def copy(mcore, tmp_path) -> Path:
+    return shutil.copytree(mcore, tmp_path / "copy")
+
+
+def rank_file(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / "release" / f"mp_rank_0{rank}" / "model_optim_rng.pt"
+
+
+def edit(checkpoint: Path, rank: int, change) -> None:
+    path = rank_file(checkpoint, rank)
+    content = torch.load(path, weights_only=True)
+    change(content["model"])
+    torch.save(content, path)
+
+
+def test_a_rank_file(mcore):
+    content = torch.load(rank_file(mcore, 1), weights_only=True, mmap=True)
+    assert content["checkpoint_version"] == 3.0
+    assert content["iteration"] == 0
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1, "padded_vocab_size": 512}
+    assert {name: content["args"][name] for name in sizes} == sizes
+    without_tensor = {name for name, value in content["model"].items() if value is None}
+    assert "language_model.output_layer._extra_state" in without_tensor
+    assert "vision_model.decoder.layers.0.mlp.linear_fc1._extra_state" in without_tensor
+    assert all(name.endswith("._extra_state") for name in without_tensor)
+    assert not any("core_attention" in name for name in content["model"])
+    assert content["model"]["language_model.embedding.word_embeddings.weight"].shape == (256, 96)
+    size = sum(tensor.nbytes for tensor in content["model"].values() if tensor is not None)
+    assert rank_file(mcore, 1).stat().st_size < 1.1 * size + 50_000
+
+
+def test_transformer_engine_names_are_read(mcore, copy):
+    def rename(model):
+        for name in list(model):
+            model[to_transformer_engine_name(name)] = model.pop(name)
+
+    for rank in range(2):
+        edit(copy, rank, rename)
+    assert any("layer_norm_weight" in name for name in torch.load(rank_file(copy, 0), weights_only=True)["model"])
+    llava = read_config(mcore)
+    expected, found = open_mcore(mcore, llava), open_mcore(copy, llava)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+QKV = "language_model.decoder.layers.1.self_attention.linear_qkv.weight"
+NORM = "language_model.decoder.layers.1.input_layernorm.weight"
+
+
+def missing_rank(copy):
+    shutil.rmtree(rank_file(copy, 0).parent)
+
+
+def missing_last_rank(copy):
+    shutil.rmtree(rank_file(copy, 1).parent)
+
+
+def no_rank(copy):
+    missing_rank(copy)
+    missing_last_rank(copy)
+
+
+def empty_rank(copy):
+    rank_file(copy, 1).unlink()
+
+
+def truncated(copy):
+    os.truncate(rank_file(copy, 1), rank_file(copy, 1).stat().st_size // 2)
+
+
+def empty_file(copy):
+    os.truncate(rank_file(copy, 1), 0)
+
+
+def extra_key(copy):
+    for rank in range(2):
+        edit(copy, rank, lambda model: model.update({"language_model.new": torch.ones(1)}))
+
+
+def extra_key_in_one_rank(copy):
+    edit(copy, 1, lambda model: model.update({"language_model.new": torch.ones(1)}))
+
+
+def missing_key_in_one_rank(copy):
+    edit(copy, 1, lambda model: model.pop(NORM))
+
+
+def missing_layer(copy):
+    for rank in range(2):
+        edit(copy, rank, lambda model: [model.pop(name) for name in list(model) if ".layers.3." in name])
+
+
+def other_shape(copy):
+    edit(copy, 1, lambda model: model.update({QKV: model[QKV][:-1].clone()}))
+
+
+def object_among_tensors(copy):
+    edit(copy, 1, lambda model: model.update({NORM: "text"}))
+
+
+def virtual_stages(copy):
+    path = rank_file(copy, 0)
+    content = torch.load(path, weights_only=True)
+    content["model0"] = content.pop("model")
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (missing_rank, "mp_rank_00: missing; 2 x 1 ranks"),
+        (missing_last_rank, "says tensor_model_parallel_size 2, but mp_rank folders for 1 are there"),
+        (no_rank, "holds no mp_rank_. folder"),
+        (empty_rank, "mp_rank_01/model_optim_rng.pt: missing; every rank has one"),
+        (truncated, "mp_rank_01/model_optim_rng.pt: not a file of tensors"),
+        (empty_file, "mp_rank_01/model_optim_rng.pt: not a file of tensors"),
+        (extra_key, "language_model.new is not in the table"),
+        (extra_key_in_one_rank, "mp_rank_01/model_optim_rng.pt: holds language_model.new, which .* rank 0 has not"),
+        (missing_key_in_one_rank, f"mp_rank_01/model_optim_rng.pt: has no {NORM}"),
+        (missing_layer, "layers.3.input_layernorm.weight .* missing"),
+        (other_shape, rf"{QKV} has shape \[319, 96\], by config.json \[320, 96\] is expected"),
+        (object_among_tensors, f"mp_rank_01/model_optim_rng.pt: {NORM} is a str; expected a tensor"),
+        (virtual_stages, "mp_rank_00/model_optim_rng.pt: has no 'model'"),
+    ],
+)
+def test_damage_is_one_line_that_names_it(mcore, copy, damage, message):
+    damage(copy)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        open_mcore(copy, read_config(mcore))
+    assert "\n" not in str(error.value)
+
+
+def test_ranks_that_disagree(mcore, copy):
+    edit(copy, 1, lambda model: model[NORM].add_(1))
+    reader = open_mcore(copy, read_config(mcore))
+    with pytest.raises(ValueError, match=f"{NORM}: tensor-parallel ranks 0 and 1 hold different values"):
+        reader[NORM]
+
+
+class _Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+def test_code_in_a_shard_is_not_run(mcore, copy, tmp_path):
+    canary = tmp_path / "canary"
+    content = torch.load(rank_file(copy, 1), weights_only=True)
+    torch.save({**content, "args": _Canary(canary)}, rank_file(copy, 1))
+    with pytest.raises(ValueError, match=r"mp_rank_01/model_optim_rng.pt: not a file of tensors and plain values"):
+        open_mcore(copy, read_config(mcore))
+    assert not canary.exists()

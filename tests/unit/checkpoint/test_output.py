@@ -1,0 +1,95 @@
+"""A result is whole or not there; nothing that exists is touched."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from megatron_patch.checkpoint.output import written_aside
+
+
+def listing(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write(target, text="whole"):
+    with written_aside(target) as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").write_text(text)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_new_or_empty_folder(tmp_path, exists):
+    target = tmp_path / "a b" / "target"
+    if exists:
+        target.mkdir(parents=True)
+    write(target)
+    assert (target / "deep" / "file").read_text() == "whole"
+    assert listing(target.parent) == ["target"]
+
+
+def test_nothing_is_left_after_an_error(tmp_path):
+    def interrupted():
+        with written_aside(tmp_path / "target") as folder:
+            (folder / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert listing(tmp_path) == []
+
+
+def test_what_exists_is_kept(tmp_path):
+    target = tmp_path / "target"
+    write(target, "first")
+    with pytest.raises(ValueError, match="target: is not empty; give a new folder"):
+        write(target, "second")
+    assert (target / "deep" / "file").read_text() == "first"
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file: is not a folder"):
+        write(tmp_path / "file")
+
+
+def test_what_appeared_meanwhile_is_kept(tmp_path):
+    target = tmp_path / "target"
+
+    def overtaken():
+        with written_aside(target):
+            target.mkdir()
+            (target / "other").touch()
+
+    with pytest.raises(ValueError, match="is not empty"):
+        overtaken()
+    assert listing(tmp_path) == ["target"]
+    assert listing(target) == ["other"]
+
+
+def test_second_writer_is_refused(tmp_path):
+    target = tmp_path / "target"
+    with written_aside(target) as folder:
+        (folder / "file").write_text("first")
+        with pytest.raises(ValueError, match="target: another process is writing it"):
+            write(target)
+        assert (folder / "file").exists()
+    assert listing(target) == ["file"]
+
+
+def _die(target):
+    with written_aside(target) as folder:
+        (folder / "leftover").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
+    target = tmp_path / "target"
+    process = multiprocessing.get_context("fork").Process(target=_die, args=(target,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert listing(tmp_path) == [".target.partial"]
+    write(target)
+    assert listing(tmp_path) == ["target"]
+    assert listing(target) == ["deep"]

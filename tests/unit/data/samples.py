@@ -1,0 +1,117 @@
+"""What the data tests work on: a described model, and LLaVA-Pretrain folders of drawn pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+from PIL import Image
+
+from megatron_patch.config import (
+    Checkpoint,
+    Config,
+    Data,
+    LanguageModel,
+    Llava,
+    Model,
+    Optimizer,
+    Training,
+    VisionModel,
+)
+from megatron_patch.data.tokenize import install_tokenizer
+from megatron_patch.data.webdataset import ANNOTATIONS
+from tests.tiny import save_tokenizer
+
+PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "photos_llava_pretrain"
+CLIP = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_resize": True,
+    "size": {"shortest_edge": 28},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 28, "width": 28},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "do_convert_rgb": True,
+}
+QUESTION = "<image>\nDescribe it."
+
+
+def describe(folder: Path) -> Llava:
+    """Write tokenizer and preprocessor of a tiny LLaVA: 300 words, pictures of 28 pixels that take 16 positions."""
+    save_tokenizer(folder / "language_model", 300)
+    image_token_id = install_tokenizer(folder / "language_model", folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(CLIP))
+    sizes = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
+    return Llava(
+        language=LanguageModel(
+            family="mistral",
+            **sizes,
+            num_query_groups=4,
+            kv_channels=8,
+            layernorm_epsilon=1e-5,
+            vocab_size=300,
+            rotary_base=1e4,
+            max_position_embeddings=512,
+        ),
+        vision=VisionModel(family="clip", **sizes, layernorm_epsilon=1e-5, patch_dim=7, img_size=28),
+        image_token_id=image_token_id,
+    )
+
+
+def settings(description: Path, dataset: Path = Path("unused"), *, seed: int = 1, length: int = 256, **data) -> Config:
+    """A Config that trains the described model on `dataset`."""
+    return Config(
+        model=Model(model_config=description, decoder_seq_length=length),
+        data=Data(data_path=dataset, valid_data_path=dataset, **data),
+        optimizer=Optimizer(lr=1e-3),
+        training=Training(train_iters=10, seed=seed),
+        checkpoint=Checkpoint(output=Path("unused")),
+    )
+
+
+def jpeg(color: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> bytes:
+    """An encoded picture of one color."""
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, "JPEG")
+    return file.getvalue()
+
+
+def entry(index: int) -> dict:
+    """A good sample of LLaVA-Pretrain's json; its picture is `00000/INDEX.jpg`."""
+    return {
+        "id": f"{index:06d}",
+        "image": f"00000/{index:06d}.jpg",
+        "conversations": [
+            {"from": "human", "value": QUESTION},
+            {"from": "gpt", "value": f"picture number {index}"},
+        ],
+    }
+
+
+def write_pretrain(folder: Path, count: int) -> list[dict]:
+    """A LLaVA-Pretrain folder of `count` drawn pictures; returns its json, to be changed and written again."""
+    (folder / "00000").mkdir(parents=True)
+    entries = [entry(index) for index in range(count)]
+    for index, sample in enumerate(entries):
+        (folder / sample["image"]).write_bytes(jpeg((index % 256, 100, 200)))
+    write_annotations(folder, entries)
+    return entries
+
+
+def write_annotations(folder: Path, entries: list) -> None:
+    """(Re)write the json."""
+    (folder / ANNOTATIONS).write_text(json.dumps(entries))
+
+
+def copy_photos(target: Path) -> Path:
+    """A writable copy of the real photographs."""
+    shutil.copytree(PHOTOS, target, copy_function=shutil.copyfile)
+    for folder in (target, *target.iterdir()):
+        folder.chmod(0o755 if folder.is_dir() else 0o644)
+    return target

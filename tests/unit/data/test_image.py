@@ -1,0 +1,142 @@
+"""Pixels are CLIPImageProcessor's, bit for bit: transformers is the judge."""
+
+import io
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from megatron_patch.data.image import load_pixels, normalize, read_image_settings
+from tests.unit.data.samples import CLIP, PHOTOS, jpeg
+
+
+def write_settings(folder, **changed):
+    (folder / "preprocessor_config.json").write_text(json.dumps({**CLIP, **changed}))
+    return read_image_settings(folder)
+
+
+def processor_of(folder):
+    """The PIL one, under its name in transformers 5 and 4."""
+    name = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else "CLIPImageProcessor"
+    return getattr(transformers, name).from_pretrained(folder)
+
+
+def encoded(mode, size, file_format, **options):
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], bands), dtype=np.uint8)
+    if mode == "P":
+        picture = Image.fromarray(noise[..., 0]).convert("P")
+    else:
+        picture = Image.fromarray(noise.squeeze(-1) if bands == 1 else noise, mode)
+    file = io.BytesIO()
+    picture.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def assert_equal_to_transformers(data, folder, settings):
+    expected = processor_of(folder)(Image.open(io.BytesIO(data)), return_tensors="pt")["pixel_values"]
+    pixels = load_pixels(data, settings)[None]
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(normalize(pixels, settings.mean, settings.std, torch.float32), expected)
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        ("RGB", (61, 47), "JPEG", {}),
+        ("L", (61, 47), "JPEG", {}),
+        ("CMYK", (61, 47), "JPEG", {}),
+        ("RGBA", (33, 50), "PNG", {}),
+        ("LA", (33, 50), "PNG", {}),
+        ("P", (33, 50), "PNG", {"transparency": 3}),
+        ("RGB", (1, 1), "PNG", {}),
+        ("RGB", (3, 200), "PNG", {}),
+        ("RGB", (28, 28), "PNG", {}),
+    ],
+    ids=lambda picture: f"{picture[0]} {picture[1][0]}x{picture[1][1]}",
+)
+def test_every_kind_of_picture_is_bit_equal(picture, tmp_path):
+    settings = write_settings(tmp_path)
+    mode, size, file_format, options = picture
+    assert_equal_to_transformers(encoded(mode, size, file_format, **options), tmp_path, settings)
+
+
+def test_crop_larger_than_the_picture_pads_as_transformers_does(tmp_path):
+    settings = write_settings(tmp_path, size={"shortest_edge": 21}, crop_size={"height": 28, "width": 30})
+    for size in ((20, 40), (41, 20), (23, 24)):
+        assert_equal_to_transformers(encoded("RGB", size, "PNG"), tmp_path, settings)
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the real photographs are not here")
+def test_real_photographs_are_bit_equal(tmp_path):
+    settings = write_settings(tmp_path, size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    for path in sorted(PHOTOS.glob("*/*.jpg"))[::6]:
+        assert_equal_to_transformers(path.read_bytes(), tmp_path, settings)
+
+
+def test_normalize_casts_after_computing_in_fp32(tmp_path):
+    settings = write_settings(tmp_path)
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    exact = normalize(pixels, settings.mean, settings.std, torch.float32)
+    assert torch.equal(normalize(pixels, settings.mean, settings.std, torch.bfloat16), exact.bfloat16())
+    assert normalize(pixels[:0], settings.mean, settings.std, torch.float32).shape == (0, 3, 16, 16)
+
+
+def png_header(width, height):
+    """A PNG whose header announces a size; nothing of it is there."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (png_header(10_000, 9_500), "pixels"),
+        (png_header(20_000, 20_000), "pixels"),
+        (encoded("RGB", (2, 60_000), "PNG"), "resized"),
+        (jpeg((1, 2, 3), (200, 200))[:-400], "truncated"),
+        (b"", "cannot"),
+        (b"GIF89a, not really", "cannot"),
+        (png_header(10, 10), "cannot"),
+    ],
+    ids=["bomb", "larger bomb", "bomb when resized", "truncated", "empty", "text", "no pixels"],
+)
+def test_bombs_and_broken_files_are_refused_in_one_line(data, why, tmp_path):
+    settings = write_settings(tmp_path, size={"shortest_edge": 336})
+    with pytest.raises(ValueError, match=why) as caught:
+        load_pixels(data, settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"do_pad": True},
+        {"do_center_crop": False},
+        {"resample": 2},
+        {"rescale_factor": 1.0},
+        {"size": {"height": 28, "width": 28}},
+        {"image_mean": [0.5]},
+    ],
+)
+def test_another_transform_than_clips_is_refused(changed, tmp_path):
+    with pytest.raises(ValueError, match=next(iter(changed))):
+        write_settings(tmp_path, **changed)
+
+
+def test_old_short_forms_of_size_are_read(tmp_path):
+    assert write_settings(tmp_path, size=28, crop_size=28) == write_settings(tmp_path)
+
+
+def test_missing_preprocessor_config_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing"):
+        read_image_settings(tmp_path)

@@ -1,0 +1,206 @@
+"""Loaders on a real energon dataset: order, exact positions, and what is not read."""
+
+import json
+import logging
+import shutil
+from itertools import chain, islice
+
+import pytest
+import torch
+
+from megatron_patch.data.loader import restore_position, save_position, train_loader, valid_loader
+from megatron_patch.data.webdataset import convert
+from tests.unit.data.samples import describe, settings, write_pretrain
+
+COUNT = 60  # 6 samples in each of 10 shards: 54 to train on, 6 to validate
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return folder, describe(folder)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("a dataset")
+    write_pretrain(folder / "raw", COUNT)
+    convert(folder / "raw")
+    return folder / "raw" / "wds"
+
+
+def build(model, dataset, make=train_loader, rank=0, world_size=1, **changed):
+    options = {"num_workers": 0, "micro_batch_size": 2, "shuffle_buffer_size": 10, **changed}
+    return make(settings(model[0], dataset, **options), model[1], rank=rank, world_size=world_size)
+
+
+def take(loader, count):
+    return list(islice(iter(loader), count))
+
+
+def keys(batches):
+    return [batch.keys for batch in batches]
+
+
+def assert_same(batches, others):
+    assert keys(batches) == keys(others)
+    for one, other in zip(batches, others, strict=True):
+        for name in ("input_ids", "labels", "pixels"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_restored_loader_goes_on_exactly(num_workers, model, dataset):
+    """Over the end of an epoch too, and with samples waiting in the shuffle buffer."""
+    loader = build(model, dataset, num_workers=num_workers)
+    batches = iter(loader)
+    for count in (3, 10):
+        for _ in range(count):
+            next(batches)
+        position = save_position(loader)
+        assert isinstance(position, bytes)
+        expected = list(islice(batches, 15))
+        again = build(model, dataset, num_workers=num_workers)
+        restore_position(again, position)
+        # Saved before a batch was taken: the place that it was restored to.
+        assert_same(take(again, 15), expected)
+
+
+def test_position_before_the_first_batch(model, dataset):
+    loader = build(model, dataset, num_workers=2)
+    position = save_position(loader)
+    again = build(model, dataset, num_workers=2)
+    restore_position(again, position)
+    assert_same(take(again, 3), take(loader, 3))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_share_an_epoch_and_equal_ranks_see_the_same(num_workers, model, dataset):
+    # 54 samples: 27 batches of one for each of two ranks.
+    ranks = [
+        take(build(model, dataset, rank=rank, world_size=2, num_workers=num_workers, micro_batch_size=1), 27)
+        for rank in (0, 1, 1)
+    ]
+    assert_same(ranks[1], ranks[2])
+    seen = list(chain.from_iterable(chain.from_iterable(keys(ranks[0]) + keys(ranks[1]))))
+    if num_workers == 0:  # with two workers, 13 and 14 samples, one begins anew a batch before the other
+        assert sorted(seen) == [f"{index:06d}" for index in range(54)]
+    assert seen != sorted(seen)
+
+
+def test_seed_changes_the_order(model, dataset):
+    assert keys(take(build(model, dataset, seed=1), 5)) != keys(take(build(model, dataset, seed=2), 5))
+
+
+def test_without_shuffling_the_order_is_the_shards(model, dataset):
+    batches = take(build(model, dataset, shuffle_buffer_size=0), 28)
+    order = [f"{index:06d}" for index in (*range(54), 0, 1)]
+    assert list(chain.from_iterable(keys(batches))) == order
+
+
+def test_validation_is_the_same_each_time_and_as_long_on_every_rank(model, dataset):
+    for num_workers in (0, 2):
+        ranks = [
+            keys(take(build(model, dataset, valid_loader, rank, 2, num_workers=num_workers), 7)) for rank in (0, 1)
+        ]
+        assert [len(batches) for batches in ranks] == [7, 7]
+        assert set(chain.from_iterable(chain.from_iterable(ranks))) == {f"{index:06d}" for index in range(54, 60)}
+        again = build(model, dataset, valid_loader, 0, 2, num_workers=num_workers)
+        assert keys(take(again, 7)) == ranks[0]
+
+
+def test_more_workers_than_samples(model, dataset):
+    """Six validation samples for five ranks of two workers: none waits forever for a sample."""
+    for rank in range(5):
+        assert len(take(build(model, dataset, valid_loader, rank, 5, num_workers=2), 2)) == 2
+    with pytest.raises(ValueError, match="split val has 6 samples for 7 data-parallel ranks"):
+        build(model, dataset, valid_loader, 0, 7)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"rank": 1, "world_size": 2}, "data-parallel rank was 0 .* and is 1"),
+        ({"world_size": 3}, "data-parallel size was 2 .* and is 3"),
+        ({"num_workers": 1}, "num_workers was 0 .* and is 1"),
+        ({"micro_batch_size": 3}, "micro_batch_size was 2 .* and is 3"),
+        ({"seed": 5}, "seed was 1 .* and is 5"),
+        ({"length": 100}, "decoder_seq_length was 256 .* and is 100"),
+        ({"prompt_format": "plain"}, "prompt_format was mistral .* and is plain"),
+        ({"shuffle_buffer_size": 11}, "shuffle_buffer_size was 10 .* and is 11"),
+        ({"make": valid_loader}, "split was train .* and is val"),
+    ],
+)
+def test_position_in_something_else_is_refused(changed, named, model, dataset):
+    """Energon would take it without a word."""
+    loader = build(model, dataset, world_size=2)
+    next(iter(loader))
+    position = save_position(loader)
+    other = build(model, dataset, **{"world_size": 2, **changed})
+    with pytest.raises(ValueError, match=named) as caught:
+        restore_position(other, position)
+    assert "\n" not in str(caught.value)
+
+
+def test_position_in_another_dataset_is_refused_and_a_moved_one_is_the_same(model, dataset, tmp_path):
+    position = save_position(build(model, dataset))
+    shutil.copytree(dataset, tmp_path / "moved")
+    restore_position(build(model, tmp_path / "moved"), position)
+    write_pretrain(tmp_path / "raw", COUNT + 1)
+    convert(tmp_path / "raw")
+    with pytest.raises(ValueError, match="position in the data: dataset was"):
+        restore_position(build(model, tmp_path / "raw" / "wds"), position)
+
+
+def damage(dataset, target, count):
+    """A copy of the dataset in which the pictures of the first `count` samples of shard 0 do not decode."""
+    shutil.copytree(dataset, target)
+    tar = (target / "00000.tar").read_bytes()
+    pieces = tar.split(b"\xff\xd8\xff")
+    for index in range(1, count + 1):
+        pieces[index] = pieces[index][:20] + bytes(200) + pieces[index][220:]
+    (target / "00000.tar").write_bytes(b"\xff\xd8\xff".join(pieces))
+    return target
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_corrupt_sample_is_named_once_and_counted(num_workers, model, dataset, tmp_path, caplog, capfd):
+    loader = build(model, damage(dataset, tmp_path / "wds", 1), num_workers=num_workers, micro_batch_size=1)
+    caplog.set_level(logging.WARNING)
+    batches = take(loader, 150)
+    assert ["000000"] not in keys(batches)
+    # Three epochs, one sample: counted once. A worker's log lines are in its own process.
+    assert loader.failures.count == 1
+    if num_workers == 0:
+        (line,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+        assert line.startswith("left out sample 000000: sample 000000: picture cannot be read")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_too_many_corrupt_samples_end_the_run(num_workers, model, dataset, tmp_path):
+    loader = build(model, damage(dataset, tmp_path / "wds", 3), num_workers=num_workers)
+    with pytest.raises(ValueError, match="more than 1 of a rank's 54 samples cannot be read") as caught:
+        take(loader, 60)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_a_dataset_is_answered_in_one_line(model, dataset, tmp_path):
+    cases = {tmp_path: "not an energon dataset", tmp_path / "none": "missing"}
+    no_split = shutil.copytree(dataset, tmp_path / "no split")
+    (no_split / ".nv-meta" / "split.yaml").write_text("split_parts:\n  train: []\n  val: []\n")
+    cases[no_split] = "split train cannot be read: No shards found"
+    broken = shutil.copytree(dataset, tmp_path / "broken")
+    (broken / ".nv-meta" / ".info.json").write_text(json.dumps({"shard_counts": {}}))
+    cases[broken] = "split train cannot be read"
+    for path, why in cases.items():
+        with pytest.raises(ValueError, match=why) as caught:
+            build(model, path)
+        assert "convert_llava_pretrain_to_wds.py" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_validation_needs_a_path(model, dataset):
+    with pytest.raises(ValueError, match="--valid-data-path none"):
+        config = settings(model[0], dataset)
+        object.__setattr__(config.data, "valid_data_path", None)
+        valid_loader(config, model[1], rank=0, world_size=1)

@@ -1,0 +1,102 @@
+"""From VQASample to micro batch."""
+
+import io
+import json
+
+import pytest
+import torch
+from megatron.energon import VQASample
+from PIL import Image
+
+from megatron_patch.data.task_encoder import LlavaTaskEncoder
+from tests.unit.data.samples import CLIP, QUESTION, describe, jpeg, settings
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return folder, describe(folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(model):
+    return LlavaTaskEncoder(settings(model[0]), model[1])
+
+
+def sample(image=None, context=QUESTION, answers="a cat", key="0001"):
+    image = jpeg((9, 8, 7)) if image is None else image
+    return VQASample(__key__=key, __restore_key__=(), image=image, context=context, answers=answers)
+
+
+def text_only(answers="a cat"):
+    given = sample(context="Name a pet.", answers=answers, key="text")
+    given.image = None
+    return given
+
+
+def test_batch_is_padded_to_its_longest_and_a_multiple_of_8(encoder):
+    samples = [encoder.encode_sample(given) for given in (sample(answers="a" * 9), text_only(), sample(answers="b"))]
+    batch = encoder.batch(samples)
+    longest = len(samples[0].input_ids)
+    length = -(-longest // 8) * 8
+    assert batch.keys == ["0001", "text", "0001"]
+    assert batch.input_ids.shape == batch.labels.shape == (3, length)
+    assert (batch.input_ids.dtype, batch.labels.dtype, batch.pixels.dtype) == (torch.int64, torch.int64, torch.uint8)
+    # Two pictures for three samples, in the order of their placeholders.
+    assert batch.pixels.shape == (2, 3, 28, 28)
+    assert (batch.input_ids == encoder.llava.image_token_id).sum(dim=1).tolist() == [16, 0, 16]
+    for row, given in enumerate(samples):
+        size = len(given.input_ids)
+        assert torch.equal(batch.input_ids[row, :size], given.input_ids)
+        assert torch.equal(batch.labels[row, :size], given.labels)
+        assert (batch.labels[row, size:] == -100).all()
+
+
+def test_batch_without_pictures(encoder):
+    batch = encoder.batch([encoder.encode_sample(text_only())])
+    assert batch.pixels.shape == (0, 3, 28, 28)
+
+
+def test_batch_is_never_longer_than_the_decoder(model):
+    encoder = LlavaTaskEncoder(settings(model[0], length=61), model[1])
+    batch = encoder.batch([encoder.encode_sample(sample(answers="x" * 100))])
+    assert batch.input_ids.shape == (1, 61)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (sample(context="no picture asked for"), "context has 0 <image>"),
+        (sample(context="<image> or <image>?"), "context has 2 <image>"),
+        (sample(answers="an <image>"), "answer 1"),
+        (sample(answers=["one", "two"]), "expected one text"),
+        (sample(answers=None), "expected one text"),
+        (sample(image=jpeg((0, 0, 0))[:-20]), "picture cannot be read"),
+        (sample(image=b""), "picture cannot be read"),
+        (sample(context="<image>" + "long " * 100), "no answer within 256"),
+    ],
+)
+def test_what_cannot_be_trained_on_names_the_key(given, why, encoder):
+    with pytest.raises(ValueError, match=f"^sample 0001: .*{why}"):
+        encoder.encode_sample(given)
+
+
+def test_png_under_the_name_jpg(encoder):
+    file = io.BytesIO()
+    Image.new("RGB", (50, 40), (1, 2, 3)).save(file, "PNG")
+    assert encoder.encode_sample(sample(image=file.getvalue())).pixels[0, :, 5, 5].tolist() == [1, 2, 3]
+
+
+def test_pictures_of_another_size_than_the_towers_are_refused(tmp_path):
+    llava = describe(tmp_path)
+    changed = {**CLIP, "crop_size": {"height": 14, "width": 14}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=r"crop_size is \(14, 14\), but the vision tower takes 28"):
+        LlavaTaskEncoder(settings(tmp_path), llava)
+
+
+def test_another_image_token_than_the_configs_is_refused(model):
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match=r"<image> is 300 in the tokenizer and 7 in config\.json"):
+        LlavaTaskEncoder(settings(model[0]), replace(model[1], image_token_id=7))
