@@ -22,11 +22,12 @@ GENERATION_CONFIG = "generation_config.json"
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 UNUSED = "unused.safetensors"
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -135,6 +136,15 @@ def vision_settings(model: VisionModel) -> dict[str, Any]:
     family = VISION_FAMILIES[model.family]
     settings = {setting.hf: getattr(model, setting.mcore) for setting in family.settings}
     return {**settings, "num_hidden_layers": model.num_layers + family.unused_layers}
+
+
+def make_tokenizer_portable(folder: Path) -> None:
+    """Name the tokenizer's class as transformers 4 and 5 both know it: 5 saves a name that 4 does not have."""
+    if not (Path(folder) / TOKENIZER_CONFIG).is_file():
+        return
+    config = read_json(folder, TOKENIZER_CONFIG)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        write_json(folder, TOKENIZER_CONFIG, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def preprocessor_config(model: VisionModel) -> dict[str, Any]:

@@ -165,6 +165,7 @@ def export_hf(conversion: Conversion) -> None:
         for source in reversed(carriers):
             companions.copy_companions(source, folder)
         (folder / companions.UNUSED).unlink(missing_ok=True)
+        companions.make_tokenizer_portable(folder)
         config = companions.hf_config(config, llava, vocab_size, DTYPES[conversion.precision])
         companions.write_json(folder, companions.CONFIG, config)
         _complete_processor(folder, llava)
