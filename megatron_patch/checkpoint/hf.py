@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_patch.checkpoint.reader import Reader, existing_file, load_tensors
+from megatron_patch.checkpoint.reader import Reader, existing_file, load_tensors, reason
 
 # In the order in which transformers looks for them.
 FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -120,7 +120,7 @@ class _SafetensorsFile:
         try:
             self.file = safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error}); download it again") from None
+            raise ValueError(f"{path}: not a readable safetensors file ({reason(error)}); download it again") from None
 
     def names(self) -> Iterable[str]:
         return self.file.keys()

@@ -86,11 +86,15 @@ def load_tensors(path: Path) -> dict:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{path}: not a file of tensors and plain values ({reason}); expected one that "
+            f"{path}: not a file of tensors and plain values ({reason(error)}); expected one that "
             "torch.load(weights_only=True) reads"
         ) from error
+
+
+def reason(error: Exception) -> str:
+    """What a library's error says, on one line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -98,4 +102,4 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); copy it again") from None
+        raise ValueError(f"{path}: not a readable safetensors file ({reason(error)}); copy it again") from None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_patch.checkpoint.reader import Reader, existing_file
+from megatron_patch.checkpoint.reader import Reader, existing_file, reason
 from megatron_patch.families.family import Weight
 from megatron_patch.families.transformer_engine import to_local_name, to_transformer_engine_name
 
@@ -118,7 +118,7 @@ class TorchDistReader(Reader):
         try:
             block = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for damaged bytes
-            raise ValueError(f"{path}: {key} at {list(offsets)} is not readable ({type(error).__name__})") from error
+            raise ValueError(f"{path}: {key} at {list(offsets)} is not readable ({reason(error)})") from error
         if tuple(block.shape) != tuple(sizes):
             raise ValueError(f"{path}: {key} at {list(offsets)} has shape {list(block.shape)}, expected {list(sizes)}")
         return block
@@ -136,8 +136,8 @@ def read_metadata(path: Path) -> Metadata:
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: not the metadata of a torch_dist checkpoint ({error})") from None
+    except Exception as error:  # damaged bytes make pickle raise nearly anything
+        raise ValueError(f"{path}: not the metadata of a torch_dist checkpoint ({reason(error)})") from error
     if not isinstance(metadata, Metadata):
         raise ValueError(f"{path}: holds a {type(metadata).__name__}, not the metadata of a torch_dist checkpoint")
     return metadata
