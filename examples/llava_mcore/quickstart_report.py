@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import re
 import sys
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ def read_scalars(folder: Path, name: str) -> list[tuple[int, float]]:
     """(iteration, value) of one TensorBoard scalar; empty where it was never written."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    # It remarks on every resumed curve that points were purged, which is meant.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     accumulator.Reload()
     if name not in accumulator.Tags()["scalars"]:

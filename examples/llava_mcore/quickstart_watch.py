@@ -15,7 +15,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) \| lm loss: (\S+) .*time left: (\S+)")
 SAVED = re.compile(r"saved .*iter_0*(\d+)")
@@ -54,15 +56,10 @@ class Progress:
 def watch(command: list[str], log: Path, kill_at: int | None) -> int:
     """Run `command`; returns its exit code, or 0 when it ended because a worker was killed as asked."""
     progress, killed, saved = Progress(), False, 0
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        ) as process,
-    ):
-        for line in process.stdout:
-            file.write(line)
-            file.flush()
+    # A file, not a pipe: a process that outlives the command would keep a pipe open, and the reader waiting.
+    with log.open("w") as output, log.open(errors="replace") as lines:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        for line in follow(lines, process):
             if match := ITERATION.search(line):
                 done, total = int(match[1]), int(match[2])
                 progress.show(done, total, match[3], match[4])
@@ -83,6 +80,21 @@ def watch(command: list[str], log: Path, kill_at: int | None) -> int:
         print(f"error: no worker was killed: iteration {kill_at} never came after a checkpoint", file=sys.stderr)
         return process.returncode or 1
     return 1 if killed else process.returncode
+
+
+def follow(lines: TextIO, process: subprocess.Popen) -> Iterator[str]:
+    """The lines of a file that `process` writes, as they come, until it has ended."""
+    part = ""
+    while True:
+        has_ended = process.poll() is not None
+        part += lines.readline()
+        if part.endswith("\n"):
+            yield part
+            part = ""
+        elif has_ended:
+            return
+        else:
+            time.sleep(0.1)
 
 
 def kill_worker(launcher: int) -> int:
