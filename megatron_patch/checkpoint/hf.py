@@ -64,7 +64,7 @@ class HfWriter:
     The files appear under their names when `close` is called: until then their number is not known.
     """
 
-    def __init__(self, folder: Path, max_shard_size: int = 4 * 1024**3) -> None:
+    def __init__(self, folder: Path, max_shard_size: int = 2 * 1024**3) -> None:
         self.folder = Path(folder)
         self.max_shard_size = max_shard_size
         self.pending: dict[str, Tensor] = {}

@@ -75,6 +75,7 @@ class Conversion:
             raise ValueError(f"--precision {self.precision}: weights are kept as bf16, fp16 or fp32; use one of these")
         if not self.mg2hf and self.source_clip_ckpt_path is None:
             raise ValueError("--source-clip-ckpt-path none: a CLIP's folder is needed with --mg2hf false")
+        _ = self.parallel  # refuses sizes below 1, also where they are not used
 
     @property
     def parallel(self) -> Parallel:
