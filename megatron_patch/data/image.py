@@ -79,12 +79,14 @@ def load_pixels(data: bytes, settings: ImageSettings) -> Tensor:
     size = (settings.size, longest) if width <= height else (longest, settings.size)
     _check_pixels(f"picture of {width} x {height} resized to shortest edge {settings.size}", *size)
     array = np.asarray(rgb.resize(size, Image.Resampling.BICUBIC))  # [h, w, 3]
-    return torch.from_numpy(_center_crop(array, *settings.crop_size)).permute(2, 0, 1).contiguous()  # [3, h, w]
+    array = _center_crop(array, *settings.crop_size).transpose(2, 0, 1)  # [3, h, w]
+    return torch.from_numpy(array.copy())
 
 
 def normalize(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """uint8 [n, 3, h, w] -> the tower's input of the same shape, computed in fp32 where the pixels lie, then cast."""
-    mean_, std_ = (torch.tensor(values, device=pixels.device).view(1, 3, 1, 1) for values in (mean, std))
+    options = {"dtype": torch.float32, "device": pixels.device}
+    mean_, std_ = (torch.tensor(values, **options).view(1, 3, 1, 1) for values in (mean, std))
     # transformers multiplies by 1/255 in fp64 and rounds to fp32: for each of the 256 values that is value / 255.
     return ((pixels.float() / 255 - mean_) / std_).to(dtype)
 

@@ -155,12 +155,18 @@ def install_tokenizer(source: Path, target: Path) -> int:
     files = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if not {"tokenizer.json", "tokenizer.model"} & set(files):
         raise ValueError(f"{source}: neither tokenizer.json nor tokenizer.model; expected a tokenizer of transformers")
-    original = AutoTokenizer.from_pretrained(source)
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"{target}: is the source itself; give another folder")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        # What another tokenizer left there would be read together with this one.
+        (target / name).unlink(missing_ok=True)
+        if name in files:
+            shutil.copyfile(source / name, target / name)
+    # As its own files say. (In the source's folder, transformers 5 takes another class for some kinds of config.json.)
+    original = AutoTokenizer.from_pretrained(target)
     known = original.get_vocab()
     token_id = known.get(IMAGE, max(known.values()) + 1)
-    target.mkdir(parents=True, exist_ok=True)
-    for name in files:
-        shutil.copyfile(source / name, target / name)
     _edit_json(
         target / "tokenizer_config.json", lambda config: _configured(config, token_id, "tokenizer.json" in files)
     )

@@ -1,0 +1,212 @@
+"""Loaders of energon datasets whose position can be saved, and restored only where it means the same."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import math
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.energon import SavableDataLoader, WorkerConfig, load_dataset
+from megatron.energon.errors import FatalSampleError
+from megatron.energon.metadataset.loader_interface import LoadedDatasetList
+
+from megatron_patch.config import Config, Llava
+from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
+
+logger = logging.getLogger(__name__)
+
+MAX_UNREADABLE_SHARE = 0.01
+"""Part of a rank's samples that may be left out because they cannot be read; more end the run."""
+SAMPLES_PER_SLICE = 100
+"""Neighbours in a shard that are read one after another; slices come in random order."""
+PREPARE = (
+    "prepare one with: python toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py DIR, "
+    "or energon prepare --non-interactive"
+)
+
+
+class Failures:
+    """Counts samples that cannot be read, over all workers of a loader, and ends the run when they are too many."""
+
+    def __init__(self, dataset: Path, num_samples: int) -> None:
+        """`num_samples`: of this rank, which `MAX_UNREADABLE_SHARE` is taken of."""
+        self.allowed = math.ceil(MAX_UNREADABLE_SHARE * num_samples)
+        self.message = f"{dataset}: more than {self.allowed} of a rank's {num_samples} samples cannot be read"
+        self._count = multiprocessing.get_context("fork").Value("i", 0)
+        # Of this process: each worker has its own part of the samples, and an epoch later they come again.
+        self._keys: set[str] = set()
+
+    @property
+    def count(self) -> int:
+        """Samples that were left out so far."""
+        return self._count.value
+
+    def __call__(self, error: Exception, sample: Any, sources: Any = None) -> None:
+        """Energon's error handler: one log line, or FatalSampleError, which energon hands on."""
+        key = _key(sample)
+        if key in self._keys:
+            return
+        self._keys.add(key)
+        with self._count.get_lock():
+            self._count.value += 1
+        logger.warning("left out sample %s: %s", key, " ".join(str(error).split()))
+        if self.count > self.allowed:
+            raise FatalSampleError(self.message)
+
+
+class Loader(SavableDataLoader[Batch]):
+    """An endless energon loader that knows what its position means. Its workers live as long as its one iterator."""
+
+    def __init__(self, dataset: Any, failures: Failures, fingerprint: dict[str, Any]) -> None:
+        super().__init__(dataset, checkpoint_every_sec=10)
+        self.failures = failures
+        self.fingerprint = fingerprint
+        self.is_closed = False
+        # Energon always pins, which without a device is only a warning.
+        self.pin_memory = torch.cuda.is_available()
+
+    def __iter__(self) -> Iterator[Batch]:
+        assert not self.is_closed, "iterated before, and its workers ended with that iterator"
+        try:
+            yield from super().__iter__()
+        except FatalSampleError as error:
+            # From a worker it arrives with a traceback as its text.
+            raise ValueError(f"{self.failures.message}; the log names them; mend or convert the data anew") from error
+        finally:
+            if self._iterator is not None:
+                # Left to the garbage collector, which first ends the queues' threads, each worker takes 5 seconds.
+                self._iterator._shutdown_workers()
+                self.is_closed = True
+
+
+def train_loader(config: Config, llava: Llava, *, rank: int, world_size: int) -> Loader:
+    """Endless shuffled micro batches of the train split for data-parallel `rank` of `world_size`.
+
+    The same arguments give the same batches, in however many processes. Raises ValueError for a dataset that is not
+    prepared or is too small, and while iterating when too many samples cannot be read.
+    """
+    return _loader(config, llava, config.data.data_path, "train", rank=rank, world_size=world_size)
+
+
+def valid_loader(config: Config, llava: Llava, *, rank: int, world_size: int) -> Loader:
+    """Endless micro batches of the val split in its order, beginning anew when it is through; see `train_loader`."""
+    if config.data.valid_data_path is None:
+        raise ValueError("--valid-data-path none: nothing to validate on")
+    return _loader(config, llava, config.data.valid_data_path, "val", rank=rank, world_size=world_size)
+
+
+def save_position(loader: Loader) -> bytes:
+    """Where the loader is: its next batch, and what it is a position in. Not after its iterator is gone."""
+    assert not loader.is_closed, "its workers, who know the position, ended with its iterator"
+    file = io.BytesIO()
+    torch.save({"fingerprint": loader.fingerprint, "state": loader.save_state_rank()}, file)
+    return file.getvalue()
+
+
+def restore_position(loader: Loader, position: bytes) -> None:
+    """Go on exactly where `save_position` was called. Before the first batch is taken.
+
+    Raises ValueError when the position is one in other data, or for other ranks, workers or batches. Unpickles: give
+    it only what `save_position` made.
+    """
+    saved = torch.load(io.BytesIO(position), weights_only=False)
+    for name, here in loader.fingerprint.items():
+        there = saved["fingerprint"].get(name)
+        if there != here:
+            raise ValueError(
+                f"position in the data: {name} was {there} when it was saved and is {here} now; continue with the "
+                f"same, or start a new run"
+            )
+    loader.restore_state_rank(saved["state"])
+
+
+def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, world_size: int) -> Loader:
+    data = config.data
+    encoder = LlavaTaskEncoder(config, llava)
+    num_samples, digest = _describe(path, split)
+    if num_samples < world_size:
+        raise ValueError(
+            f"{path}: split {split} has {num_samples} samples for {world_size} data-parallel ranks; add more"
+        )
+    failures = Failures(path, num_samples // world_size)
+    worker_config = WorkerConfig(
+        rank=rank,
+        world_size=world_size,
+        # A worker without a single sample would never return.
+        num_workers=min(data.num_workers, num_samples // world_size),
+        seed_offset=config.training.seed,
+        global_error_handler=failures,
+    )
+    shuffles = split == "train" and data.shuffle_buffer_size > 1
+    loaded = _open(
+        path,
+        split,
+        worker_config=worker_config,
+        decoder=encoder.decoder,
+        max_samples_per_sequence=SAMPLES_PER_SLICE if shuffles else None,
+        shuffle_over_epochs_multiplier=1 if shuffles else None,
+        parallel_shard_iters=None if shuffles else 1,
+    )
+    dataset = encoder.build_train_datasets(
+        datasets=loaded.datasets,
+        worker_config=worker_config,
+        batch_size=data.micro_batch_size,
+        shuffle_buffer_size=data.shuffle_buffer_size if shuffles else None,
+        virtual_epoch_length=0,
+        blend_mode=loaded.blend_mode,
+        repeat=True,
+    )
+    fingerprint = {
+        "split": split,
+        "dataset": digest,
+        "seed": config.training.seed,
+        "data-parallel rank": rank,
+        "data-parallel size": world_size,
+        "num_workers": worker_config.num_workers,
+        "micro_batch_size": data.micro_batch_size,
+        "decoder_seq_length": config.model.decoder_seq_length,
+        "prompt_format": encoder.format_name,
+        "shuffle_buffer_size": data.shuffle_buffer_size,
+    }
+    return Loader(dataset, failures, fingerprint)
+
+
+def _describe(path: Path, split: str) -> tuple[int, str]:
+    """How many samples a split has, and a digest of its shards' names and counts."""
+    worker_config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    loaded = _open(path, split, worker_config=worker_config)
+    parts = [
+        [[shard.name, shard.count] for shard in part.dataset.shards] + [part.weight, part.repetitions]
+        for part in loaded.datasets
+    ]
+    digest = hashlib.sha256(json.dumps([parts, loaded.blend_mode.value]).encode()).hexdigest()[:16]
+    return sum(len(part.dataset) for part in loaded.datasets), digest
+
+
+def _open(path: Path, split: str, **options: Any) -> LoadedDatasetList:
+    if path.is_dir() and not (path / ".nv-meta" / "dataset.yaml").is_file():
+        raise ValueError(f"{path}: not an energon dataset (no .nv-meta/dataset.yaml in it); {PREPARE}")
+    if not path.exists():
+        raise ValueError(f"{path}: missing; expected an energon dataset; {PREPARE}")
+    try:
+        return load_dataset(path).get_datasets(training=True, split_part=split, **options)
+    except Exception as error:
+        # Energon answers a missing file, split or shard with exceptions of many kinds, AssertionError included.
+        raise ValueError(f"{path}: split {split} cannot be read: {error}; {PREPARE}") from error
+
+
+def _key(sample: Any) -> str:
+    """The key of whatever energon was handling: a raw sample, a typed one, a batch of them."""
+    if isinstance(sample, list):
+        return ", ".join(map(_key, sample))
+    if isinstance(sample, dict):
+        return str(sample.get("__key__"))
+    parts = getattr(sample, "data", None)
+    return str(getattr(sample, "__key__", None) or (_key(parts[0]) if parts else sample))[:200]
