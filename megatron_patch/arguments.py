@@ -147,9 +147,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
-            unknown = message.split(": ")[1].split()[0].split("=")[0]
+            unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
             near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
-            message = f"{unknown}: no such flag; " + (f"did you mean {near[0]}?" if near else "--help lists them")
+            message = f"{unknown!r}: no such flag; " + (f"did you mean {near[0]}?" if near else "--help lists them")
         elif message.startswith("argument "):
             message = message.removeprefix("argument ").replace(": ", " ", 1)
         print(f"error: {message}", file=sys.stderr)

@@ -13,10 +13,6 @@
 # Run again with the same arguments, it resumes.
 set -eu
 
-HERE=$(cd "$(dirname "$0")" && pwd)
-PYTHON=$HERE/../../.venv/bin/python
-[ -x "$PYTHON" ] || PYTHON=python
-
 if [ $# -lt 23 ]; then
     echo "error: $# arguments, expected 23:" >&2
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
@@ -48,28 +44,33 @@ LR_WARMUP_ITERS=${22}           # iterations until the highest learning rate
 OUTPUT_BASEPATH=${23}           # gets checkpoint/, tensorboard/ and log/
 shift 23
 
-exec "$PYTHON" "$HERE/pretrain_llava.py" \
-    --env "$ENV" \
-    --model-size "$MODEL_SIZE" \
-    --micro-batch-size "$BATCH_SIZE" \
-    --global-batch-size "$GLOBAL_BATCH_SIZE" \
-    --lr "$LR" \
-    --min-lr "$MIN_LR" \
-    --seq-length "$SEQ_LEN" \
-    --decoder-seq-length "$DECODER_SEQ_LEN" \
-    --precision "$PR" \
-    --tensor-model-parallel-size "$TP" \
-    --pipeline-model-parallel-size "$PP" \
-    --context-parallel-size "$CP" \
-    --use-distributed-optimizer "$DO" \
-    --use-flash-attn "$FL" \
-    --recompute "$AC" \
-    --optimizer-offload "$OPTIMIZER_OFFLOAD" \
-    --save-interval "$SAVE_INTERVAL" \
-    --data-path "$DATASET_PATH" \
-    --valid-data-path "$VALID_DATASET_PATH" \
-    --pretrained-checkpoint "$PRETRAIN_CHECKPOINT_PATH" \
-    --train-iters "$TRAIN_ITERS" \
-    --lr-warmup-iters "$LR_WARMUP_ITERS" \
-    --output "$OUTPUT_BASEPATH" \
+REPO=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
+PYTHON=$REPO/.venv/bin/python
+[ -x "$PYTHON" ] || PYTHON=python
+export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
+
+exec "$PYTHON" "$REPO/examples/llava_mcore/pretrain_llava.py" \
+    --env="$ENV" \
+    --model-size="$MODEL_SIZE" \
+    --micro-batch-size="$BATCH_SIZE" \
+    --global-batch-size="$GLOBAL_BATCH_SIZE" \
+    --lr="$LR" \
+    --min-lr="$MIN_LR" \
+    --seq-length="$SEQ_LEN" \
+    --decoder-seq-length="$DECODER_SEQ_LEN" \
+    --precision="$PR" \
+    --tensor-model-parallel-size="$TP" \
+    --pipeline-model-parallel-size="$PP" \
+    --context-parallel-size="$CP" \
+    --use-distributed-optimizer="$DO" \
+    --use-flash-attn="$FL" \
+    --recompute="$AC" \
+    --optimizer-offload="$OPTIMIZER_OFFLOAD" \
+    --save-interval="$SAVE_INTERVAL" \
+    --data-path="$DATASET_PATH" \
+    --valid-data-path="$VALID_DATASET_PATH" \
+    --pretrained-checkpoint="$PRETRAIN_CHECKPOINT_PATH" \
+    --train-iters="$TRAIN_ITERS" \
+    --lr-warmup-iters="$LR_WARMUP_ITERS" \
+    --output="$OUTPUT_BASEPATH" \
     "$@"

@@ -138,7 +138,7 @@ def test_photographs_through_all_scripts_across_a_kill(place, photos, weights):
 @pytest.mark.parametrize(
     ("changed", "flags", "said"),
     [
-        ({"TP": 3}, (), "--tensor-model-parallel-size 3: the language model has 12 attention heads"[:44]),
+        ({"TP": 3}, (), "--tensor-model-parallel-size 3: the language model has 4 query groups"),
         ({"TP": 5}, (), "which 5 does not divide; use 1, 2 or 4"),
         ({"MODEL_SIZE": "7B"}, (), "--model-size 7B: the language model's config.json describes"),
         ({"SEQ_LEN": 576}, (), "takes 16 positions; use 16"),
@@ -151,7 +151,7 @@ def test_photographs_through_all_scripts_across_a_kill(place, photos, weights):
         ({"DATASET_PATH": "/no/such/folder"}, (), "--data-path /no/such/folder: no such folder"),
         ({"PRETRAIN_CHECKPOINT_PATH": "/no/such"}, (), "--pretrained-checkpoint /no/such: no such folder"),
         ({"ENV": "laptop"}, (), "--env 'laptop': expected one of dsw, dlc"),
-        ({}, ("--freeze-llm", "false"), "--freeze-llm: no such flag; did you mean --freeze-lm?"),
+        ({}, ("--freeze-llm", "false"), "'--freeze-llm': no such flag; did you mean --freeze-lm?"),
     ],
 )
 def test_mistakes_are_one_line_within_two_seconds(mcore, tmp_path, changed, flags, said):

@@ -59,7 +59,8 @@ def test_a_later_flag_wins():
         ("--freeze-lm yes", "--freeze-lm 'yes': expected true or false"),
         ("--precision int8", "--precision 'int8': expected one of bf16, fp16, fp32, fp8"),
         ("--micro-batch-size x", "--micro-batch-size 'x': expected INT"),
-        ("--micro-batch-sise 3", "--micro-batch-sise: no such flag; did you mean --micro-batch-size?"),
+        ("--micro-batch-sise 3", "'--micro-batch-sise': no such flag; did you mean --micro-batch-size?"),
+        ("stray", "'stray': no such flag; --help lists them"),
         ("--precision fp8", "--precision fp8: not supported yet; use bf16 or fp32"),
         ("--precision fp16", "--precision fp16: not supported yet"),
         ("--context-parallel-size 2", "--context-parallel-size 2: not supported yet; use 1"),
@@ -74,6 +75,10 @@ def test_a_later_flag_wins():
 )
 def test_mistakes_are_one_line(capsys, words, said):
     assert said in error_of(capsys, *words.split())
+
+
+def test_a_stray_empty_word_is_named(capsys):
+    assert "'': no such flag" in error_of(capsys, "")
 
 
 def test_help_has_a_sentence_for_every_flag(capsys):

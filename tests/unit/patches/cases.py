@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import tempfile
 
 import torch
@@ -117,6 +118,12 @@ def own_step_for_each_parameter() -> None:
     _train(model, optimizer)
     steps = {state["step"].item() for state in optimizer.chained_optimizers[0].optimizer.state.values()}
     assert steps == {2.0}
+
+
+def no_process_for_results() -> None:
+    """After a save, no process is left."""
+    _save_and_load(*_optimizer())
+    assert not multiprocessing.active_children()
 
 
 def _start() -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from megatron_patch import patches
-from megatron_patch.patches import no_cuda, no_transformer_engine
+from megatron_patch.patches import no_cuda, no_transformer_engine, saving
 from tests.unit.patches import cases
 
-REPAIRS = [repair.make.__name__ for repair in (*no_cuda.REPAIRS, *no_transformer_engine.REPAIRS)]
+REPAIRS = [repair.make.__name__ for repair in (*no_cuda.REPAIRS, *no_transformer_engine.REPAIRS, *saving.REPAIRS)]
 # Forked from a process that has torch loaded and megatron.core not: starts at once, repairs are made anew.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "tests.unit.patches.cases"])
