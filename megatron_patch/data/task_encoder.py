@@ -107,6 +107,8 @@ class LlavaTaskEncoder(TaskEncoder[VQASample, EncodedSample, Batch, Batch]):
             raise ValueError(
                 f"context has {asked} {IMAGE} and answer {answered}, expected {len(pictures)} and 0, one per picture"
             )
+        if not answer.strip():
+            raise ValueError("the answer is empty")
         input_ids, labels, num_images = encode(
             [(context, answer)],
             self.tokenizer,

@@ -215,11 +215,15 @@ def encode(
             raise ValueError(f"the answer's first characters {answer[:20]!r} merge with the prompt's last token")
         learned += [False] * (len(prompt) - len(ids)) + [True] * (len(whole) - len(prompt))
         ids = whole
-    tokens, counts = torch.tensor(ids), torch.ones(len(ids), dtype=torch.int64)
-    counts[tokens == image_token_id] = num_image_tokens
-    tokens = tokens.repeat_interleave(counts)  # [s + 1]
-    targets = torch.where(torch.tensor(learned).repeat_interleave(counts), tokens, IGNORE)
-    input_ids, labels = tokens[:-1][:max_length], targets[1:][:max_length]  # [s]
+    # In Python, not torch, whose threads cost more than this work where several processes share the cores.
+    tokens: list[int] = []
+    targets: list[int] = []
+    for token, is_learned in zip(ids, learned, strict=True):
+        count = num_image_tokens if token == image_token_id else 1
+        tokens += [token] * count
+        targets += [token if is_learned else IGNORE] * count
+    input_ids = torch.tensor(tokens[:-1][:max_length])  # [s]
+    labels = torch.tensor(targets[1:][:max_length])  # [s]
     num_images, rest = divmod(int((input_ids == image_token_id).sum()), num_image_tokens)
     if rest:
         raise ValueError(

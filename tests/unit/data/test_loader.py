@@ -71,18 +71,18 @@ def test_restored_loader_goes_on_exactly(num_workers, model, dataset):
 
 
 def test_position_before_the_first_batch(model, dataset):
-    loader = build(model, dataset, num_workers=2)
-    again = build(model, dataset, num_workers=2)
+    loader = build(model, dataset, num_workers=1)
+    again = build(model, dataset, num_workers=1)
     restore_position(again, save_position(loader))
     # And where a restored one is, before it went on.
-    third = build(model, dataset, num_workers=2)
+    third = build(model, dataset, num_workers=1)
     restore_position(third, save_position(again))
     expected = take(loader, 3)
     assert_same(take(again, 3), expected)
     assert_same(take(third, 3), expected)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 1])
 def test_equal_ranks_see_the_same_and_others_something_else(num_workers, model, dataset):
     """Tensor-parallel ranks each build their own loader."""
     first, second, again = (
@@ -110,7 +110,7 @@ def test_without_shuffling_the_order_is_the_shards(model, dataset):
 
 
 def test_validation_is_the_same_each_time_and_as_long_on_every_rank(model, dataset):
-    for num_workers in (0, 2):
+    for num_workers in (0, 1):
         first, second, again = (
             take(build(model, dataset, valid_loader, rank, 2, num_workers=num_workers), 7) for rank in (0, 1, 0)
         )
@@ -121,8 +121,8 @@ def test_validation_is_the_same_each_time_and_as_long_on_every_rank(model, datas
 
 def test_more_workers_than_samples(model, dataset):
     """Six validation samples for five ranks of two workers: none waits forever for a sample."""
-    for rank in range(5):
-        assert len(take(build(model, dataset, valid_loader, rank, 5, num_workers=2), 1)) == 1
+    for rank in (0, 4):
+        assert len(take(build(model, dataset, valid_loader, rank, 5, num_workers=2), 2)) == 2
     with pytest.raises(ValueError, match="split val has 6 samples for 7 data-parallel ranks"):
         build(model, dataset, valid_loader, 0, 7)
 
@@ -173,7 +173,7 @@ def damage(dataset, target, count):
     return target
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_corrupt_sample_is_named_once_and_counted(num_workers, model, dataset, tmp_path, caplog, capfd):
     loader = build(model, damage(dataset, tmp_path / "wds", 1), num_workers=num_workers, micro_batch_size=1)
     caplog.set_level(logging.WARNING)

@@ -70,6 +70,7 @@ def test_batch_is_never_longer_than_the_decoder(model):
         (sample(context="<image> or <image>?"), "context has 2 <image>"),
         (sample(answers="an <image>"), "answer 1"),
         (sample(answers=["one", "two"]), "expected one text"),
+        (sample(answers=" "), "answer is empty"),
         (sample(answers=None), "expected one text"),
         (sample(image=jpeg((0, 0, 0))[:-20]), "picture cannot be read"),
         (sample(image=b""), "picture cannot be read"),

@@ -1,0 +1,86 @@
+"""The script as people call it: another folder, spaces in paths, energon's own command as the judge."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from megatron.energon import WorkerConfig, get_train_dataset
+
+from tests.unit.data.samples import PHOTOS, copy_photos, write_annotations, write_pretrain
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "toolkits" / "multimodal_data_preprocessing" / "convert_llava_pretrain_to_wds.py"
+
+
+def run(*arguments, cwd=None):
+    # The package need not be installed for this: the tests' own folder is on the path.
+    environment = {"PATH": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the real photographs are not here")
+def test_real_photographs_from_another_folder(tmp_path):
+    folder = copy_photos(tmp_path / "LLaVA Pretrain")
+    result = run("../LLaVA Pretrain", cwd=(tmp_path / "LLaVA Pretrain" / "00000"))
+    assert result.returncode != 0  # relative to where it is called
+    result = run("LLaVA Pretrain", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "LLaVA Pretrain/wds: 240 given = 240 written + 0 rejected\n"
+    meta = folder / "wds" / ".nv-meta"
+    prepared = {name: (meta / name).read_text() for name in ("dataset.yaml", "split.yaml", ".info.json")}
+
+    # What `energon prepare` itself writes from the same shards.
+    assert run("--no-prepare", "--overwrite", folder).returncode == 0
+    assert not meta.exists()
+    field_map = '{"image": "jpg", "context": "json[0][value]", "answers": "json[1][value]"}'
+    options = ["--non-interactive", "--split-ratio", "9,1,0", "--sample-type", "VQASample", "--field-map", field_map]
+    energon = Path(sys.executable).with_name("energon")
+    subprocess.run([energon, "prepare", *options, "./"], cwd=folder / "wds", check=True, capture_output=True)
+    assert {name: (meta / name).read_text() for name in prepared} == prepared
+
+    worker_config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    dataset = get_train_dataset(
+        folder / "wds",
+        worker_config=worker_config,
+        batch_size=None,
+        shuffle_buffer_size=None,
+        max_samples_per_sequence=None,
+        repeat=False,
+    )
+    assert len(dataset) == 216
+
+
+def test_rejected_samples_are_counted_and_named(tmp_path):
+    entries = write_pretrain(tmp_path, 30)
+    entries[7]["image"] = "nowhere.jpg"
+    write_annotations(tmp_path, entries)
+    result = run(tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.endswith("the last one: image 'nowhere.jpg': missing\n")
+    assert result.stderr.count("\n") == 1
+    result = run(tmp_path, "--max-rejected-share", "0.05")
+    assert result.returncode == 0, result.stderr
+    assert f"30 given = 29 written + 1 rejected ({tmp_path}/wds.rejected.tsv)" in result.stdout
+    assert (tmp_path / "wds.rejected.tsv").read_text() == "\"000007\"\timage 'nowhere.jpg': missing\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "why"),
+    [
+        ((), 2, "DIR"),
+        (("a", "b"), 2, "unrecognized arguments: b"),
+        (("a", "--max-rejected-share", "2"), 2, "--max-rejected-share"),
+        (("no such folder",), 1, "no such folder: no such folder"),
+        ((".",), 1, "blip_laion_cc_sbu_558k.json: missing"),
+    ],
+)
+def test_mistakes_are_one_line_and_fast(arguments, code, why, tmp_path):
+    start = time.monotonic()
+    result = run(*arguments, cwd=tmp_path)
+    assert time.monotonic() - start < 2
+    assert (result.returncode, result.stdout) == (code, "")
+    assert why in result.stderr
+    assert result.stderr.count("\n") == 1
