@@ -319,6 +319,8 @@ class Training:
         if self.recompute == "offload":
             raise ValueError("--recompute offload: not supported yet; use sel, full or none")
         require_positive(self, "train_iters", "log_interval", "eval_interval", "distributed_timeout_minutes")
+        if self.eval_iters < 0:
+            raise ValueError(f"--eval-iters {self.eval_iters}: expected 0 or more")
 
     @property
     def recompute_granularity(self) -> Literal["selective", "full"] | None:
@@ -362,6 +364,11 @@ class Config:
                 f"--lr-warmup-iters {self.optimizer.lr_warmup_iters}: "
                 f"expected less than --train-iters {self.training.train_iters}"
             )
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is anything to validate on, and anything to be done with it."""
+        return self.data.valid_data_path is not None and self.training.eval_iters > 0
 
     def check(self, llava: Llava) -> None:
         """Raise ValueError for whatever cannot work with this model. Nothing is started before."""

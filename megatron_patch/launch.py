@@ -29,11 +29,12 @@ def launch(config: Config, script: Path, argv: Sequence[str]) -> int:
     config.check(read_config(config.model.description))
     nodes, node_rank = find_nodes(config)
     processes = processes_per_node(config, nodes)
-    micro_batches = config.data.num_micro_batches(config.parallel, nodes * processes)
+    cut, world_size = config.parallel, nodes * processes
+    micro_batches = config.data.num_micro_batches(cut, world_size)
     print(
-        f"{nodes * processes} processes on {nodes} nodes: TP {config.parallel.tensor_model_parallel_size} x PP "
-        f"{config.parallel.pipeline_model_parallel_size} x DP {nodes * processes // config.parallel.model_parallel_size}"
-        f", {micro_batches} micro batches of {config.data.micro_batch_size} per iteration",
+        f"{world_size} processes, {processes} on each of {nodes} nodes: TP {cut.tensor_model_parallel_size} x "
+        f"PP {cut.pipeline_model_parallel_size} x DP {world_size // cut.model_parallel_size}, "
+        f"{micro_batches} micro batches of {config.data.micro_batch_size} per iteration",
         flush=True,
     )
     if nodes == 1:
@@ -41,6 +42,7 @@ def launch(config: Config, script: Path, argv: Sequence[str]) -> int:
     else:
         where = [f"--nnodes={nodes}", f"--node-rank={node_rank}"]
         where += [f"--master-addr={os.environ['MASTER_ADDR']}", f"--master-port={os.environ['MASTER_PORT']}"]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     return _torchrun(config, [*where, f"--nproc-per-node={processes}", str(script), *argv])
 
 
@@ -89,8 +91,6 @@ def _torchrun(config: Config, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    processes = int(next(a for a in arguments if a.startswith("--nproc-per-node=")).split("=")[1])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the line below says it in one
     try:
         main(arguments)

@@ -38,6 +38,8 @@ def train(config: Config) -> Progress:
     loader, batches = open_data(config, llava, checkpoint)
     run_batch = batch_runner(config)
     metrics = Metrics(config, first_iteration=progress.iteration + 1, is_writer=dist.get_rank() == 0)
+    if progress.iteration >= config.training.train_iters:
+        logger.info(f"nothing to do: {progress.iteration} of {config.training.train_iters} iterations are done")
 
     for iteration in range(progress.iteration + 1, config.training.train_iters + 1):
         scheduler.step(1)
@@ -45,7 +47,7 @@ def train(config: Config) -> Progress:
         progress = Progress(iteration, progress.consumed_samples + step.totals.num_samples)
         metrics.log(iteration, step, optimizer.param_groups[0]["lr"], progress.consumed_samples)
 
-        if config.data.valid_data_path and is_due(iteration, config.training.eval_interval, config):
+        if config.validates and is_due(iteration, config.training.eval_interval, config):
             metrics.log_validation(iteration, validate(config, llava, wrapped, run_batch))
         if is_due(iteration, config.checkpoint.save_interval, config):
             metrics.flush()
@@ -107,6 +109,8 @@ def open_data(config: Config, llava: Llava, checkpoint: Path | None) -> tuple[Sa
     if not reads_data():
         return None, itertools.repeat(None)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    if config.validates:
+        valid_loader(config, llava, rank=rank, world_size=size)  # raises now what would stop the first validation
     loader = train_loader(config, llava, rank=rank, world_size=size)
     if checkpoint is not None:
         restore_position(loader, resume.load_position(checkpoint))

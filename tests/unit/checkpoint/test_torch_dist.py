@@ -23,7 +23,7 @@ from megatron_patch.checkpoint.torch_dist import TorchDistReader, stored_key
 from megatron_patch.config import Parallel
 from megatron_patch.families.llava import read_config, rows
 from megatron_patch.model.llava import LlavaModel, language_config
-from megatron_patch.training.loop import start_or_resume
+from megatron_patch.training.loop import load_pretrained, start_or_resume
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
 from tests.distributed.ranks import run_ranks
@@ -101,6 +101,23 @@ def test_megatron_core_cuts_as_we_do(mcore, trained, tmp_path):
         assert set(loaded) == set(expected)
         for name, tensor in loaded.items():
             assert torch.equal(tensor, expected[name]), name
+
+
+def test_megatron_core_cuts_the_imported_weights_as_we_do(mcore, tmp_path):
+    """Saved by dist_checkpointing at TP1, loaded by it at TP2: equal to our shards of the imported weights."""
+    run_ranks(save_whole, ONE, 1, tmp_path, tiny_runs.config(mcore, tmp_path))
+    for cut, expected in run_ranks(reshard, TP2, 2, tmp_path, tiny_runs.config(mcore, tmp_path, parallel=TP2)):
+        loaded = load_rank(mcore, read_config(mcore), **cut, tp_size=2, pp_size=1)
+        assert set(loaded) == set(expected)
+        for name, tensor in loaded.items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+def save_whole(folder: Path, config):
+    """The imported weights, saved by megatron.core."""
+    model = LlavaModel(config, read_config(config.model.description))
+    load_pretrained(config, read_config(config.model.description), model)
+    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(folder))
 
 
 def load_strictly(path: Path, config):
