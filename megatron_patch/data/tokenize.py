@@ -269,6 +269,11 @@ def _configured(config: dict[str, Any], token_id: int, has_tokenizer_json: bool)
     """tokenizer_config.json with `<image>`, without what would add tokens to a prompt, without the chat template."""
     config = {name: value for name, value in config.items() if name != "chat_template"}
     config |= {"add_bos_token": False, "add_eos_token": False}
+    # Two words of transformers 5 that 4 does not know; 5 knows 4's for them.
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
     if has_tokenizer_json and "added_tokens_decoder" not in config:
         # transformers 5 leaves the table to tokenizer.json; one with a single entry would only mislead.
         return config
