@@ -106,6 +106,7 @@ def _rope(theta: float) -> dict:
 
 def _random(model_class, config, dtype):
     generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(1)
     model = model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():

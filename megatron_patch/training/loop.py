@@ -25,7 +25,8 @@ from megatron_patch.families.llava import read_config
 from megatron_patch.families.transformer_engine import to_transformer_engine_name
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.model.specs import uses_transformer_engine
-from megatron_patch.training.metrics import Metrics, logger
+from megatron_patch.training.log import logger
+from megatron_patch.training.metrics import Metrics
 from megatron_patch.training.optimizer import build_optimizer, build_scheduler, wrap
 from megatron_patch.training.step import Totals, batch_runner, train_step
 

@@ -6,16 +6,18 @@ import logging
 import os
 import sys
 
-from megatron_patch import parallel
 from megatron_patch.config import Config
-from megatron_patch.training.loop import train
-from megatron_patch.training.metrics import start_log
+from megatron_patch.training.log import start_log
 
 
 def run(config: Config) -> int:
     """Train and return the exit code. What a user can mend is one line on stderr, its traceback in the rank's log."""
     rank = int(os.environ["RANK"])
     start_log(config.checkpoint.output / "log", rank)
+    # Here, so that what libraries remark while they are loaded goes to the log.
+    from megatron_patch import parallel
+    from megatron_patch.training.loop import train
+
     try:
         parallel.start(config.parallel, config.training.seed, config.training.distributed_timeout_minutes)
         train(config)
