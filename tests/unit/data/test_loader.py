@@ -119,6 +119,14 @@ def test_validation_is_the_same_each_time_and_as_long_on_every_rank(model, datas
         assert_same(again, first)
 
 
+def test_validating_in_between_does_not_move_training(model, dataset):
+    expected = take(build(model, dataset), 6)
+    batches = iter(build(model, dataset))
+    first = list(islice(batches, 3))
+    take(build(model, dataset, valid_loader), 4)
+    assert_same([*first, *islice(batches, 3)], expected)
+
+
 def test_more_workers_than_samples(model, dataset):
     """Six validation samples for five ranks of two workers: none waits forever for a sample."""
     for rank in (0, 4):
