@@ -151,7 +151,7 @@ def test_photographs_through_all_scripts_across_a_kill(place, photos, weights):
         ({"DATASET_PATH": "/no/such/folder"}, (), "--data-path /no/such/folder: no such folder"),
         ({"PRETRAIN_CHECKPOINT_PATH": "/no/such"}, (), "--pretrained-checkpoint /no/such: no such folder"),
         ({"ENV": "laptop"}, (), "--env 'laptop': expected one of dsw, dlc"),
-        ({}, ("--freeze-llm", "false"), "'--freeze-llm': no such flag; did you mean --freeze-lm?"),
+        ({}, ("--freeze-llm", "false"), "--freeze-llm: no such flag; did you mean --freeze-lm?"),
     ],
 )
 def test_mistakes_are_one_line_within_two_seconds(mcore, tmp_path, changed, flags, said):
