@@ -228,8 +228,7 @@ class Data:
             if str(path) == "mock":
                 raise ValueError("dataset mock: not supported yet; give an energon dataset's folder")
         require_positive(self, "micro_batch_size", "global_batch_size")
-        if self.num_workers < 0:
-            raise ValueError(f"--num-workers {self.num_workers}: expected 0 or more")
+        require_not_negative(self, "num_workers", "shuffle_buffer_size")
 
     def num_micro_batches(self, parallel: Parallel, world_size: int) -> int:
         """Micro batches that each data-parallel rank computes per iteration, or ValueError when sizes do not fit."""
@@ -286,8 +285,7 @@ class Optimizer:
             raise ValueError(f"--optimizer-offload {self.optimizer_offload}: not supported yet; use false")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"--min-lr {self.min_lr}: expected a number from 0 to --lr {self.lr}")
-        if self.lr_warmup_iters < 0:
-            raise ValueError(f"--lr-warmup-iters {self.lr_warmup_iters}: expected 0 or more")
+        require_not_negative(self, "lr_warmup_iters", "weight_decay", "clip_grad")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,8 +317,7 @@ class Training:
         if self.recompute == "offload":
             raise ValueError("--recompute offload: not supported yet; use sel, full or none")
         require_positive(self, "train_iters", "log_interval", "eval_interval", "distributed_timeout_minutes")
-        if self.eval_iters < 0:
-            raise ValueError(f"--eval-iters {self.eval_iters}: expected 0 or more")
+        require_not_negative(self, "eval_iters")
 
     @property
     def recompute_granularity(self) -> Literal["selective", "full"] | None:
@@ -400,6 +397,13 @@ def require_positive(settings: object, *names: str) -> None:
     for name in names:
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 1 or more")
+
+
+def require_not_negative(settings: object, *names: str) -> None:
+    """Raise ValueError for the first of these fields that is less than 0."""
+    for name in names:
+        if getattr(settings, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 0 or more")
 
 
 def divisors(number: int) -> list[int]:

@@ -69,6 +69,7 @@ def test_a_later_flag_wins():
         ("--data-path mock", "dataset mock: not supported yet"),
         ("--min-lr 1", "--min-lr 1.0: expected a number from 0 to --lr 0.001"),
         ("--micro-batch-size 0", "--micro-batch-size 0: expected 1 or more"),
+        ("--shuffle-buffer-size -1", "--shuffle-buffer-size -1: expected 0 or more"),
         ("--lr-warmup-iters 9", "--lr-warmup-iters 9: expected less than --train-iters 9"),
         ("--pretrained-checkpoint none", "--pretrained-checkpoint none: then --model-config is needed"),
     ],
