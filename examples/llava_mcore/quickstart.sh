@@ -67,9 +67,9 @@ train() { # train LOG [OPTION...]: the same command each time; the second finds 
     log=$WORK/log/$1.log
     shift
     set -- "$log" "$@" -- env NPROC_PER_NODE=2 sh examples/llava_mcore/run_mcore_llava.sh \
-        dsw auto 16 32 1e-3 1e-5 16 64 fp32 1 1 1 true true false false 250 \
-        "$WORK/LLaVA-Pretrain/wds" "$WORK/LLaVA-Pretrain/wds" "$WORK/mcore-tp2" 1000 50 "$WORK/output" \
-        --freeze-lm false --freeze-vit false --log-interval 10 --eval-interval 250 --eval-iters 4 --num-workers 1
+        dsw auto 16 32 1e-3 1e-5 16 64 fp32 1 1 1 true true false false 200 \
+        "$WORK/LLaVA-Pretrain/wds" "$WORK/LLaVA-Pretrain/wds" "$WORK/mcore-tp2" 800 50 "$WORK/output" \
+        --freeze-lm false --freeze-vit false --log-interval 10 --eval-interval 200 --eval-iters 4 --num-workers 1
     (while [ "$1" != -- ]; do shift; done && shift && show "$@")
     "$PYTHON" examples/llava_mcore/quickstart_watch.py "$@"
 }
@@ -87,7 +87,7 @@ run hf2mcore bash toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_
     auto "$WORK/llm" "$WORK/clip" "$WORK/mcore-tp2" 2 1 false fp32
 
 stage '4 train on 2 processes, until one is killed'
-train train-killed --kill-at 530
+train train-killed --kill-at 430
 
 stage '5 the same command again: it resumes'
 train train-resumed

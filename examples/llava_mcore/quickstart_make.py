@@ -30,7 +30,7 @@ COLOURS = {
     "green": (40, 160, 60),
     "blue": (40, 80, 210),
     "yellow": (240, 210, 50),
-    "purple": (140, 50, 170),
+    "purple": (150, 60, 190),
     "white": (250, 250, 250),
 }
 SHAPES = ("circle", "square", "triangle")
@@ -65,16 +65,16 @@ def random_scene(rng: random.Random) -> Scene:
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """A picture of `scene`: sizes, places, shades and the background vary, what the caption says does not."""
     side = PICTURE_SIZE * OVERSAMPLING
-    grey = rng.randint(70, 150)
+    grey = rng.randint(25, 80)
     image = Image.new("RGB", (side, side), tuple(grey + rng.randint(-12, 12) for _ in range(3)))
     pen = ImageDraw.Draw(image)
-    along, across = rng.uniform(0.205, 0.23), rng.uniform(-0.06, 0.06)
+    along, across = rng.uniform(0.205, 0.225), rng.uniform(-0.04, 0.04)
     dx, dy = RELATIONS[scene.relation]
     x, y = 0.5 + rng.uniform(-0.02, 0.02), 0.5 + rng.uniform(-0.02, 0.02)
     step = (dx * along + dy * across, dy * along + dx * across)
     for (colour, shape), sign, radius in (
-        (scene.large, 1, rng.uniform(0.20, 0.23)),
-        (scene.small, -1, rng.uniform(0.13, 0.155)),
+        (scene.large, 1, rng.uniform(0.205, 0.225)),
+        (scene.small, -1, rng.uniform(0.135, 0.15)),
     ):
         shade = tuple(max(0, min(255, part + rng.randint(-15, 15))) for part in COLOURS[colour])
         _draw_shape(pen, shape, ((x + sign * step[0]) * side, (y + sign * step[1]) * side), radius * side, shade)
@@ -185,14 +185,14 @@ def save_vision_tower(folder: Path, seed: int) -> None:
     config = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=384,
-        # LLaVA takes the second last layer's output, so the fifth is carried along and not used.
-        num_hidden_layers=5,
+        # LLaVA takes the second last layer's output, so the fourth is carried along and not used.
+        num_hidden_layers=4,
         num_attention_heads=4,
         image_size=PICTURE_SIZE,
         patch_size=14,
         projection_dim=64,
         hidden_act="quick_gelu",
-        initializer_range=0.05,
+        initializer_range=0.1,
     )
     CLIPVisionModel(config).save_pretrained(folder)
     side = {"height": PICTURE_SIZE, "width": PICTURE_SIZE}
@@ -220,7 +220,7 @@ def save_vision_tower(folder: Path, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=12000, help="pictures to train on (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=20000, help="pictures to train on (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=500, help="pictures to judge by (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of pictures and weights (default: %(default)s)")
     args = parser.parse_args()

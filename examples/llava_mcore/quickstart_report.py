@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,7 @@ def main() -> int:
         ("exact captions, held-out pictures", f"{exact:.1%} of {len(captions)} (at least {LEAST_EXACT:.0%} expected)"),
         ("the same, pictures shuffled", f"{shuffled:.1%} (at most {MOST_SHUFFLED:.0%} expected)"),
         ("loss curve", f"{folder / 'loss_curve.png'}"),
-        ("TensorBoard", f"tensorboard --logdir {board}"),
+        ("TensorBoard", f"tensorboard --logdir {shlex.quote(str(board))}"),
         ("model for transformers", f"{folder / 'hf'}"),
     ]
     print(table(rows))
