@@ -149,7 +149,8 @@ class _Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
             near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
-            message = f"{unknown or repr(unknown)}: no such flag; " + (f"did you mean {near[0]}?" if near else "--help lists them")
+            hint = f"did you mean {near[0]}?" if near else "--help lists them"
+            message = f"{unknown or repr(unknown)}: no such flag; {hint}"
         elif message.startswith("argument "):
             message = message.removeprefix("argument ").replace(": ", " ", 1)
         print(f"error: {message}", file=sys.stderr)
