@@ -150,7 +150,7 @@ def save_tokenizer(folder: Path) -> int:
 
 
 def save_language_model(folder: Path, seed: int) -> None:
-    """A Mistral of 0.9M parameters with grouped-query attention, random weights and its tokenizer."""
+    """A Mistral of 0.8M parameters with grouped-query attention, random weights and its tokenizer."""
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -177,7 +177,7 @@ def save_language_model(folder: Path, seed: int) -> None:
 
 
 def save_vision_tower(folder: Path, seed: int) -> None:
-    """A CLIP vision tower of 0.9M parameters, random weights and its image processor."""
+    """A CLIP vision tower of 0.7M parameters, random weights and its image processor."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
 

@@ -31,6 +31,7 @@ class Progress:
     def __init__(self) -> None:
         self.is_terminal = sys.stdout.isatty()
         self.tenth = -1
+        self.is_drawn = False
 
     def show(self, done: int, total: int, loss: str, left: str) -> None:
         """Draw the state after `done` of `total` iterations."""
@@ -39,18 +40,21 @@ class Progress:
         line = f"  [{bar}] {done}/{total} iterations, lm loss {loss}, time left {left}"
         if self.is_terminal:
             print(f"\r{line}\033[K", end="", flush=True)
+            self.is_drawn = True
         elif 10 * done // total != self.tenth:
             print(line, flush=True)
         self.tenth = 10 * done // total
 
     def say(self, text: str) -> None:
-        """Write a line that stays."""
+        """Write a line that stays, in the bar's place; the bar is drawn below it next time."""
+        self.is_drawn = False
         print(f"\r\033[K  {text}" if self.is_terminal else f"  {text}", flush=True)
 
     def end(self) -> None:
         """Leave the bar as it stands."""
-        if self.is_terminal and self.tenth >= 0:
+        if self.is_drawn:
             print(flush=True)
+            self.is_drawn = False
 
 
 def watch(command: list[str], log: Path, kill_at: int | None) -> int:
