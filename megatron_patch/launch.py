@@ -32,7 +32,7 @@ def launch(config: Config, script: Path, argv: Sequence[str]) -> int:
     cut, world_size = config.parallel, nodes * processes
     micro_batches = config.data.num_micro_batches(cut, world_size)
     print(
-        f"{world_size} processes, {processes} on each of {nodes} nodes: TP {cut.tensor_model_parallel_size} x "
+        f"{world_size} processes (nodes x processes: {nodes} x {processes}): TP {cut.tensor_model_parallel_size} x "
         f"PP {cut.pipeline_model_parallel_size} x DP {world_size // cut.model_parallel_size}, "
         f"{micro_batches} micro batches of {config.data.micro_batch_size} per iteration",
         flush=True,
