@@ -98,6 +98,12 @@ class Llava:
                 f"--pipeline-model-parallel-size {stages}: the language model has {layers} layers, which {stages} does "
                 f"not divide; use {listing(divisors(layers))}"
             )
+        chunks = parallel.virtual_pipeline_model_parallel_size
+        if layers // stages % chunks:
+            raise ValueError(
+                f"--virtual-pipeline-model-parallel-size {chunks}: a stage has {layers // stages} layers, which "
+                f"{chunks} does not divide; use {listing(divisors(layers // stages))}"
+            )
 
     def check_model_size(self, model_size: str) -> None:
         """Raise ValueError when `model_size` ("7B", "500M", "auto") is not the size of the language model."""
@@ -178,8 +184,14 @@ class Parallel:
     pipeline_model_parallel_size: int = 1
     """Stages that share the language model's layers. Divides their number."""
 
+    virtual_pipeline_model_parallel_size: int = 1
+    """Chunks of layers that each pipeline stage holds in turns (interleaved schedule); 1: one after another."""
+
     context_parallel_size: int = 1
-    """Ranks that share a sequence. Only 1 is supported yet."""
+    """Ranks that share every sequence."""
+
+    sequence_parallel: bool | None = None
+    """Cut norms and dropouts along the sequence over the tensor-parallel ranks; none: wherever TP is more than 1."""
 
     env: Literal["dsw", "dlc"] = "dsw"
     """Where it runs. dsw: this machine; dlc: several, told by WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT."""
@@ -189,8 +201,25 @@ class Parallel:
 
     def __post_init__(self) -> None:
         require_positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-        if self.context_parallel_size != 1:
-            raise ValueError(f"--context-parallel-size {self.context_parallel_size}: not supported yet; use 1")
+        require_positive(self, "virtual_pipeline_model_parallel_size")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError("--sequence-parallel true: needs --tensor-model-parallel-size of 2 or more; use none")
+        if self.virtual_pipeline_model_parallel_size > 1 and self.pipeline_model_parallel_size == 1:
+            raise ValueError(
+                f"--virtual-pipeline-model-parallel-size {self.virtual_pipeline_model_parallel_size}: needs "
+                f"--pipeline-model-parallel-size of 2 or more; use 1"
+            )
+
+    @property
+    def uses_sequence_parallel(self) -> bool:
+        """Whether activations between layers are cut along the sequence over the tensor-parallel ranks."""
+        return self.tensor_model_parallel_size > 1 if self.sequence_parallel is None else self.sequence_parallel
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What a sequence's length must be a multiple of: two pieces per context-parallel rank, equal per TP rank."""
+        pieces = 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
+        return pieces * (self.tensor_model_parallel_size if self.uses_sequence_parallel else 1)
 
     @property
     def model_parallel_size(self) -> int:
@@ -246,7 +275,13 @@ class Data:
                 f"x {data_parallel_size} data-parallel ranks = {share}; "
                 f"use {math.ceil(self.global_batch_size / share) * share}"
             )
-        return self.global_batch_size // share
+        micro_batches, stages = self.global_batch_size // share, parallel.pipeline_model_parallel_size
+        if parallel.virtual_pipeline_model_parallel_size > 1 and micro_batches % stages:
+            raise ValueError(
+                f"--global-batch-size {self.global_batch_size}: {micro_batches} micro batches, and the interleaved "
+                f"pipeline needs a multiple of its {stages} stages; use a multiple of {share * stages}"
+            )
+        return micro_batches
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,11 @@ def start(parallel: Parallel, seed: int, timeout_minutes: int = 10, init_method:
         timeout=timedelta(minutes=timeout_minutes),
         **rank,
     )
+    chunks = parallel.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -53,7 +53,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def save(
-    config: Config, model: LlavaModel, optimizer: MegatronOptimizer, progress: Progress, position: bytes | None
+    config: Config, chunks: list[LlavaModel], optimizer: MegatronOptimizer, progress: Progress, position: bytes | None
 ) -> Path:
     """Write a checkpoint of all ranks together; the tracker names it only when it is whole.
 
@@ -63,11 +63,11 @@ def save(
     target = folder / f"iter_{progress.iteration:07d}"
     partial = folder / f"{target.name}.partial"
     _on_rank_0(lambda: _make_empty(partial))
-    model_state = model.sharded_state_dict(metadata=_metadata())
+    model_state = _model_state(chunks)
     dist_checkpointing.save(
         {
-            "model": model_state,
-            "optimizer": optimizer.sharded_state_dict(model_state, metadata=_metadata()),
+            **model_state,
+            "optimizer": _optimizer_state(optimizer, model_state, is_loading=False),
             "progress": dataclasses.asdict(progress),
         },
         str(partial),
@@ -79,19 +79,17 @@ def save(
     return target
 
 
-def load(config: Config, checkpoint: Path, model: LlavaModel, optimizer: MegatronOptimizer) -> Progress:
+def load(config: Config, checkpoint: Path, chunks: list[LlavaModel], optimizer: MegatronOptimizer) -> Progress:
     """Restore weights and optimizer from a checkpoint that `save` wrote, at any parallel sizes."""
     _check_same_optimizer(config, checkpoint)
-    model_state = model.sharded_state_dict(metadata=_metadata())
+    model_state = _model_state(chunks)
     state = dist_checkpointing.load(
-        {
-            "model": model_state,
-            "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_metadata()),
-        },
+        {**model_state, "optimizer": _optimizer_state(optimizer, model_state, is_loading=True)},
         str(checkpoint),
         strict=StrictHandling.RAISE_UNEXPECTED,
     )
-    model.load_state_dict(state["model"])
+    for name, chunk in zip(model_state, chunks, strict=True):
+        chunk.load_state_dict(state[name])
     optimizer.load_state_dict(state["optimizer"])
     return Progress(**state["progress"])
 
@@ -105,6 +103,16 @@ def load_position(checkpoint: Path) -> bytes:
             f"exactly; start with the same number of processes and the same parallel sizes"
         )
     return path.read_bytes()
+
+
+def _model_state(chunks: list[LlavaModel]) -> dict[str, Any]:
+    """Each chunk's tensors. Their keys on the disk are the whole model's, however it is cut."""
+    return {f"model{index}": chunk.sharded_state_dict(metadata=_metadata()) for index, chunk in enumerate(chunks)}
+
+
+def _optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+    parts = model_state if len(model_state) > 1 else model_state["model0"]
+    return optimizer.sharded_state_dict(parts, is_loading=is_loading, metadata=_metadata())
 
 
 def _metadata() -> dict[str, Any]:

@@ -6,6 +6,8 @@ A drop-in for megatron.core's DotProductAttention in a layer spec, 3 to 4 times 
 
 from __future__ import annotations
 
+import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
@@ -15,9 +17,12 @@ from torch import Tensor
 
 
 class SDPAttention(MegatronModule):
-    """Causal or full attention with grouped queries; no dropout, no mask of its own, no context parallelism.
+    """Causal or full attention with grouped queries; no dropout, no mask of its own.
 
     Causal attention needs no padding mask as long as the padding is on the right: it is never looked at.
+
+    With context parallelism a rank holds pieces r and 2 * size - 1 - r of a sequence cut into 2 * size (zigzag: so that
+    each rank has as much to do), and keys and values are gathered, as in Llama 3's training (arXiv:2407.21783, 3.3.2).
     """
 
     def __init__(
@@ -33,11 +38,15 @@ class SDPAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        assert config.context_parallel_size == 1, "SDPAttention: context parallelism is not supported"
         assert dropout == 0, "SDPAttention: attention dropout is not supported"
         assert attn_mask_type in (AttnMaskType.causal, AttnMaskType.no_mask), attn_mask_type
         self.is_causal = attn_mask_type == AttnMaskType.causal
         self.softmax_scale = softmax_scale or config.kv_channels**-0.5
+        self.context_group = None
+        if config.context_parallel_size > 1:
+            pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
+            self.context_group = pg_collection.cp
+            assert self.is_causal, "SDPAttention: context parallelism is for causal attention"
 
     def forward(
         self,
@@ -49,21 +58,60 @@ class SDPAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: object | None = None,
     ) -> Tensor:
-        """`query` [s, b, n, d], `key` and `value` [s, b, groups, d] -> [s, b, n * d]. Heads are this rank's."""
+        """This rank's `query` [s, b, n, d], `key` and `value` [s, b, groups, d] -> [s, b, n * d]."""
         assert attention_mask is None, "SDPAttention: the mask follows from its type"
         assert attention_bias is None, "SDPAttention: an attention bias is not supported"
         assert packed_seq_params is None, "SDPAttention: packed sequences are not supported"
+        if self.context_group is not None:
+            key, value = gather_zigzag(key, self.context_group), gather_zigzag(value, self.context_group)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, n, s, d]
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=self.is_causal,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        if self.context_group is None:
+            context = self._attend(query, key, value, is_causal=self.is_causal)
+        else:
+            context = self._attend_pieces(query, key, value)
         return context.permute(2, 0, 1, 3).flatten(2)  # [s, b, n * d]
+
+    def _attend_pieces(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """This rank's two pieces of the queries, each against the part of the sequence that ends with it."""
+        size, rank = self.context_group.size(), self.context_group.rank()
+        length = query.shape[2] // 2
+        contexts = []
+        for piece, queries in zip((rank, 2 * size - 1 - rank), query.chunk(2, dim=2), strict=True):
+            end = (piece + 1) * length
+            mask = torch.ones(length, end, dtype=torch.bool, device=query.device).tril(piece * length)
+            contexts.append(self._attend(queries, key[:, :, :end], value[:, :, :end], attn_mask=mask))
+        return torch.cat(contexts, dim=2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1], **mask
+        )
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Nothing is kept: attention has no weights."""
         return {}
+
+
+def gather_zigzag(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's two pieces [s / size, ...] -> the whole sequence [s, ...] in its order.
+
+    Backward: the gradients of all ranks' copies are added up and each rank gets its own part's.
+    """
+    parts = _Gather.apply(part, group)  # [size, s / size, ...]
+    first, last = parts.chunk(2, dim=1)  # pieces 0, 1, ...; pieces 2 * size - 1, 2 * size - 2, ...
+    return torch.cat([first, last.flip(0)]).flatten(0, 1)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = part.new_empty(group.size() * part.shape[0], *part.shape[1:])
+        dist.all_gather_into_tensor(parts, part.contiguous(), group=group)
+        return parts.unflatten(0, (group.size(), -1))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        part = gradient.new_empty(gradient.shape[1:])
+        dist.reduce_scatter_tensor(part, gradient.flatten(0, 1).contiguous(), group=ctx.group)
+        return part, None

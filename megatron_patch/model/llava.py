@@ -23,18 +23,26 @@ from megatron_patch.model.specs import block_spec, norm, projector_submodules
 
 
 class LlavaModel(MegatronModule):
-    """One pipeline stage of LLaVA. The first stage holds the vision tower and the projector.
+    """One pipeline stage of LLaVA, or one virtual stage. The first holds the vision tower and the projector.
 
     Args:
         config: what to do; freezing, precision, parallel sizes and recomputation are read from it.
         llava: sizes of the model.
-        pre_process, post_process: whether this is the first and the last pipeline stage.
+        pre_process, post_process: whether this is the first and the last (virtual) pipeline stage.
+        vp_stage: which of this rank's virtual stages; None without them.
     """
 
-    def __init__(self, config: Config, llava: Llava, pre_process: bool = True, post_process: bool = True) -> None:
+    def __init__(
+        self,
+        config: Config,
+        llava: Llava,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
         language = language_config(config, llava.language)
         super().__init__(config=language)
-        self.image_token_id = llava.image_token_id
+        self.vp_stage = vp_stage
         self.pre_process = pre_process
         self.post_process = post_process
         self.share_embeddings_and_output_weights = False
@@ -56,33 +64,45 @@ class LlavaModel(MegatronModule):
             )
         self.language_model = _LanguageModel(
             language,
-            block_spec(language, config.model, AttnMaskType.causal),
+            block_spec(language, config.model, AttnMaskType.causal, vp_stage),
             vocab_size=llava.language.padded_vocab_size(config.parallel.tensor_model_parallel_size),
             max_sequence_length=config.model.decoder_seq_length,
             pre_process=pre_process,
             post_process=post_process,
             position_embedding_type="rope",
             rotary_base=llava.language.rotary_base,
+            # Pictures come in between the embedding and this.
+            scatter_embedding_sequence_parallel=False,
+            vp_stage=vp_stage,
         )
         self.language_model.true_vocab_size = llava.language.vocab_size
         self._freeze(config)
         for parameter in self.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
 
-    def forward(self, input_ids: Tensor | None, pixel_values: Tensor | None, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        image_rows: Tensor | None,
+        pixel_values: Tensor | None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states, logits or losses of one micro batch.
 
+        With context parallelism, b and s are of this rank's part of the sequences, and the pictures are all of them.
+
         Args:
-            input_ids: int64 [b, s], `image_token_id` where pictures are; None past the first stage.
-            pixel_values: normalised [n, 3, h, w], the pictures of the batch in the order of their placeholders (n may
-                be 0); None past the first stage.
+            input_ids: int64 [b, s]; None past the first stage.
+            image_rows: int64 [b, s]: which of all pictures' patches [n * patches] lies at this position, -1 where there
+                is a word; None past the first stage.
+            pixel_values: normalised [n, 3, h, w]; n may be 0; None past the first stage.
             labels: int64 [b, s], the id to be predicted at each position, -100 where nothing is; None: no loss wanted.
 
         Returns:
             Last stage: fp32 losses [number of labels], or without labels this rank's logits [b, s, vocabulary / TP].
-            Other stages: hidden states [s, b, h].
+            Other stages: hidden states [s, b, h], of s this rank's part under sequence parallelism.
         """
-        embeddings = self._embed(input_ids, pixel_values) if self.pre_process else None
+        embeddings = self._embed(input_ids, image_rows, pixel_values) if self.pre_process else None
         return self.language_model(
             input_ids=input_ids, position_ids=None, attention_mask=None, decoder_input=embeddings, labels=labels
         )
@@ -95,16 +115,21 @@ class LlavaModel(MegatronModule):
         """The embedding, which is the output layer's weight too where a model ties them. megatron.core asks for it."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def _embed(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
-        is_image = input_ids == self.image_token_id  # [b, s]
-        text = self.language_model.embedding(input_ids.masked_fill(is_image, 0), position_ids=None)  # [s, b, h]
+    def _embed(self, input_ids: Tensor, image_rows: Tensor, pixel_values: Tensor) -> Tensor:
+        is_image = image_rows >= 0  # [b, s]
+        words = input_ids.masked_fill(is_image, 0)  # `<image>` may lie past the table
+        text = self.language_model.embedding(words, position_ids=None)  # [s, b, h]
         if pixel_values.shape[0] == 0:
             # A text without pictures trains like any other: the projector takes part with a gradient of zero.
-            return text + 0 * sum(parameter.sum() for parameter in self.vision_projection.parameters())
-        features = self.vision_model(pixel_values)[:, self.vision_model.class_token_len :]  # [n, patches, h_vision]
-        images = self.vision_projection(features)  # [n, patches, h]
-        mixed = text.transpose(0, 1).masked_scatter(is_image.unsqueeze(-1), images.to(text.dtype))  # [b, s, h]
-        return mixed.transpose(0, 1).contiguous()
+            mixed = text + 0 * sum(parameter.sum() for parameter in self.vision_projection.parameters())
+        else:
+            features = self.vision_model(pixel_values)[:, self.vision_model.class_token_len :]  # [n, patches, h_vision]
+            images = self.vision_projection(features).flatten(0, 1).to(text.dtype)  # [n * patches, h]
+            patches = images[image_rows.clamp(min=0)].transpose(0, 1)  # [s, b, h]
+            mixed = torch.where(is_image.transpose(0, 1).unsqueeze(-1), patches, text)
+        if self.config.sequence_parallel:
+            mixed = tensor_parallel.scatter_to_sequence_parallel_region(mixed)
+        return mixed.contiguous()
 
     def _freeze(self, config: Config) -> None:
         if config.model.freeze_lm:
@@ -125,6 +150,12 @@ class _LanguageModel(GPTModel):
         """
         if not self.post_process:
             return hidden_states
+        if self.config.sequence_parallel:
+            # Gathered here and not by the output layer, since labels are chosen along the whole sequence.
+            self.output_layer.sequence_parallel, self.output_layer.allreduce_dgrad = False, True
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False
+            )
         if labels is None:
             logits, _ = self.output_layer(hidden_states)
             return self._without_padding(logits).transpose(0, 1).contiguous()
@@ -146,6 +177,7 @@ class _LanguageModel(GPTModel):
 
 def language_config(config: Config, sizes: LanguageModel) -> TransformerConfig:
     """megatron.core's settings of the language model: RMSNorm, rotary embedding, gated SiLU, no bias, no dropout."""
+    chunks = config.parallel.virtual_pipeline_model_parallel_size
     return TransformerConfig(
         num_layers=sizes.num_layers,
         hidden_size=sizes.hidden_size,
@@ -159,6 +191,12 @@ def language_config(config: Config, sizes: LanguageModel) -> TransformerConfig:
         gated_linear_unit=True,
         add_bias_linear=False,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        # With two stages the previous and the next are one rank, and batched messages would cross, silently.
+        overlap_p2p_comm=chunks > 1,
+        batch_p2p_comm=chunks == 1,
+        context_parallel_size=config.parallel.context_parallel_size,
+        sequence_parallel=config.parallel.uses_sequence_parallel,
         # Batches are padded to their longest sample, so that stages hand over tensors of different lengths. (The
         # dispatcher is of no use here, but megatron.core asks for this one then.)
         variable_seq_lengths=config.parallel.pipeline_model_parallel_size > 1,

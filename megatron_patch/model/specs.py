@@ -13,7 +13,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -27,6 +26,20 @@ SPEC_NEUTRAL_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+
+
+class TorchNorm:
+    """torch's norm, also under sequence parallelism, which megatron.core's WrappedTorchNorm refuses (torch_norm.py:34).
+
+    All that it takes is a mark on the weights, whose gradients are then added up over the tensor-parallel ranks.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:
+        kind = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization]
+        module = kind(hidden_size, eps=eps)
+        for parameter in module.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return module
 
 
 def uses_transformer_engine(model: Model) -> bool:
@@ -45,17 +58,21 @@ def norm(model: Model) -> type:
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
-    return WrappedTorchNorm
+    return TorchNorm
 
 
-def block_spec(config: TransformerConfig, model: Model, mask_type: AttnMaskType) -> TransformerBlockSubmodules:
-    """The layers that this pipeline stage builds, and the norm behind them.
+def block_spec(
+    config: TransformerConfig, model: Model, mask_type: AttnMaskType, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers that this pipeline stage (or this virtual one of its stages) builds, and the norm behind them.
 
     `mask_type`: causal for the language model. The vision tower's is no_mask (megatron.core's own local vision spec
     says causal, which is silently wrong).
     """
     layer = _transformer_engine_layer(mask_type) if uses_transformer_engine(model) else _local_layer(model, mask_type)
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm(model))
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm(model)
+    )
 
 
 def projector_submodules(model: Model) -> MLPSubmodules:
@@ -71,7 +88,7 @@ def _local_layer(model: Model, mask_type: AttnMaskType) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=WrappedTorchNorm,
+            input_layernorm=TorchNorm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": mask_type},
@@ -82,7 +99,7 @@ def _local_layer(model: Model, mask_type: AttnMaskType) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=WrappedTorchNorm,
+            pre_mlp_layernorm=TorchNorm,
             mlp=ModuleSpec(
                 module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
             ),

@@ -11,12 +11,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.energon import SavableDataLoader
 
 from megatron_patch import parallel
 from megatron_patch.checkpoint import resume
 from megatron_patch.checkpoint.companions import CHAT_TEMPLATE, copy_companions
-from megatron_patch.checkpoint.convert import load_rank
+from megatron_patch.checkpoint.convert import Stage, load_rank
 from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.config import Config, Llava
 from megatron_patch.data.loader import restore_position, save_position, train_loader, valid_loader
@@ -34,10 +35,10 @@ from megatron_patch.training.step import Totals, batch_runner, train_step
 def train(config: Config) -> Progress:
     """Train on this process and the others that torchrun started, from the beginning or from the last checkpoint."""
     llava = read_config(config.model.description)
-    model, wrapped, optimizer, progress, checkpoint = start_or_resume(config, llava)
+    chunks, wrapped, optimizer, progress, checkpoint = start_or_resume(config, llava)
     scheduler = build_scheduler(optimizer, config, progress.iteration)
     loader, batches = open_data(config, llava, checkpoint)
-    run_batch = batch_runner(config)
+    run_batch = batch_runner(config, llava)
     metrics = Metrics(config, first_iteration=progress.iteration + 1, is_writer=dist.get_rank() == 0)
     if progress.iteration >= config.training.train_iters:
         logger.info(f"nothing to do: {progress.iteration} of {config.training.train_iters} iterations are done")
@@ -53,42 +54,57 @@ def train(config: Config) -> Progress:
         if is_due(iteration, config.checkpoint.save_interval, config):
             metrics.flush()
             position = save_position(loader) if writes_position() else None
-            logger.info(f"saved {resume.save(config, model, optimizer, progress, position)}")
+            logger.info(f"saved {resume.save(config, chunks, optimizer, progress, position)}")
     metrics.flush()
     return progress
 
 
 def start_or_resume(
     config: Config, llava: Llava
-) -> tuple[LlavaModel, DistributedDataParallel, MegatronOptimizer, Progress, Path | None]:
+) -> tuple[list[LlavaModel], list[DistributedDataParallel], MegatronOptimizer, Progress, Path | None]:
     """Model and optimizer with the weights of the run's last checkpoint, or of the pretrained one, or new ones."""
     checkpoint = resume.latest(config.checkpoint.folder)
-    model = LlavaModel(
-        config,
-        llava,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    ).to(parallel.device())
+    chunks = build_model(config, llava)
     if checkpoint is None and config.model.pretrained_checkpoint is not None:
-        load_pretrained(config, llava, model)
+        for chunk in chunks:
+            load_pretrained(config, llava, chunk)
         logger.info(f"loaded the weights of {config.model.pretrained_checkpoint}")
     # After the weights: the optimizer takes its fp32 copies of them when it is built.
-    wrapped = wrap(model, config)
+    wrapped = wrap(chunks, config)
     optimizer = build_optimizer(wrapped, config)
     progress = Progress()
     if checkpoint is not None:
-        progress = resume.load(config, checkpoint, model, optimizer)
+        progress = resume.load(config, checkpoint, chunks, optimizer)
         logger.info(f"resumed from {checkpoint} at iteration {progress.iteration}")
     if dist.get_rank() == 0:
         # Beside the weights, so that a checkpoint can be exported without the folder that it came from.
         copy_companions(config.model.description, config.checkpoint.folder)
         name = format_name(config.data.prompt_format, llava.language.family)
         (config.checkpoint.folder / CHAT_TEMPLATE).write_text(chat_template(name))
-    return model, wrapped, optimizer, progress, checkpoint
+    return chunks, wrapped, optimizer, progress, checkpoint
 
 
-def load_pretrained(config: Config, llava: Llava, model: LlavaModel) -> None:
-    """Put this rank's part of the pretrained checkpoint, saved at any TP and PP, into the model."""
+def build_model(config: Config, llava: Llava) -> list[LlavaModel]:
+    """This rank's part of the model: one chunk, or one for each of its virtual stages."""
+    chunks = []
+    count = config.parallel.virtual_pipeline_model_parallel_size
+    for index in range(count):
+        vp_stage = index if count > 1 else None
+        chunk = LlavaModel(
+            config,
+            llava,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk.to(parallel.device()))
+    return chunks
+
+
+def load_pretrained(config: Config, llava: Llava, chunk: LlavaModel) -> None:
+    """Put this chunk's part of the pretrained checkpoint, saved at any TP and PP, into it."""
+    first_layer = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
+    layers = range(first_layer, first_layer + len(chunk.language_model.decoder.layers))
     weights = load_rank(
         config.model.pretrained_checkpoint,
         llava,
@@ -96,10 +112,11 @@ def load_pretrained(config: Config, llava: Llava, model: LlavaModel) -> None:
         tp_size=config.parallel.tensor_model_parallel_size,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=config.parallel.pipeline_model_parallel_size,
+        stage=Stage(layers, chunk.pre_process, chunk.post_process),
     )
     if uses_transformer_engine(config.model):
         weights = {to_transformer_engine_name(name): tensor for name, tensor in weights.items()}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing, unexpected = chunk.load_state_dict(weights, strict=False)
     wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
     if wrong:
         raise ValueError(f"{config.model.pretrained_checkpoint}: {wrong[0]} and {len(wrong) - 1} more do not match")
@@ -118,16 +135,20 @@ def open_data(config: Config, llava: Llava, checkpoint: Path | None) -> tuple[Sa
     return loader, iter(loader)
 
 
-def validate(config: Config, llava: Llava, model: DistributedDataParallel, run_batch: Callable[..., Totals]) -> Totals:
+def validate(
+    config: Config, llava: Llava, chunks: list[DistributedDataParallel], run_batch: Callable[..., Totals]
+) -> Totals:
     """The loss on the first samples of the val split: every validation sees the same."""
     batches = itertools.repeat(None)
     if reads_data():
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         batches = iter(valid_loader(config, llava, rank=rank, world_size=size))
-    model.eval()
+    for chunk in chunks:
+        chunk.eval()
     with torch.no_grad():
-        totals = [run_batch(model, batches, forward_only=True) for _ in range(config.training.eval_iters)]
-    model.train()
+        totals = [run_batch(chunks, batches, forward_only=True) for _ in range(config.training.eval_iters)]
+    for chunk in chunks:
+        chunk.train()
     return Totals.mean(totals)
 
 
@@ -144,4 +165,5 @@ def reads_data() -> bool:
 
 def writes_position() -> bool:
     """Whether this rank saves the place in the data of its data-parallel rank."""
-    return reads_data() and parallel_state.is_pipeline_first_stage()
+    is_first = parallel_state.get_context_parallel_rank() == 0
+    return reads_data() and is_first and parallel_state.is_pipeline_first_stage()

@@ -11,18 +11,26 @@ from megatron_patch.config import Config
 from megatron_patch.model.llava import LlavaModel
 
 
-def wrap(model: LlavaModel, config: Config) -> DistributedDataParallel:
+def wrap(chunks: list[LlavaModel], config: Config) -> list[DistributedDataParallel]:
     """The model in its precision, its gradients in fp32 and reduced over the data-parallel ranks."""
-    module = Float16Module(model.config, model) if model.config.bf16 else model
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.use_distributed_optimizer
     )
-    return DistributedDataParallel(model.config, ddp_config, module)
+    return [
+        DistributedDataParallel(
+            chunk.config,
+            ddp_config,
+            Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk,
+            # The first chunk's gradients are ready last: only those are worth reducing in pieces.
+            disable_bucketing=index > 0,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
 
 
-def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronOptimizer:
+def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:
     """Adam with decoupled weight decay, its states in fp32 and, where asked for, cut over the data-parallel ranks."""
-    settings = config.optimizer
+    settings, core = config.optimizer, chunks[0].config
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -33,14 +41,15 @@ def build_optimizer(model: DistributedDataParallel, config: Config) -> MegatronO
             adam_beta2=settings.adam_beta2,
             adam_eps=settings.adam_eps,
             clip_grad=settings.clip_grad,
-            bf16=model.config.bf16,
-            params_dtype=model.config.params_dtype,
+            bf16=core.bf16,
+            params_dtype=core.params_dtype,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         ),
-        [model],
+        chunks,
     )
-    model.config.finalize_model_grads_func = finalize_model_grads
-    model.config.grad_scale_func = optimizer.scale_loss
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 

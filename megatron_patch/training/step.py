@@ -10,16 +10,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from torch import Tensor
 
 from megatron_patch import parallel
-from megatron_patch.config import Config
+from megatron_patch.config import Config, Llava, Parallel
 from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.data.task_encoder import Batch
+from megatron_patch.data.tokenize import IGNORE
 
 Schedule = Callable[..., list[dict[str, Tensor]]]
 
@@ -58,17 +61,21 @@ class Step:
 
 
 def train_step(
-    model: DistributedDataParallel, optimizer: MegatronOptimizer, batches: Iterator[Batch], run: Callable[..., Totals]
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    batches: Iterator[Batch],
+    run: Callable[..., Totals],
 ) -> Step:
     """Compute one global batch's gradients and let the optimizer step.
 
-    `run` is what `batch_runner` made. Raises FloatingPointError when the loss or the gradients are no numbers; the
-    weights of this step must not be saved then.
+    `chunks`: this rank's part of the model, several with virtual stages. `run` is what `batch_runner` made. Raises
+    FloatingPointError when the loss or the gradients are no numbers; the weights of this step must not be saved then.
     """
     start = time.perf_counter()
-    model.zero_grad_buffer()
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    totals = run(model, batches, forward_only=False)
+    totals = run(chunks, batches, forward_only=False)
     if not math.isfinite(totals.loss):
         raise FloatingPointError(f"the loss is {totals.loss}; expected a number")
     _, grad_norm, _ = optimizer.step()
@@ -77,30 +84,35 @@ def train_step(
     return Step(totals=totals, grad_norm=grad_norm, seconds=time.perf_counter() - start)
 
 
-def batch_runner(config: Config) -> Callable[..., Totals]:
-    """A function (model, batches, forward_only) -> Totals that takes one global batch through the pipeline."""
+def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
+    """A function (chunks, batches, forward_only) -> Totals that takes one global batch through the pipeline."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.model.precision]
     num_micro_batches = config.data.num_micro_batches(config.parallel, dist.get_world_size())
     image = read_image_settings(config.model.description)
     schedule: Schedule = get_forward_backward_func()
 
-    def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, Callable]:
+    def forward_step(batches: Iterator[Batch], chunk: DistributedDataParallel) -> tuple[Tensor, Callable]:
+        part = unwrap_model(chunk)
+        if not (part.pre_process or part.post_process):
+            return chunk(None, None, None, None), _no_losses
         batch = _next_batch(batches)
-        input_ids = pixel_values = labels = None
-        if parallel_state.is_pipeline_first_stage():
-            input_ids = batch.input_ids.to(parallel.device(), non_blocking=True)
+        text = cut_text(batch, llava.image_token_id, config.parallel)
+        input_ids = image_rows = pixel_values = labels = None
+        if part.pre_process:
+            input_ids = text["input_ids"].to(parallel.device(), non_blocking=True)
+            image_rows = text["image_rows"].to(parallel.device(), non_blocking=True)
             pixels = batch.pixels.to(parallel.device(), non_blocking=True)
             pixel_values = normalize(pixels, image.mean, image.std, dtype)  # [n, 3, h, w]
-        if parallel_state.is_pipeline_last_stage():
-            labels = batch.labels.to(parallel.device(), non_blocking=True)
-        output = model(input_ids, pixel_values, labels)
-        return output, functools.partial(_sum_losses, batch)
+        if part.post_process:
+            labels = text["labels"].to(parallel.device(), non_blocking=True)
+        return chunk(input_ids, image_rows, pixel_values, labels), functools.partial(_sum_losses, batch)
 
-    def run(model: DistributedDataParallel, batches: Iterator[Batch], forward_only: bool) -> Totals:
+    def run(chunks: list[DistributedDataParallel], batches: Iterator[Batch], forward_only: bool) -> Totals:
         reports = schedule(
             forward_step_func=forward_step,
-            data_iterator=batches,
-            model=model,
+            # Only one chunk of a rank takes batches: the first of the pipeline, or the last.
+            data_iterator=[batches] * len(chunks) if len(chunks) > 1 else batches,
+            model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=num_micro_batches,
             seq_length=config.model.decoder_seq_length,
             micro_batch_size=config.data.micro_batch_size,
@@ -111,10 +123,22 @@ def batch_runner(config: Config) -> Callable[..., Totals]:
     return run
 
 
-def _next_batch(batches: Iterator[Batch]) -> Batch | None:
-    """The next micro batch, read by tensor-parallel rank 0 and handed to the others. Stages in between need none."""
-    if not (parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()):
-        return None
+def cut_text(batch: Batch, image_token_id: int, cut: Parallel) -> dict[str, Tensor]:
+    """What the model takes of a batch's text on this context-parallel rank: int64 [b, s / CP] each.
+
+    `input_ids`; `image_rows`: the number of the patch, of all the batch's, that lies at a position, -1 for words;
+    `labels`. Padded on the right to a length that the ranks can share; in zigzag order, as the attention expects.
+    """
+    is_image = batch.input_ids == image_token_id  # [b, s]
+    image_rows = torch.where(is_image, is_image.flatten().cumsum(0).view_as(is_image) - 1, -1)
+    text = {"input_ids": (batch.input_ids, 0), "image_rows": (image_rows, -1), "labels": (batch.labels, IGNORE)}
+    padding = -is_image.shape[1] % cut.sequence_multiple
+    padded = {name: F.pad(tensor, (0, padding), value=value) for name, (tensor, value) in text.items()}
+    return get_batch_on_this_cp_rank(padded)
+
+
+def _next_batch(batches: Iterator[Batch]) -> Batch:
+    """The next micro batch, read by tensor-parallel rank 0 and handed to the others."""
     group = parallel_state.get_tensor_model_parallel_group()
     box = [next(batches) if group.rank() == 0 else None]
     if group.size() > 1:
@@ -122,13 +146,20 @@ def _next_batch(batches: Iterator[Batch]) -> Batch | None:
     return box[0]
 
 
+def _no_losses(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What a stage without labels would report; the schedules ask the last one only."""
+    raise AssertionError("losses are the last stage's")
+
+
 def _sum_losses(batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """megatron.core's loss function on the last stage: (sum, number of learned tokens, what is reported)."""
     total = losses.sum()
-    is_label = batch.labels != -100  # [b, s]
+    is_label = batch.labels != IGNORE  # [b, s]
     length = is_label.shape[1]
     padding = is_label.flip(1).int().argmax(dim=1)  # [b], positions behind the last label
-    counts = [losses.numel(), is_label.shape[0], int((length - padding).sum())]
+    # Context-parallel ranks have losses of their own and samples in common.
+    is_first = parallel_state.get_context_parallel_rank() == 0
+    counts = [losses.numel(), is_first * is_label.shape[0], is_first * int((length - padding).sum())]
     report = torch.tensor(counts, dtype=torch.float64, device=losses.device)
     return total, report[0].int(), {"totals": torch.cat([total.detach().double().view(1), report])}
 

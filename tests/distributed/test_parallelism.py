@@ -27,7 +27,7 @@ def train(config: Config) -> list[tuple[float, float]]:
         parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()
     ]
     batches = itertools.cycle(mine)
-    run = batch_runner(config)
+    run = batch_runner(config, llava)
     reports = []
     for _ in range(STEPS):
         scheduler.step(1)
@@ -53,12 +53,30 @@ def one_process(mcore, tmp_path_factory):
     ("world_size", "sizes"),
     [
         (2, {"tensor_model_parallel_size": 2}),
+        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": False}),
         (2, {"pipeline_model_parallel_size": 2}),
+        (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
         (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+        (2, {"context_parallel_size": 2}),
+        (4, {"context_parallel_size": 2, "tensor_model_parallel_size": 2}),
+        (4, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+        (4, {"context_parallel_size": 2, "use_distributed_optimizer": True}),
         (2, {"use_distributed_optimizer": False}),
         (2, {"use_distributed_optimizer": True}),
     ],
-    ids=["TP2", "PP2", "TP2xPP2", "DP2", "DP2+DO"],
+    ids=[
+        "TP2+SP",
+        "TP2",
+        "PP2",
+        "PP2xVPP2",
+        "TP2xPP2+SP",
+        "CP2",
+        "CP2xTP2+SP",
+        "CP2xPP2",
+        "DP2xCP2+DO",
+        "DP2",
+        "DP2+DO",
+    ],
 )
 def test_losses_equal_one_process(mcore, tmp_path, one_process, world_size, sizes):
     for reports in run(mcore, tmp_path, world_size, **sizes):

@@ -13,6 +13,7 @@ from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.families.llava import read_config
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.training.loop import load_pretrained
+from megatron_patch.training.step import cut_text
 from tests import tiny_runs
 
 
@@ -33,6 +34,10 @@ def build(mcore, tmp_path, **changed):
 def pictures(mcore, batch):
     settings = read_image_settings(mcore)
     return normalize(batch.pixels, settings.mean, settings.std, torch.float32)
+
+
+def image_rows(batch, llava):
+    return cut_text(batch, llava.image_token_id, Parallel())["image_rows"]
 
 
 def hf_logits(hf, mcore, batch):
@@ -56,8 +61,8 @@ def test_logits_and_loss_equal_transformers(mcore, hf, one_process, tmp_path, fl
     (batch,) = tiny_runs.batches(llava, 1)
     expected, mask = hf_logits(hf, mcore, batch)
     with torch.no_grad():
-        logits = model(batch.input_ids, pictures(mcore, batch))
-        losses = model(batch.input_ids, pictures(mcore, batch), batch.labels)
+        logits = model(batch.input_ids, image_rows(batch, llava), pictures(mcore, batch))
+        losses = model(batch.input_ids, image_rows(batch, llava), pictures(mcore, batch), batch.labels)
 
     assert logits.shape[-1] == llava.language.padded_vocab_size(1) > llava.language.vocab_size
     assert torch.isneginf(logits[..., llava.language.vocab_size :]).all()
@@ -72,7 +77,7 @@ def test_text_without_pictures_trains(mcore, one_process, tmp_path):
     """Everything but the projector frozen: there is a gradient to reduce all the same, and it is zero."""
     model = build(mcore, tmp_path, freeze_lm=True, freeze_vit=True)
     ids = torch.randint(5, 300, (2, 16))
-    losses = model(ids, torch.zeros(0, 3, 28, 28), ids)
+    losses = model(ids, torch.full_like(ids, -1), torch.zeros(0, 3, 28, 28), ids)
     losses.sum().backward()
     gradients = [parameter.grad for parameter in model.vision_projection.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
@@ -84,6 +89,6 @@ def test_frozen_parts_have_no_gradients(mcore, one_process, tmp_path):
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {f"vision_projection.encoder.linear_fc{i}.{what}" for i in (1, 2) for what in ("weight", "bias")}
     (batch,) = tiny_runs.batches(llava, 1)
-    model(batch.input_ids, pictures(mcore, batch), batch.labels).sum().backward()
+    model(batch.input_ids, image_rows(batch, llava), pictures(mcore, batch), batch.labels).sum().backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert with_gradient == trained
