@@ -396,6 +396,11 @@ class Config:
                 f"--lr-warmup-iters {self.optimizer.lr_warmup_iters}: "
                 f"expected less than --train-iters {self.training.train_iters}"
             )
+        if self.parallel.context_parallel_size > 1 and not self.model.use_flash_attn:
+            raise ValueError(
+                "--use-flash-attn false: megatron.core's unfused attention cannot share a sequence; use true with "
+                f"--context-parallel-size {self.parallel.context_parallel_size}"
+            )
 
     @property
     def validates(self) -> bool:

@@ -144,7 +144,7 @@ def test_photographs_through_all_scripts_across_a_kill(place, photos, weights):
         ({"SEQ_LEN": 576}, (), "takes 16 positions; use 16"),
         ({"AC": "maybe"}, (), "--recompute 'maybe': expected one of none, sel, full"),
         ({"DO": "yes"}, (), "--use-distributed-optimizer 'yes': expected true or false"),
-        ({"CP": 2}, (), "--context-parallel-size 2: not supported yet"),
+        ({"CP": 0}, (), "--context-parallel-size 0: expected 1 or more"),
         ({"PR": "fp8"}, (), "--precision fp8: not supported yet"),
         ({"OPTIMIZER_OFFLOAD": "static"}, (), "--optimizer-offload static: not supported yet"),
         ({"DATASET_PATH": "mock"}, (), "dataset mock: not supported yet"),

@@ -15,7 +15,8 @@ REQUIRED = "--data-path data --lr 1e-3 --train-iters 9 --output out --pretrained
 FLAGS = """
 --model-size --pretrained-checkpoint --model-config --seq-length --decoder-seq-length --freeze-lm --freeze-vit
 --precision --use-flash-attn --transformer-impl
---tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size --env --use-distributed-optimizer
+--tensor-model-parallel-size --pipeline-model-parallel-size --virtual-pipeline-model-parallel-size
+--context-parallel-size --sequence-parallel --env --use-distributed-optimizer
 --data-path --valid-data-path --micro-batch-size --global-batch-size --num-workers --shuffle-buffer-size
 --prompt-format
 --lr --min-lr --lr-warmup-iters --weight-decay --adam-beta1 --adam-beta2 --adam-eps --clip-grad --optimizer-offload
@@ -63,7 +64,12 @@ def test_a_later_flag_wins():
         ("stray", "stray: no such flag; --help lists them"),
         ("--precision fp8", "--precision fp8: not supported yet; use bf16 or fp32"),
         ("--precision fp16", "--precision fp16: not supported yet"),
-        ("--context-parallel-size 2", "--context-parallel-size 2: not supported yet; use 1"),
+        (
+            "--context-parallel-size 2 --use-flash-attn false",
+            "--use-flash-attn false: megatron.core's unfused attention",
+        ),
+        ("--sequence-parallel true", "--sequence-parallel true: needs --tensor-model-parallel-size of 2 or more"),
+        ("--virtual-pipeline-model-parallel-size 2", "needs --pipeline-model-parallel-size of 2 or more"),
         ("--recompute offload", "--recompute offload: not supported yet"),
         ("--optimizer-offload auto", "--optimizer-offload auto: not supported yet"),
         ("--data-path mock", "dataset mock: not supported yet"),

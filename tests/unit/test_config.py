@@ -61,6 +61,10 @@ def test_model_size_does_not_fit(size, said):
     [
         ({"tensor_model_parallel_size": 3}, "32 attention heads, which 3 does not divide; use 1, 2, 4 or 8"),
         ({"tensor_model_parallel_size": 16}, "8 query groups, which 16 does not divide"),
+        (
+            {"pipeline_model_parallel_size": 8, "virtual_pipeline_model_parallel_size": 3},
+            "a stage has 4 layers, which 3 does not divide; use 1, 2 or 4",
+        ),
         ({"pipeline_model_parallel_size": 5}, "32 layers, which 5 does not divide; use 1, 2, 4, 8, 16 or 32"),
     ],
 )
@@ -77,6 +81,15 @@ def test_batch_sizes():
         data.num_micro_batches(cut, world_size=10)
     with pytest.raises(ValueError, match="7 processes: TP 2 x PP 1 x CP 1 needs a multiple of 2"):
         data.num_micro_batches(cut, world_size=7)
+
+
+def test_interleaved_pipeline_needs_rounds_of_micro_batches():
+    data = Data(data_path=Path("data"), micro_batch_size=1, global_batch_size=6)
+    cut = Parallel(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2)
+    with pytest.raises(
+        ValueError, match="6 micro batches, and the interleaved pipeline needs a multiple of its 4 stages"
+    ):
+        data.num_micro_batches(cut, world_size=4)
 
 
 @pytest.mark.parametrize(
