@@ -345,6 +345,9 @@ class Training:
     eval_iters: int = 10
     """Global batches of one validation; 0: none."""
 
+    exit_duration_in_mins: int | None = None
+    """Minutes after which a run saves and ends, to be started again; none: it goes on to the last iteration."""
+
     distributed_timeout_minutes: int = 10
     """Minutes after which a rank that waits for another gives up."""
 
@@ -353,6 +356,8 @@ class Training:
             raise ValueError("--recompute offload: not supported yet; use sel, full or none")
         require_positive(self, "train_iters", "log_interval", "eval_interval", "distributed_timeout_minutes")
         require_not_negative(self, "eval_iters")
+        if self.exit_duration_in_mins is not None:
+            require_positive(self, "exit_duration_in_mins")
 
     @property
     def recompute_granularity(self) -> Literal["selective", "full"] | None:
@@ -370,8 +375,13 @@ class Checkpoint:
     save_interval: int = 1000
     """Iterations between saves. The last iteration is saved too."""
 
+    keep_checkpoints: int | None = None
+    """Newest checkpoints to keep; none: all."""
+
     def __post_init__(self) -> None:
         require_positive(self, "save_interval")
+        if self.keep_checkpoints is not None:
+            require_positive(self, "keep_checkpoints")
 
     @property
     def folder(self) -> Path:

@@ -14,6 +14,9 @@ from pathlib import Path
 from megatron_patch.config import Config
 from megatron_patch.families.llava import read_config
 
+STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+"""Exit codes of a run that a signal ended after it was saved."""
+
 
 def is_worker() -> bool:
     """Whether this process is one that torchrun started."""
@@ -88,14 +91,21 @@ def _number_from(name: str) -> int:
 def _torchrun(config: Config, arguments: list[str]) -> int:
     import logging
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
+    # How long torchrun lets its processes save after it handed them a signal, in seconds.
+    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "600")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the line below says it in one
     try:
         main(arguments)
+    except SignalException as stopped:
+        return 128 + stopped.sigval
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
+        if failure.exitcode in STOPPED:  # one of several nodes got the signal: all of them saved
+            return failure.exitcode
         how = (
             f"signal {signal.Signals(-failure.exitcode).name}"
             if failure.exitcode < 0

@@ -156,6 +156,14 @@ def _publish(config: Config, partial: Path, target: Path) -> None:
     _sync(temporary)
     temporary.rename(target.parent / TRACKER)
     _sync(target.parent)
+    if config.checkpoint.keep_checkpoints is not None:
+        for old in _saved(target.parent)[: -config.checkpoint.keep_checkpoints]:
+            shutil.rmtree(old)
+
+
+def _saved(folder: Path) -> list[Path]:
+    """The iterations in a run's folder, oldest first."""
+    return sorted(folder.glob("iter_" + 7 * "[0-9]"))
 
 
 def _sync(path: Path) -> None:

@@ -30,10 +30,15 @@ from megatron_patch.training.log import logger
 from megatron_patch.training.metrics import Metrics
 from megatron_patch.training.optimizer import build_optimizer, build_scheduler, wrap
 from megatron_patch.training.step import Totals, batch_runner, train_step
+from megatron_patch.training.stopping import Stop
 
 
-def train(config: Config) -> Progress:
-    """Train on this process and the others that torchrun started, from the beginning or from the last checkpoint."""
+def train(config: Config) -> int:
+    """Train on this process and the others that torchrun started, from the beginning or from the last checkpoint.
+
+    Returns the exit code: 0, or 128 + the number of the signal that ended the run, which was saved before.
+    """
+    stop = Stop(config.training.exit_duration_in_mins)
     llava = read_config(config.model.description)
     chunks, wrapped, optimizer, progress, checkpoint = start_or_resume(config, llava)
     scheduler = build_scheduler(optimizer, config, progress.iteration)
@@ -49,14 +54,21 @@ def train(config: Config) -> Progress:
         progress = Progress(iteration, progress.consumed_samples + step.totals.num_samples)
         metrics.log(iteration, step, optimizer.param_groups[0]["lr"], progress.consumed_samples)
 
-        if config.validates and is_due(iteration, config.training.eval_interval, config):
+        stops = stop.due()
+        if config.validates and not stops and is_due(iteration, config.training.eval_interval, config):
             metrics.log_validation(iteration, validate(config, llava, wrapped, run_batch))
-        if is_due(iteration, config.checkpoint.save_interval, config):
+        if stops or is_due(iteration, config.checkpoint.save_interval, config):
             metrics.flush()
             position = save_position(loader) if writes_position() else None
             logger.info(f"saved {resume.save(config, chunks, optimizer, progress, position)}")
+        if stops:
+            why = (
+                stop.signal.name if stop.signal else f"--exit-duration-in-mins {config.training.exit_duration_in_mins}"
+            )
+            logger.info(f"stopped by {why} after iteration {iteration}; the same command goes on from there")
+            break
     metrics.flush()
-    return progress
+    return stop.exit_code
 
 
 def start_or_resume(

@@ -1,9 +1,12 @@
-"""What a run shows: a line for people, scalars for TensorBoard."""
+"""What a run shows: a line for people, scalars for TensorBoard, a line of JSON for machines."""
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
 import time
+from collections import deque
 from datetime import timedelta
 
 from torch.utils.tensorboard import SummaryWriter
@@ -11,6 +14,9 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_patch.config import Config
 from megatron_patch.training.log import logger
 from megatron_patch.training.step import Step, Totals
+
+SPIKE = 10
+"""A loss so many times the median of the last 20 is reported."""
 
 
 class Metrics:
@@ -26,14 +32,16 @@ class Metrics:
         self.steps: list[Step] = []
         self.first_iteration = first_iteration
         self.start = time.monotonic()
+        self.usual: deque[float] = deque(maxlen=20)
         if is_writer:
+            self.lines = (config.checkpoint.output / "log" / "metrics.jsonl").open("a", buffering=1)
             self.board = SummaryWriter(config.checkpoint.output / "tensorboard", purge_step=first_iteration)
 
     def log(self, iteration: int, step: Step, learning_rate: float, consumed_samples: int) -> None:
         """Record an iteration (counted from 1) and, at the end of an interval, print its line."""
         if not self.is_writer:
             return
-        for name, value in {
+        values = {
             "lm loss": step.totals.loss,
             "learning-rate": learning_rate,
             "grad-norm": step.grad_norm,
@@ -42,8 +50,9 @@ class Metrics:
             "samples-per-second": step.totals.num_samples / step.seconds,
             "tokens-per-second": step.totals.num_tokens / step.seconds,
             "consumed-samples": consumed_samples,
-        }.items():
-            self.board.add_scalar(name, value, iteration)
+        }
+        self._record(iteration, values)
+        self._report_spike(iteration, step.totals.loss)
         self.steps.append(step)
         last = self.config.training.train_iters
         if iteration % self.config.training.log_interval == 0 or iteration == last:
@@ -55,8 +64,7 @@ class Metrics:
         if not self.is_writer:
             return
         perplexity = math.exp(min(totals.loss, 20))
-        self.board.add_scalar("lm loss validation", totals.loss, iteration)
-        self.board.add_scalar("lm loss validation ppl", perplexity, iteration)
+        self._record(iteration, {"lm loss validation": totals.loss, "lm loss validation ppl": perplexity})
         logger.info(
             f"validation at iteration {iteration} | lm loss: {totals.loss:.6f} | ppl: {perplexity:.4f} | "
             f"{totals.num_samples} samples"
@@ -66,6 +74,17 @@ class Metrics:
         """Write what is buffered: before a checkpoint, so that the curve up to it survives a kill."""
         if self.is_writer:
             self.board.flush()
+
+    def _record(self, iteration: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.board.add_scalar(name, value, iteration)
+        # A resumed run writes an iteration that a killed one had done again: the later line counts.
+        self.lines.write(json.dumps({"iteration": iteration, **values}) + "\n")
+
+    def _report_spike(self, iteration: int, loss: float) -> None:
+        if self.usual and loss > SPIKE * statistics.median(self.usual):
+            logger.warning(f"iteration {iteration}: loss {loss:.4f} is more than {SPIKE} times the usual one")
+        self.usual.append(loss)
 
     def _line(self, iteration: int, learning_rate: float, consumed_samples: int) -> str:
         totals = Totals.mean([step.totals for step in self.steps])

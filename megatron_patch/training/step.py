@@ -76,8 +76,6 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     totals = run(chunks, batches, forward_only=False)
-    if not math.isfinite(totals.loss):
-        raise FloatingPointError(f"the loss is {totals.loss}; expected a number")
     _, grad_norm, _ = optimizer.step()
     if not math.isfinite(grad_norm):
         raise FloatingPointError(f"the gradients' norm is {grad_norm}; expected a number")
@@ -85,11 +83,15 @@ def train_step(
 
 
 def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
-    """A function (chunks, batches, forward_only) -> Totals that takes one global batch through the pipeline."""
+    """A function (chunks, batches, forward_only) -> Totals that takes one global batch through the pipeline.
+
+    It raises FloatingPointError that names the samples of a micro batch whose loss is no number.
+    """
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.model.precision]
     num_micro_batches = config.data.num_micro_batches(config.parallel, dist.get_world_size())
     image = read_image_settings(config.model.description)
     schedule: Schedule = get_forward_backward_func()
+    keys: list[list[str]] = []  # of the micro batches whose losses are known here
 
     def forward_step(batches: Iterator[Batch], chunk: DistributedDataParallel) -> tuple[Tensor, Callable]:
         part = unwrap_model(chunk)
@@ -104,10 +106,12 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
             pixels = batch.pixels.to(parallel.device(), non_blocking=True)
             pixel_values = normalize(pixels, image.mean, image.std, dtype)  # [n, 3, h, w]
         if part.post_process:
+            keys.append(batch.keys)
             labels = text["labels"].to(parallel.device(), non_blocking=True)
         return chunk(input_ids, image_rows, pixel_values, labels), functools.partial(_sum_losses, batch)
 
     def run(chunks: list[DistributedDataParallel], batches: Iterator[Batch], forward_only: bool) -> Totals:
+        keys.clear()
         reports = schedule(
             forward_step_func=forward_step,
             # Only one chunk of a rank takes batches: the first of the pipeline, or the last.
@@ -118,6 +122,9 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
             micro_batch_size=config.data.micro_batch_size,
             forward_only=forward_only,
         )
+        for samples, report in zip(keys, reports, strict=True):
+            if not report["totals"][0].isfinite():
+                raise FloatingPointError(f"the loss of samples {', '.join(samples)} is {report['totals'][0].item()}")
         return _total(reports)
 
     return run

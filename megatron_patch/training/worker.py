@@ -20,10 +20,10 @@ def run(config: Config) -> int:
 
     try:
         parallel.start(config.parallel, config.training.seed, config.training.distributed_timeout_minutes)
-        train(config)
+        code = train(config)
         parallel.stop()
     except (ValueError, OSError, FloatingPointError) as error:
         logging.getLogger().error("stopped", exc_info=True)
         print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         return 1
-    return 0
+    return code

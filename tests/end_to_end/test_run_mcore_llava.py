@@ -135,6 +135,41 @@ def test_photographs_through_all_scripts_across_a_kill(place, photos, weights):
     assert not logged_losses(finished.stdout)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_goes_on(photos, mcore, tmp_path, number, code):
+    """The step that the signal comes in is finished and saved, long before the interval."""
+    command = [
+        "sh",
+        TRAIN,
+        *train_arguments(
+            tmp_path / "out", DATASET_PATH=photos, PRETRAIN_CHECKPOINT_PATH=mcore, TRAIN_ITERS=500, SAVE_INTERVAL=500
+        ),
+        *("--num-workers", "1", "--keep-checkpoints", "1"),
+    ]
+    command = [str(word) for word in command]
+    process = subprocess.Popen(
+        command, cwd="/", env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if 3 in logged_losses(printed):
+            process.send_signal(number)
+            break
+    printed += process.stdout.read()
+    assert process.wait(60) == code, printed
+    (stopped,) = re.findall(rf"stopped by {number.name} after iteration (\d+); the same command goes on", printed)
+    assert [path.name for path in (tmp_path / "out/checkpoint").glob("iter_*")] == [f"iter_{int(stopped):07d}"]
+
+    last = int(stopped) + 2
+    resumed = call(*command, "--train-iters", last, cwd="/")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert sorted(logged_losses(resumed.stdout)) == [last - 1, last]
+    assert [path.name for path in (tmp_path / "out/checkpoint").glob("iter_*")] == [f"iter_{last:07d}"]
+    lines = [json.loads(line) for line in (tmp_path / "out/log/metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, last + 1))
+
+
 @pytest.mark.parametrize(
     ("changed", "flags", "said"),
     [

@@ -20,8 +20,9 @@ FLAGS = """
 --data-path --valid-data-path --micro-batch-size --global-batch-size --num-workers --shuffle-buffer-size
 --prompt-format
 --lr --min-lr --lr-warmup-iters --weight-decay --adam-beta1 --adam-beta2 --adam-eps --clip-grad --optimizer-offload
---train-iters --recompute --seed --log-interval --eval-interval --eval-iters --distributed-timeout-minutes
---output --save-interval
+--train-iters --recompute --seed --log-interval --eval-interval --eval-iters --exit-duration-in-mins
+--distributed-timeout-minutes
+--output --save-interval --keep-checkpoints
 """.split()
 
 
