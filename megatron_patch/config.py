@@ -150,7 +150,7 @@ class Model:
     """Keep the vision tower's weights as they are."""
 
     precision: Precision = "bf16"
-    """Type of weights and activations. Gradients and optimizer states are fp32."""
+    """Type of weights and activations; fp16 scales the loss as it goes. Gradients and optimizer states are fp32."""
 
     use_flash_attn: bool = True
     """Fused attention (torch's scaled_dot_product_attention or Transformer Engine's); false: the unfused one."""
@@ -159,8 +159,8 @@ class Model:
     """Layers to build the network of; auto: Transformer Engine where it is installed and there is a GPU."""
 
     def __post_init__(self) -> None:
-        if self.precision in ("fp16", "fp8"):
-            raise ValueError(f"--precision {self.precision}: not supported yet; use bf16 or fp32")
+        if self.precision == "fp8":
+            raise ValueError("--precision fp8: not supported yet; use bf16, fp16 or fp32")
         if self.pretrained_checkpoint is None and self.model_config is None:
             raise ValueError(
                 "--pretrained-checkpoint none: then --model-config is needed, a folder with the LLaVA's config.json, "

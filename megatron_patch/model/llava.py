@@ -21,6 +21,8 @@ from torch import Tensor
 from megatron_patch.config import Config, LanguageModel, Llava, VisionModel
 from megatron_patch.model.specs import block_spec, norm, projector_submodules
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 class LlavaModel(MegatronModule):
     """One pipeline stage of LLaVA, or one virtual stage. The first holds the vision tower and the projector.
@@ -241,7 +243,7 @@ def projector_config(config: Config, llava: Llava) -> TransformerConfig:
 
 
 def _common(config: Config) -> dict:
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.model.precision]
+    dtype = DTYPES[config.model.precision]
     return {
         "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
         "hidden_dropout": 0.0,
@@ -253,6 +255,7 @@ def _common(config: Config) -> dict:
         "pipeline_dtype": dtype,
         "autocast_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
         # Weights that are read from a checkpoint are not drawn first. (Not by perform_initialization=False: that leaves
         # out the marks by which tensor-parallel weights are counted in the norm of the gradients.)
         **(

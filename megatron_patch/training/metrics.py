@@ -44,13 +44,15 @@ class Metrics:
         values = {
             "lm loss": step.totals.loss,
             "learning-rate": learning_rate,
-            "grad-norm": step.grad_norm,
+            "loss-scale": step.loss_scale,
             "batch-size": step.totals.num_samples,
             "iteration-time": step.seconds,
             "samples-per-second": step.totals.num_samples / step.seconds,
             "tokens-per-second": step.totals.num_tokens / step.seconds,
             "consumed-samples": consumed_samples,
         }
+        if step.grad_norm is not None:
+            values["grad-norm"] = step.grad_norm
         self._record(iteration, values)
         self._report_spike(iteration, step.totals.loss)
         self.steps.append(step)
@@ -89,6 +91,7 @@ class Metrics:
     def _line(self, iteration: int, learning_rate: float, consumed_samples: int) -> str:
         totals = Totals.mean([step.totals for step in self.steps])
         seconds = sum(step.seconds for step in self.steps)
+        norm = self.steps[-1].grad_norm
         left = self.config.training.train_iters - iteration
         pace = (time.monotonic() - self.start) / (iteration - self.first_iteration + 1)
         return " | ".join(
@@ -96,7 +99,7 @@ class Metrics:
                 f"iteration {iteration:8d}/{self.config.training.train_iters:8d}",
                 f"lm loss: {totals.loss:.6f}",
                 f"learning rate: {learning_rate:.6E}",
-                f"grad norm: {self.steps[-1].grad_norm:.4f}",
+                f"grad norm: {'overflow' if norm is None else f'{norm:.4f}'}",
                 f"time per iteration (ms): {1000 * seconds / len(self.steps):.1f}",
                 f"samples/s: {totals.num_samples / seconds:.1f}",
                 f"tokens/s: {totals.num_tokens / seconds:.1f}",

@@ -10,6 +10,11 @@ from megatron.core.transformer.module import Float16Module
 from megatron_patch.config import Config
 from megatron_patch.model.llava import LlavaModel
 
+FIRST_LOSS_SCALE = 2.0**12
+"""fp16: what the loss, which is a sum over tokens, is multiplied with at first. Halved after gradients overflow twice."""
+LOSS_SCALE_WINDOW = 1000
+"""fp16: steps without overflow after which the scale is doubled."""
+
 
 def wrap(chunks: list[LlavaModel], config: Config) -> list[DistributedDataParallel]:
     """The model in its precision, its gradients in fp32 and reduced over the data-parallel ranks."""
@@ -20,7 +25,7 @@ def wrap(chunks: list[LlavaModel], config: Config) -> list[DistributedDataParall
         DistributedDataParallel(
             chunk.config,
             ddp_config,
-            Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk,
+            Float16Module(chunk.config, chunk) if chunk.config.bf16 or chunk.config.fp16 else chunk,
             # The first chunk's gradients are ready last: only those are worth reducing in pieces.
             disable_bucketing=index > 0,
         )
@@ -42,6 +47,9 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
             adam_eps=settings.adam_eps,
             clip_grad=settings.clip_grad,
             bf16=core.bf16,
+            fp16=core.fp16,
+            initial_loss_scale=FIRST_LOSS_SCALE,
+            loss_scale_window=LOSS_SCALE_WINDOW,
             params_dtype=core.params_dtype,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         ),

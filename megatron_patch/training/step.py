@@ -23,6 +23,7 @@ from megatron_patch.config import Config, Llava, Parallel
 from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.data.task_encoder import Batch
 from megatron_patch.data.tokenize import IGNORE
+from megatron_patch.model.llava import DTYPES
 
 Schedule = Callable[..., list[dict[str, Tensor]]]
 
@@ -56,7 +57,10 @@ class Step:
     """What a training step reports."""
 
     totals: Totals
-    grad_norm: float
+    grad_norm: float | None
+    """None for a step that was left out."""
+    loss_scale: float
+    """What fp16 multiplied the loss with; 1 for other types."""
     seconds: float
 
 
@@ -76,10 +80,13 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     totals = run(chunks, batches, forward_only=False)
-    _, grad_norm, _ = optimizer.step()
-    if not math.isfinite(grad_norm):
+    loss_scale = optimizer.get_loss_scale().item()
+    stepped, grad_norm, _ = optimizer.step()
+    if not stepped:
+        grad_norm = None  # fp16's gradients overflowed: the weights stay, the scale is lowered
+    elif not math.isfinite(grad_norm):
         raise FloatingPointError(f"the gradients' norm is {grad_norm}; expected a number")
-    return Step(totals=totals, grad_norm=grad_norm, seconds=time.perf_counter() - start)
+    return Step(totals=totals, grad_norm=grad_norm, loss_scale=loss_scale, seconds=time.perf_counter() - start)
 
 
 def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
@@ -87,7 +94,7 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
 
     It raises FloatingPointError that names the samples of a micro batch whose loss is no number.
     """
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.model.precision]
+    dtype = DTYPES[config.model.precision]
     num_micro_batches = config.data.num_micro_batches(config.parallel, dist.get_world_size())
     image = read_image_settings(config.model.description)
     schedule: Schedule = get_forward_backward_func()

@@ -100,6 +100,7 @@ def test_frozen_stage_without_trained_weights(mcore, tmp_path):
         assert [loss for loss, _ in reports] == pytest.approx([loss for loss, _ in expected], abs=1e-5)
 
 
-def test_bf16_is_near_fp32(mcore, tmp_path, one_process):
-    (reports,) = run(mcore, tmp_path, changed={"precision": "bf16"}.items())
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bits_are_near_fp32(mcore, tmp_path, one_process, precision):
+    (reports,) = run(mcore, tmp_path, changed={"precision": precision}.items())
     assert [loss for loss, _ in reports] == pytest.approx([loss for loss, _ in one_process], abs=1e-2)

@@ -63,8 +63,7 @@ def test_a_later_flag_wins():
         ("--micro-batch-size x", "--micro-batch-size 'x': expected INT"),
         ("--micro-batch-sise 3", "--micro-batch-sise: no such flag; did you mean --micro-batch-size?"),
         ("stray", "stray: no such flag; --help lists them"),
-        ("--precision fp8", "--precision fp8: not supported yet; use bf16 or fp32"),
-        ("--precision fp16", "--precision fp16: not supported yet"),
+        ("--precision fp8", "--precision fp8: not supported yet; use bf16, fp16 or fp32"),
         (
             "--context-parallel-size 2 --use-flash-attn false",
             "--use-flash-attn false: megatron.core's unfused attention",

@@ -10,6 +10,7 @@ import torch
 from megatron_patch import parallel
 from megatron_patch.config import Parallel
 from megatron_patch.families.llava import read_config
+from megatron_patch.training import optimizer as optimizer_module
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
@@ -32,3 +33,16 @@ def test_a_loss_that_is_no_number_stops_and_names_the_samples(mcore, tmp_path, o
         train_step(wrapped, optimizer, itertools.cycle(tiny_runs.batches(llava, 2)), batch_runner(config, llava))
     for name, tensor in before.items():
         torch.testing.assert_close(chunk.state_dict()[name], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+def test_fp16_gradients_that_overflow_leave_the_weights_and_lower_the_scale(mcore, tmp_path, one_process, monkeypatch):
+    monkeypatch.setattr(optimizer_module, "FIRST_LOSS_SCALE", 2.0**30)
+    config, llava = tiny_runs.config(mcore, tmp_path, precision="fp16"), read_config(mcore)
+    (chunk,), wrapped, optimizer, _, _ = start_or_resume(config, llava)
+    before = chunk.vision_projection.encoder.linear_fc1.weight.clone()
+    batches, run = itertools.cycle(tiny_runs.batches(llava, 2)), batch_runner(config, llava)
+    steps = [train_step(wrapped, optimizer, batches, run) for _ in range(3)]
+    assert [step.grad_norm for step in steps] == [None, None, None]
+    assert [step.loss_scale for step in steps] == [2.0**30, 2.0**30, 2.0**29]
+    assert torch.equal(chunk.vision_projection.encoder.linear_fc1.weight, before)
+    assert steps[0].totals == steps[2].totals
