@@ -11,7 +11,7 @@ from megatron_patch.config import Config
 from megatron_patch.model.llava import LlavaModel
 
 FIRST_LOSS_SCALE = 2.0**12
-"""fp16: what the loss, which is a sum over tokens, is multiplied with at first. Halved after gradients overflow twice."""
+"""fp16: what the loss, a sum over tokens, is multiplied with at first. Halved after gradients overflow twice."""
 LOSS_SCALE_WINDOW = 1000
 """fp16: steps without overflow after which the scale is doubled."""
 
