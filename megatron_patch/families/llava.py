@@ -33,8 +33,8 @@ REQUIRED = {
     "multimodal_projector_bias": (True,),
 }
 
-# What megatron.core's rotary embedding takes as given when it is stretched (_apply_scaling in rotary_pos_embedding.py of
-# 0.16.1): as Llama 3.1, 3.2 and 3.3 have it.
+# What megatron.core's rotary embedding takes as given when it is stretched (_apply_scaling in its
+# rotary_pos_embedding.py): as Llama 3.1, 3.2 and 3.3 have it.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 # A tied model has no output layer of its own. The last of several pipeline stages holds a copy of the embedding under
