@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,13 +20,14 @@ from megatron_patch.checkpoint import mp_rank
 from megatron_patch.checkpoint.companions import TRACKER, checkpoint_folder
 from megatron_patch.checkpoint.disk import reached, sync, sync_tree
 from megatron_patch.checkpoint.mp_rank import MpRankReader
-from megatron_patch.checkpoint.reader import Reader
+from megatron_patch.checkpoint.reader import Reader, Views
 from megatron_patch.checkpoint.stream import BUFFER, convert, read
 from megatron_patch.checkpoint.torch_dist import TorchDistReader
 from megatron_patch.checkpoint.view import View
 from megatron_patch.config import Llava
 from megatron_patch.families.family import Weight
 from megatron_patch.families.layout import hf_shapes, merge, pad_vocab, shard, split
+from megatron_patch.families.llava import pipeline_copies
 from megatron_patch.families.llava import rows as llava_rows
 
 T = TypeVar("T", Tensor, View)
@@ -138,12 +139,17 @@ def append_mean_rows(table: T, num_rows: int) -> T:
 
 def _mean_row(table: View) -> Tensor:
     """The mean of a view's rows [1, h], read in pieces. Summed in fp64, so that it does not depend on their size."""
-    count = max(1, BUFFER // (table.columns * table.dtype.itemsize))
     total = torch.zeros(1, table.columns, dtype=torch.float64)
-    for start in range(0, table.rows, count):
-        piece = table.narrow(0, start, min(count, table.rows - start))
+    for piece in _pieces(table):
         total += read({"rows": piece})["rows"].double().sum(dim=0, keepdim=True)
     return (total / table.rows).to(table.dtype)
+
+
+def _pieces(table: View) -> Iterator[View]:
+    """A view's rows, as many at a time as a buffer holds."""
+    count = max(1, BUFFER // (table.columns * table.dtype.itemsize))
+    for start in range(0, table.rows, count):
+        yield table.narrow(0, start, min(count, table.rows - start))
 
 
 def check_mcore(rows: Iterable[Weight], mcore: Reader) -> None:
@@ -216,14 +222,16 @@ def rank_state_dict(mcore: Reader, llava: Llava, stage: Stage, tp_rank: int, tp_
 def rank_views(mcore: Reader, llava: Llava, stage: Stage, tp_rank: int, tp_size: int) -> dict[str, tuple[Weight, View]]:
     """Plans of `rank_state_dict`, each with its row of the table."""
     views = {}
-    for weight in llava_rows(llava):
-        name = stage.local_name(weight.mcore)
+    rows = {weight.mcore: weight for weight in llava_rows(llava)}
+    copies = {} if stage.pre_process else pipeline_copies(llava)
+    for mcore_name, original in {**{name: name for name in rows}, **copies}.items():
+        name = stage.local_name(mcore_name)
         if name is None:
             continue
-        whole = mcore.view(weight.mcore)
+        weight, whole = rows[original], mcore.view(original)
         if weight.layout == "vocab":
             whole = pad_vocab(whole, llava.language.padded_vocab_size(tp_size))
-        views[name] = (weight, shard(weight, whole, tp_size)[tp_rank])
+        views[name] = (replace(weight, mcore=mcore_name), shard(weight, whole, tp_size)[tp_rank])
     return views
 
 
@@ -237,8 +245,24 @@ def open_mcore(folder: Path, llava: Llava, check: bool = True) -> Reader:
     target = checkpoint_folder(folder)
     rows = llava_rows(llava)
     reader = TorchDistReader(target, rows) if (target / ".metadata").is_file() else MpRankReader(target, rows, check)
+    reader = _without_copies(reader, pipeline_copies(llava))
     check_mcore(rows, reader)
     return reader
+
+
+def _without_copies(reader: Reader, copies: dict[str, str]) -> Reader:
+    """Leave out what a last stage holds a second time. Raises ValueError when it is not the same tensor."""
+    found = {copy: original for copy, original in copies.items() if copy in reader and original in reader}
+    for copy, original in found.items():
+        first, second = reader.view(original), reader.view(copy)
+        first, second = (view.narrow(0, 0, min(first.shape[0], second.shape[0])) for view in (first, second))
+        for one, other in zip(_pieces(first), _pieces(second), strict=True):
+            if not torch.equal(*read({"one": one, "other": other}).values()):
+                raise ValueError(
+                    f"{reader.source}: {copy} is not {original}, though the model's config.json ties them; convert or "
+                    "copy the checkpoint again"
+                )
+    return Views({name: reader.view(name) for name in reader if name not in found}, reader.source) if found else reader
 
 
 def load_rank(
@@ -291,10 +315,11 @@ def write_shards(
     tracker.rename(folder / TRACKER)
 
 
-def num_bytes_written(llava: Llava, tp_size: int, dtype: torch.dtype) -> int:
+def num_bytes_written(llava: Llava, tp_size: int, pp_size: int, dtype: torch.dtype) -> int:
     """Size of all tensors that `write_shards` writes: replicated ones once per tensor-parallel rank."""
     count = 0
-    for weight in llava_rows(llava):
+    copies = pipeline_copies(llava).values() if pp_size > 1 else ()
+    for weight in (*llava_rows(llava), *(weight for weight in llava_rows(llava) if weight.mcore in copies)):
         rows, *rest = weight.shape
         if weight.layout == "vocab":
             rows = llava.language.padded_vocab_size(tp_size)

@@ -27,6 +27,8 @@ LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)(\..*)")
 
 # Modules of megatron.core (either spec) whose state dict holds an `_extra_state`, which strict loading asks for.
 WITH_EXTRA_STATE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer")
+# The stage that has this norm has an output layer, in a tied model one without a weight of its own.
+LAST_NORM = "language_model.decoder.final_layernorm"
 
 
 class MpRankReader(Reader):
@@ -293,4 +295,6 @@ def _check_same_names(models: list[dict[str, View]], paths: list[Path]) -> None:
 
 def _modules_with_extra_state(model: Iterable[str]) -> list[str]:
     modules = dict.fromkeys(name.rpartition(".")[0] for name in model)
+    if LAST_NORM in modules:
+        modules["language_model.output_layer"] = None
     return [module for module in modules if module.rpartition(".")[2] in WITH_EXTRA_STATE]

@@ -126,7 +126,7 @@ def import_hf(conversion: Conversion) -> None:
     dtype = getattr(torch, DTYPES[conversion.precision])
     mcore, unused, files = _open_sources(conversion, llava, dtype)
     tp_size, pp_size = conversion.tensor_model_parallel_size, conversion.pipeline_model_parallel_size
-    num_bytes = num_bytes_written(llava, tp_size, dtype)
+    num_bytes = num_bytes_written(llava, tp_size, pp_size, dtype)
     with written_aside(conversion.target_ckpt_path, num_bytes) as folder:
         llava = _write_companions(conversion, folder, llava, text, tower)
         save_tensors(unused, folder / companions.UNUSED)
