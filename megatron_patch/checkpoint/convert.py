@@ -16,9 +16,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from megatron_patch.checkpoint import mp_rank
+from megatron_patch.checkpoint import disk, mp_rank
 from megatron_patch.checkpoint.companions import TRACKER, checkpoint_folder
-from megatron_patch.checkpoint.disk import reached, sync, sync_tree
+from megatron_patch.checkpoint.disk import sync, sync_tree
 from megatron_patch.checkpoint.mp_rank import MpRankReader
 from megatron_patch.checkpoint.reader import Reader, Views
 from megatron_patch.checkpoint.stream import BUFFER, convert, read
@@ -307,11 +307,11 @@ def write_shards(
             ranks.append(mp_rank.Rank(tp_rank, pp_rank, views, weights, {**args, **sizes}))
     mp_rank.write_ranks(folder / "release", ranks, tp_size, pp_size, source, progress)
     sync_tree(folder)
-    reached("shards synced")
+    disk.reached("shards synced")
     tracker = folder / f"{TRACKER}.partial"
     tracker.write_text("release\n")
     sync(tracker)
-    reached("tracker written")
+    disk.reached("tracker written")
     tracker.rename(folder / TRACKER)
 
 

@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_patch.checkpoint.disk import BLOCK, OutputFile, reached
+from megatron_patch.checkpoint import disk
+from megatron_patch.checkpoint.disk import BLOCK, OutputFile
 from megatron_patch.checkpoint.reader import Reader, existing_file, open_torch_file, reason, stored_view
 from megatron_patch.checkpoint.stream import Target, copy, read
 from megatron_patch.checkpoint.torch_zip import Stored
@@ -136,7 +137,7 @@ def write_files(
             ]
         copy(targets, progress)
         for file, header in zip(opened, headers, strict=True):
-            reached("weights written")
+            disk.reached("weights written")
             file.sync()
             file.write(0, header)
             file.sync()

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_patch.checkpoint import manifest
-from megatron_patch.checkpoint.disk import reached
+from megatron_patch.checkpoint import disk, manifest
 from megatron_patch.checkpoint.reader import Reader, existing_file, open_torch_file, stored_view
 from megatron_patch.checkpoint.stream import Target, copy, read
 from megatron_patch.checkpoint.torch_zip import Stored, TorchFile
@@ -47,7 +46,7 @@ class MpRankReader(Reader):
         self.compared: set[str] = set()
         records = manifest.read(folder) if check else None
         first_layer = 0
-        for paths in _rank_files(Path(folder), records):
+        for paths in rank_files(Path(folder), records):
             models = [_load_model(path, records) for path in paths]
             layers = 0
             for name in models[0]:
@@ -56,7 +55,7 @@ class MpRankReader(Reader):
                 self.shards[global_name] = [
                     _shard_of(model, name, path) for model, path in zip(models, paths, strict=True)
                 ]
-            _check_same_names(models, paths)
+            _check_same(models, paths)
             first_layer += layers
 
     def view(self, name: str) -> View:
@@ -138,9 +137,9 @@ def write_ranks(
             ]
         copy([target for some in targets.values() for target in some], progress)
         for rank, (name, file) in zip(ranks, files.items(), strict=True):
-            reached("weights written")
+            disk.reached("weights written")
             file.finish(dict(zip(rank.views, (target.crc for target in targets[name]), strict=True)))
-            reached("file finished")
+            disk.reached("file finished")
     finally:
         for file in files.values():
             file.close()
@@ -150,7 +149,7 @@ def write_ranks(
     }
     sizes = {"tensor_model_parallel_size": tp_size, "pipeline_model_parallel_size": pp_size}
     manifest.write(folder, records, sizes, source)
-    reached("manifest written")
+    disk.reached("manifest written")
 
 
 def _content(rank: Rank) -> dict[str, Any]:
@@ -195,7 +194,7 @@ def rank_name(tp_rank: int, pp_rank: int, pp_size: int) -> str:
     return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if pp_size > 1 else "")
 
 
-def _rank_files(folder: Path, records: dict[str, manifest.RankRecord] | None) -> list[list[Path]]:
+def rank_files(folder: Path, records: dict[str, manifest.RankRecord] | None = None) -> list[list[Path]]:
     """Every rank's file: a list per pipeline stage, in it one per tensor-parallel rank."""
     found = {}
     for path in folder.iterdir():
@@ -287,10 +286,15 @@ def _shard_of(model: dict[str, View], name: str, path: Path) -> View:
     return model[name]
 
 
-def _check_same_names(models: list[dict[str, View]], paths: list[Path]) -> None:
+def _check_same(models: list[dict[str, View]], paths: list[Path]) -> None:
+    """Ranks of one stage hold the same names in the same types."""
     for model, path in zip(models, paths, strict=True):
         for name in model.keys() - models[0].keys():
             raise ValueError(f"{path}: holds {name}, which tensor-parallel rank 0 has not; convert or copy it again")
+        for name, view in model.items():
+            own, first = manifest.dtype_name(view.dtype), manifest.dtype_name(models[0][name].dtype)
+            if own != first:
+                raise ValueError(f"{path}: {name} is {own}, rank 0's is {first}; convert or copy the checkpoint again")
 
 
 def _modules_with_extra_state(model: Iterable[str]) -> list[str]:

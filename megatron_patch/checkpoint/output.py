@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_patch.checkpoint.disk import reached, sync, sync_tree
+from megatron_patch.checkpoint import disk
+from megatron_patch.checkpoint.disk import sync, sync_tree
 
 MARGIN = 16 * 1024**2
 """Bytes beside the weights: tokenizer, headers, manifest."""
@@ -52,13 +53,13 @@ def written_aside(target: Path, num_bytes: int = 0) -> Iterator[Path]:
         for leftover in partial.iterdir():
             _remove(leftover)
         check_space(target, num_bytes)
-        reached("locked")
+        disk.reached("locked")
         yield partial
         check_target(target)
         sync_tree(partial)
-        reached("synced")
+        disk.reached("synced")
         os.rename(partial, target)  # takes the place of an empty folder
-        reached("renamed")
+        disk.reached("renamed")
         sync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -8,9 +8,6 @@ Python's lock while they work.
 
 from __future__ import annotations
 
-import hashlib
-import queue
-import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -20,13 +17,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_patch.checkpoint import disk
+from megatron_patch.checkpoint.digest import Checker, RunDigest
 from megatron_patch.checkpoint.disk import BLOCK, InputFile, aligned_buffer, blocks
+from megatron_patch.checkpoint.line import Line
 from megatron_patch.checkpoint.view import Source, Strip, View
 
-BUFFER = 16 * 1024**2
+BUFFER = 8 * 1024**2
 """Bytes that a band holds of its sources, and of its targets."""
 
-NUM_BANDS = 5
+NUM_BANDS = 6
 """Bands that are under way at once: two buffers each."""
 
 
@@ -73,13 +73,19 @@ def copy(targets: Iterable[Target], progress: Callable[[int], object] = lambda n
         for target, offset, data in band.written:
             target.file.write(target.offset + offset, data)
             progress(len(data))
+        disk.reached("band written")
+
+    def check(band: Band) -> None:
+        for found in band.read:
+            for (source, row), data in found.items():
+                checker.see(source, row, data)
 
     def digest(band: Band) -> None:
         for target, _, data in band.written:
             if target in hashers:
                 hashers[target].update(target.view.columns * target.view.dtype.itemsize, data)
 
-    stages = [checker.check, cut, digest, checksum, write]
+    stages = [check, cut, digest, checksum, write]
     with ExitStack() as stack:
         files = Files(stack)
         line = stack.enter_context(Line(stages, [Band(capacity) for _ in range(min(NUM_BANDS, 1 + len(groups)))]))
@@ -94,7 +100,7 @@ def copy(targets: Iterable[Target], progress: Callable[[int], object] = lambda n
                 if last_use[source] == number:
                     source.release()
         line.finish()
-        checker.complete(files)
+        checker.complete(files.read, BUFFER)
     for target, hasher in hashers.items():
         target.digests = hasher.digests
 
@@ -272,125 +278,3 @@ def as_matrix(data: memoryview, source: Source) -> Tensor:
     if flat.data_ptr() % source.dtype.itemsize:  # a header of odd length, which safetensors allows
         flat = flat.clone()
     return flat.view(source.dtype).view(-1, source.columns)
-
-
-class RunDigest:
-    """sha256 of consecutive runs of rows, while their bytes pass in order."""
-
-    def __init__(self, runs: Sequence[int]) -> None:
-        self.left = list(runs)
-        self.hasher = hashlib.sha256()
-        self.digests: list[str] = []
-
-    def update(self, row_bytes: int, data: memoryview) -> None:
-        """The next bytes, whole rows."""
-        while len(data):
-            count = min(len(data), self.left[0] * row_bytes)
-            self.hasher.update(data[:count])
-            data = data[count:]
-            self.left[0] -= count // row_bytes
-            if self.left[0] == 0:
-                self.digests.append(self.hasher.hexdigest())
-                self.left.pop(0)
-                self.hasher = hashlib.sha256()
-
-
-class Checker:
-    """Compares sources with their manifest's digests, run by run, while their bytes pass."""
-
-    def __init__(self) -> None:
-        # Per run of a source that was touched: the first row that has not passed, and the digest of those that have.
-        self.passing: dict[tuple[Source, int], tuple[int, object]] = {}
-
-    def check(self, band: Band) -> None:
-        """Stage: see what was read for a band."""
-        for found in band.read:
-            for (source, row), data in found.items():
-                if source.digests:
-                    self.see(source, row, data)
-
-    def see(self, source: Source, row: int, data: memoryview) -> None:
-        """Rows of a source, from `row` on. Raises ValueError when they complete a run that is not as it was."""
-        end = row + len(data) // source.row_bytes
-        top = 0
-        for number, (rows, expected) in enumerate(source.digests):
-            first, last = max(row, top), min(end, top + rows)
-            if first < last:
-                position, hasher = self.passing.get((source, number)) or (top, hashlib.sha256())
-                if first <= position < last:  # else seen before, or rows were left out: `complete` reads it again
-                    hasher.update(data[(position - row) * source.row_bytes : (last - row) * source.row_bytes])
-                    position = last
-                    if position == top + rows and hasher.hexdigest() != expected:
-                        raise ValueError(
-                            f"{source.name}: rows {top} to {top + rows - 1} are not what was written (sha256 differs "
-                            "from manifest.json); convert or copy the checkpoint again"
-                        )
-                self.passing[source, number] = (position, hasher)
-            top += rows
-
-    def complete(self, files: Files) -> None:
-        """Read runs of which only a part was needed, so that no touched run goes unchecked."""
-        for (source, number), (position, _) in list(self.passing.items()):
-            top = sum(rows for rows, _ in source.digests[:number])
-            end = top + source.digests[number][0]
-            if position < end:
-                del self.passing[source, number]
-                count = max(1, BUFFER // source.row_bytes)
-                buffer = aligned_buffer(count * source.row_bytes + 2 * BLOCK)
-                for row in range(top, end, count):
-                    length = min(count, end - row) * source.row_bytes
-                    self.see(source, row, files.read(source, row, length, buffer))
-
-
-class Line:
-    """Stages that bands pass through in order, each a thread. The first error stops them all and is raised here."""
-
-    def __init__(self, stages: Sequence[Callable[[Band], None]], bands: Sequence[Band]) -> None:
-        self.free: queue.SimpleQueue[Band] = queue.SimpleQueue()
-        self.num_bands = len(bands)
-        for band in bands:
-            self.free.put(band)
-        self.error: BaseException | None = None
-        queues = [queue.SimpleQueue() for _ in stages]
-        self.first = queues[0]
-        self.threads = [
-            threading.Thread(target=self._work, args=(stage, source, target), daemon=True)
-            for stage, source, target in zip(stages, queues, [*queues[1:], self.free], strict=True)
-        ]
-
-    def __enter__(self) -> Line:
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.error = self.error or error  # what is under way is not worth finishing
-        self.first.put(None)
-        for thread in self.threads:
-            thread.join()
-
-    def take(self) -> Band:
-        """A band that is free. Waits for one."""
-        band = self.free.get()
-        if self.error is not None:
-            raise self.error
-        return band
-
-    def put(self, band: Band) -> None:
-        """Send a band on its way."""
-        self.first.put(band)
-
-    def finish(self) -> None:
-        """Wait until all bands are through."""
-        for _ in range(self.num_bands):
-            self.take()
-
-    def _work(self, stage: Callable[[Band], None], source: queue.SimpleQueue, target: queue.SimpleQueue) -> None:
-        while (band := source.get()) is not None:
-            if self.error is None:
-                try:
-                    stage(band)
-                except BaseException as error:
-                    self.error = error
-            target.put(band)
-        target.put(None)

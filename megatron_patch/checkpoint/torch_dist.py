@@ -62,9 +62,7 @@ class TorchDistReader(Reader):
         self.metadata = read_metadata(existing_file(self.folder, ".metadata", "expected a torch_dist checkpoint"))
         # Name -> the stored key and the layer to take of it (None: all of it).
         self.place: dict[str, tuple[str, int | None]] = {}
-        for key, stored in self.metadata.state_dict_metadata.items():
-            if not isinstance(stored, TensorStorageMetadata) or key.startswith("optimizer."):
-                continue
+        for key, stored in model_tensors(self.metadata).items():
             if LAYERS in key and not LAYER.fullmatch(key):
                 for layer in range(stored.size[0]):
                     self.place[to_local_name(key.replace(LAYERS, f"{LAYERS}{layer}."))] = (key, layer)
@@ -184,6 +182,12 @@ def _narrowed(block: View, box: tuple[slice, ...]) -> View:
         if (part.start, part.stop) != (0, block.shape[axis]):
             block = block.narrow(axis, part.start, part.stop - part.start)
     return block
+
+
+def model_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """The stored tensors that are the model's own: no optimizer states, no other objects."""
+    entries = metadata.state_dict_metadata.items()
+    return {k: v for k, v in entries if isinstance(v, TensorStorageMetadata) and not k.startswith("optimizer.")}
 
 
 def stored_key(name: str) -> str:
