@@ -4,8 +4,8 @@
 
 It makes a Mistral and a CLIP-L/14-336 of random bytes (14.5 and 0.6 GB for 7B), converts them to TP4, TP1 and TP2 x PP2
 and back, each time right after or right before a copy of the same files, and compares the weights that came back with
-the originals by sha256. It needs about three times the model's size on the disk. The naive way, which holds the model in
-memory, is measured at a quarter of the depth.
+the originals by sha256. It needs about three times the model's size on the disk. The naive way, which holds the model
+in memory, is measured at a quarter of the depth.
 """
 
 from __future__ import annotations

@@ -89,10 +89,14 @@ class OutputFile:
             done = self._write_direct(offset, data[: len(data) // BLOCK * BLOCK])
         while done < len(data):
             done += self._pwrite(self.plain, data[done:], offset + done)
+        reached("bytes written")
 
     def resize(self, size: int) -> None:
         """Make the file `size` bytes long; what was not written reads as zeros."""
-        os.ftruncate(self.plain, size)
+        try:
+            os.ftruncate(self.plain, size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def sync(self) -> None:
         """Have it on the disk."""

@@ -17,7 +17,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_patch.checkpoint import disk
 from megatron_patch.checkpoint.digest import Checker, RunDigest
 from megatron_patch.checkpoint.disk import BLOCK, InputFile, aligned_buffer, blocks
 from megatron_patch.checkpoint.line import Line
@@ -73,7 +72,6 @@ def copy(targets: Iterable[Target], progress: Callable[[int], object] = lambda n
         for target, offset, data in band.written:
             target.file.write(target.offset + offset, data)
             progress(len(data))
-        disk.reached("band written")
 
     def check(band: Band) -> None:
         for found in band.read:
