@@ -32,13 +32,20 @@ class LanguageModel:
     rotary_base: float
     max_position_embeddings: int
     sliding_window: int | None = None
+    rope_scaling_factor: float | None = None
+    """Llama 3's stretching of the rotary embedding, with the constants that megatron.core has; none: not stretched."""
+    add_qkv_bias: bool = False
+    share_embeddings_and_output_weights: bool = False
+    """Whether the output layer's weight is the embedding's (tied)."""
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the whole model, embedding and output layer included."""
-        heads = self.num_attention_heads + 2 * self.num_query_groups + self.num_attention_heads
-        layer = self.hidden_size * (heads * self.kv_channels + 3 * self.ffn_hidden_size + 2)
-        return self.num_layers * layer + self.hidden_size * (2 * self.vocab_size + 1)
+        """Weights of the whole model, embedding and output layer included (once, where they are one tensor)."""
+        qkv = (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
+        heads = self.num_attention_heads * self.kv_channels
+        layer = self.hidden_size * (qkv + heads + 3 * self.ffn_hidden_size + 2) + qkv * self.add_qkv_bias
+        tables = 1 if self.share_embeddings_and_output_weights else 2
+        return self.num_layers * layer + self.hidden_size * (tables * self.vocab_size + 1)
 
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Rows of megatron.core's embedding: the vocabulary padded to a multiple of 128 x TP (Megatron-LM's rule)."""
@@ -116,7 +123,7 @@ class Llava:
             )
         nominal = float(match[1]) * (1e9 if match[2] in "Bb" else 1e6)
         count = self.language.num_parameters
-        if not 0.85 <= count / nominal <= 1.15:
+        if not 0.85 <= count / nominal <= 1.25:  # Llama 3.2 calls 1.24 billion 1B
             actual = f"{count / 1e9:.1f}B" if count >= 1e8 else f"{count / 1e6:.1f}M"
             raise ValueError(
                 f"--model-size {model_size}: the language model's config.json describes {actual} parameters; "

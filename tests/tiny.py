@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 # Awkward on purpose: three query heads per group, head_dim given and unlike hidden / heads, a vocabulary that 128 does
@@ -50,6 +53,33 @@ def save_mistral(folder: Path, dtype: torch.dtype = torch.float32, **changed) ->
 def save_llama(folder: Path, dtype: torch.dtype = torch.float32, **changed) -> Path:
     """A LlamaForCausalLM with random weights, its tokenizer beside it."""
     return _save(LlamaForCausalLM, LlamaConfig(**{**LANGUAGE_SIZES, **_rope(10000.0), **changed}), folder, dtype)
+
+
+def save_qwen2(folder: Path, dtype: torch.dtype = torch.float32, **changed) -> Path:
+    """A Qwen2ForCausalLM with random weights, its tokenizer beside it."""
+    return _save(Qwen2ForCausalLM, Qwen2Config(**{**LANGUAGE_SIZES, **_rope(1e6), **changed}), folder, dtype)
+
+
+# Llama 3's rotary embedding. At this base some of the eight frequencies are kept, one is between, some are divided.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LANGUAGE_MODELS = {
+    "mistral": save_mistral,
+    "llama 2": save_llama,
+    "llama 3": partial(save_llama, rope_parameters=LLAMA3_ROPE, max_position_embeddings=16384),
+    "llama 3 tied": partial(
+        save_llama, rope_parameters=LLAMA3_ROPE, max_position_embeddings=16384, tie_word_embeddings=True
+    ),
+    "qwen 2": save_qwen2,
+    "qwen 2 tied": partial(save_qwen2, tie_word_embeddings=True),
+}
+"""One of each kind; Vicuna is a Llama 2."""
 
 
 def save_clip(folder: Path, dtype: torch.dtype = torch.float32, **changed) -> Path:

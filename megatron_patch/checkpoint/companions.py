@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.config import LanguageModel, Llava, VisionModel
-from megatron_patch.families.llava import LANGUAGE_FAMILIES, VISION_FAMILIES, vision_config
+from megatron_patch.families.llava import LANGUAGE_FAMILIES, LLAMA3_ROPE, VISION_FAMILIES, vision_config
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "config.json"
@@ -120,15 +120,21 @@ def hf_config(config: dict[str, Any], llava: Llava, vocab_size: int, dtype: str)
     text = {**config["text_config"], **language_settings(llava.language), **types, "vocab_size": vocab_size}
     tower = {**config["vision_config"], **vision_settings(llava.vision), **types}
     sizes = {"image_seq_length": llava.vision.num_image_tokens, "image_token_index": llava.image_token_id}
-    architecture = {"architectures": ["LlavaForConditionalGeneration"]}
-    return {**config, **architecture, **types, **sizes, "text_config": text, "vision_config": tower}
+    whole = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "tie_word_embeddings": llava.language.share_embeddings_and_output_weights,
+    }
+    return {**config, **whole, **types, **sizes, "text_config": text, "vision_config": tower}
 
 
 def language_settings(model: LanguageModel) -> dict[str, Any]:
     """A language model's sizes in Hugging Face's names, for transformers 4 and 5."""
     settings = {setting.hf: getattr(model, setting.mcore) for setting in LANGUAGE_FAMILIES[model.family].settings}
-    rope = {"rope_type": "default", "rope_theta": model.rotary_base}
-    return {**settings, "rope_theta": model.rotary_base, "rope_parameters": rope}
+    rope = {"rope_type": "default"}
+    if model.rope_scaling_factor is not None:
+        rope = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **LLAMA3_ROPE}
+    parameters = {"rope_theta": model.rotary_base, "rope_parameters": {**rope, "rope_theta": model.rotary_base}}
+    return {**settings, **parameters, "rope_scaling": None if model.rope_scaling_factor is None else rope}
 
 
 def vision_settings(model: VisionModel) -> dict[str, Any]:

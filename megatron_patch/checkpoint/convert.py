@@ -1,7 +1,7 @@
 """Between Hugging Face, megatron.core's whole state dict (the hub of every way), and one rank's part of it.
 
-A conversion is a view: `to_mcore(rows, hf)` and `to_hf(rows, mcore)` are readers that compute a tensor when it is asked
-for. So no model is ever whole in memory.
+A conversion is a plan: `to_mcore(rows, hf)` and `to_hf(rows, mcore)` are readers of views, which say where a tensor's
+values come from. `stream.py` moves the bytes, so no model is ever whole in memory.
 """
 
 from __future__ import annotations
@@ -9,22 +9,28 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from megatron_patch.checkpoint import mp_rank
+from megatron_patch.checkpoint import disk, mp_rank
 from megatron_patch.checkpoint.companions import TRACKER, checkpoint_folder
+from megatron_patch.checkpoint.disk import sync, sync_tree
 from megatron_patch.checkpoint.mp_rank import MpRankReader
-from megatron_patch.checkpoint.reader import Reader
+from megatron_patch.checkpoint.reader import Reader, Views
+from megatron_patch.checkpoint.stream import BUFFER, convert, read
 from megatron_patch.checkpoint.torch_dist import TorchDistReader
+from megatron_patch.checkpoint.view import View
 from megatron_patch.config import Llava
 from megatron_patch.families.family import Weight
 from megatron_patch.families.layout import hf_shapes, merge, pad_vocab, shard, split
+from megatron_patch.families.llava import pipeline_copies
 from megatron_patch.families.llava import rows as llava_rows
 
+T = TypeVar("T", Tensor, View)
 LANGUAGE_LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)(\..*)")
 
 
@@ -40,61 +46,68 @@ def to_mcore(
     expected = {name: shape for weight in rows for name, shape in zip(weight.hf, hf_shapes(weight), strict=True)}
     check_coverage(expected, hf, also=unused)
 
-    def compute(weight: Weight) -> Tensor:
-        return cast(merge(weight, [hf[name] for name in weight.hf]), dtype, weight.mcore)
-
-    return _View(hf.source, {weight.mcore: (weight.shape, weight) for weight in rows}, compute)
+    views = {weight.mcore: _lazy(merge, weight, hf, weight.hf, dtype) for weight in rows}
+    return _Planned(hf, {weight.mcore: weight.shape for weight in rows}, views)
 
 
 def to_hf(rows: Iterable[Weight], mcore: Reader, dtype: torch.dtype | None = None) -> Reader:
     """The inverse of `to_mcore`: megatron.core's whole tensors under Hugging Face's (the hub's) names."""
     rows = list(rows)
     check_mcore(rows, mcore)
-    last: tuple[str, tuple[Tensor, ...]] = ("", ())
-
-    def compute(place: tuple[Weight, int]) -> Tensor:
-        nonlocal last
-        weight, position = place
-        if last[0] != weight.mcore:  # q, k and v come from one tensor, and are asked for one after another
-            last = (weight.mcore, split(weight, mcore[weight.mcore]))
-        return cast(last[1][position], dtype, weight.hf[position])
-
-    places = {
-        name: (shape, (weight, position))
-        for weight in rows
-        for position, (name, shape) in enumerate(zip(weight.hf, hf_shapes(weight), strict=True))
-    }
-    return _View(mcore.source, places, compute)
+    shapes, views = {}, {}
+    for weight in rows:
+        for position, (name, shape) in enumerate(zip(weight.hf, hf_shapes(weight), strict=True)):
+            shapes[name] = shape
+            views[name] = _lazy(_split_part(position), weight, mcore, (weight.mcore,), dtype)
+    return _Planned(mcore, shapes, views)
 
 
-class _View(Reader):
-    """A reader that computes its tensors: name -> (shape, what `compute` makes the tensor of)."""
+def _split_part(position: int) -> Callable[[Weight, Sequence[View]], View]:
+    return lambda weight, wholes: split(weight, wholes[0])[position]
 
-    def __init__(self, source: str, places: dict[str, tuple[tuple[int, ...], object]], compute: Callable) -> None:
-        self.source = source
-        self.places = places
-        self.compute = compute
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.compute(self.places[name][1])
+def _lazy(
+    layout: Callable[[Weight, Sequence[View]], View],
+    weight: Weight,
+    reader: Reader,
+    names: Sequence[str],
+    dtype: torch.dtype | None,
+) -> Callable[[], View]:
+    """The plan of one tensor, made when it is asked for."""
+    return lambda: layout(weight, [reader.view(name).to(dtype) for name in names])
+
+
+class _Planned(Reader):
+    """A reader whose views are made of another's."""
+
+    def __init__(
+        self, origin: Reader, shapes: dict[str, tuple[int, ...]], views: dict[str, Callable[[], View]]
+    ) -> None:
+        self.source = origin.source
+        self.shapes = shapes
+        self.views = views
+
+    def view(self, name: str) -> View:
+        """Where one tensor's values lie."""
+        return self.views[name]()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self.views)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.views)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.places[name][0]
+        """Shape of one tensor, as the table gives it."""
+        return self.shapes[name]
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
     """`tensor` in another type. Raises ValueError when a value is too large for it (fp16 ends at 65504)."""
     if dtype is None or tensor.dtype == dtype:
         return tensor
-    result = tensor.to(dtype)
-    if dtype == torch.float16 and not torch.equal(result.isfinite(), tensor.isfinite()):
-        raise ValueError(f"{name}: holds values that fp16 cannot (beyond 65504); use bf16 or fp32")
+    result = torch.empty(tensor.shape, dtype=dtype)
+    convert(tensor, result, name)
     return result
 
 
@@ -113,10 +126,30 @@ def new_projector(rows: Iterable[Weight], seed: int) -> dict[str, Tensor]:
     return tensors
 
 
-def append_mean_rows(table: Tensor, num_rows: int) -> Tensor:
-    """`table` [n, h] with its mean row (computed in fp32) repeated up to `num_rows` rows."""
-    mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
-    return torch.cat([table, mean.expand(num_rows - table.shape[0], -1)])
+def append_mean_rows(table: T, num_rows: int) -> T:
+    """`table` [n, h], a tensor or a view, with its mean row (computed in fp32) repeated up to `num_rows` rows."""
+    missing = num_rows - table.shape[0]
+    if isinstance(table, Tensor):
+        mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
+        return torch.cat([table, mean.expand(missing, -1)])
+    shape = (missing, table.shape[1])
+    name = f"the mean row of {table.sources[0].name}"
+    return View.cat([table, View.made(lambda: _mean_row(table).expand(shape), shape, table.dtype, name)])
+
+
+def _mean_row(table: View) -> Tensor:
+    """The mean of a view's rows [1, h], read in pieces. Summed in fp64, so that it does not depend on their size."""
+    total = torch.zeros(1, table.columns, dtype=torch.float64)
+    for piece in _pieces(table):
+        total += read({"rows": piece})["rows"].double().sum(dim=0, keepdim=True)
+    return (total / table.rows).to(table.dtype)
+
+
+def _pieces(table: View) -> Iterator[View]:
+    """A view's rows, as many at a time as a buffer holds."""
+    count = max(1, BUFFER // (table.columns * table.dtype.itemsize))
+    for start in range(0, table.rows, count):
+        yield table.narrow(0, start, min(count, table.rows - start))
 
 
 def check_mcore(rows: Iterable[Weight], mcore: Reader) -> None:
@@ -183,32 +216,53 @@ def even_stage(num_layers: int, pp_rank: int, pp_size: int) -> Stage:
 
 def rank_state_dict(mcore: Reader, llava: Llava, stage: Stage, tp_rank: int, tp_size: int) -> dict[str, Tensor]:
     """One rank's tensors of a whole model: the local spec's names, the stage's layer indices, padded vocabulary."""
-    return dict(rank_tensors(mcore, llava, stage, tp_rank, tp_size))
+    return read({name: view for name, (_, view) in rank_views(mcore, llava, stage, tp_rank, tp_size).items()})
 
 
-def rank_tensors(mcore: Reader, llava: Llava, stage: Stage, tp_rank: int, tp_size: int) -> Iterator[tuple[str, Tensor]]:
-    """`rank_state_dict`, one tensor after another. Each has its own memory."""
-    for weight in llava_rows(llava):
-        name = stage.local_name(weight.mcore)
+def rank_views(mcore: Reader, llava: Llava, stage: Stage, tp_rank: int, tp_size: int) -> dict[str, tuple[Weight, View]]:
+    """Plans of `rank_state_dict`, each with its row of the table."""
+    views = {}
+    rows = {weight.mcore: weight for weight in llava_rows(llava)}
+    copies = {} if stage.pre_process else pipeline_copies(llava)
+    for mcore_name, original in {**{name: name for name in rows}, **copies}.items():
+        name = stage.local_name(mcore_name)
         if name is None:
             continue
-        whole = mcore[weight.mcore]
+        weight, whole = rows[original], mcore.view(original)
         if weight.layout == "vocab":
             whole = pad_vocab(whole, llava.language.padded_vocab_size(tp_size))
-        yield name, shard(weight, whole, tp_size)[tp_rank].clone(memory_format=torch.contiguous_format)
+        views[name] = (replace(weight, mcore=mcore_name), shard(weight, whole, tp_size)[tp_rank])
+    return views
 
 
-def open_mcore(folder: Path, llava: Llava) -> Reader:
+def open_mcore(folder: Path, llava: Llava, check: bool = True) -> Reader:
     """A Megatron-Core checkpoint's whole, unpadded state dict, lazily: shards or torch_dist, at any saved TP and PP.
 
-    `folder` holds the tracker file. Raises ValueError or OSError, one line that names the file, when the checkpoint is
-    incomplete, damaged, or not the model that `llava` describes.
+    `folder` holds the tracker file. `check`: compare what is read with the checkpoint's manifest, where it has one.
+    Raises ValueError or OSError, one line that names the file, when the checkpoint is incomplete, damaged, or not the
+    model that `llava` describes.
     """
     target = checkpoint_folder(folder)
     rows = llava_rows(llava)
-    reader = TorchDistReader(target, rows) if (target / ".metadata").is_file() else MpRankReader(target, rows)
+    reader = TorchDistReader(target, rows) if (target / ".metadata").is_file() else MpRankReader(target, rows, check)
+    reader = _without_copies(reader, pipeline_copies(llava))
     check_mcore(rows, reader)
     return reader
+
+
+def _without_copies(reader: Reader, copies: dict[str, str]) -> Reader:
+    """Leave out what a last stage holds a second time. Raises ValueError when it is not the same tensor."""
+    found = {copy: original for copy, original in copies.items() if copy in reader and original in reader}
+    for copy, original in found.items():
+        first, second = reader.view(original), reader.view(copy)
+        first, second = (view.narrow(0, 0, min(first.shape[0], second.shape[0])) for view in (first, second))
+        for one, other in zip(_pieces(first), _pieces(second), strict=True):
+            if not torch.equal(*read({"one": one, "other": other}).values()):
+                raise ValueError(
+                    f"{reader.source}: {copy} is not {original}, though the model's config.json ties them; convert or "
+                    "copy the checkpoint again"
+                )
+    return Views({name: reader.view(name) for name in reader if name not in found}, reader.source) if found else reader
 
 
 def load_rank(
@@ -232,29 +286,40 @@ def write_shards(
     tp_size: int,
     pp_size: int,
     args: dict,
-    progress: Callable[[Tensor], None] = lambda tensor: None,
+    stages: Sequence[Stage] = (),
+    source: Sequence[dict] = (),
+    progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> None:
-    """Write `folder`/release/mp_rank_*, then the tracker file. One rank's part is in memory at a time.
+    """Write `folder`/release/mp_rank_* and manifest.json, then the tracker file.
 
-    `args`: plain values about the model, kept in every shard. `progress` is called with every tensor that is ready.
+    `stages`: another cut than into `pp_size` equal ones. `args`: plain values about the model, kept in every shard.
+    `source`: what the manifest says about where the weights come from. `progress` is called with the number of bytes
+    of each piece that is written.
     """
-    for pp_rank in range(pp_size):
-        stage = even_stage(llava.language.num_layers, pp_rank, pp_size)
+    sizes = {"tensor_model_parallel_size": tp_size, "pipeline_model_parallel_size": pp_size}
+    ranks = []
+    stages = stages or [even_stage(llava.language.num_layers, pp_rank, pp_size) for pp_rank in range(pp_size)]
+    for pp_rank, stage in enumerate(stages):
         for tp_rank in range(tp_size):
-            model = {}
-            for name, tensor in rank_tensors(mcore, llava, stage, tp_rank, tp_size):
-                model[name] = tensor
-                progress(tensor)
-            name = mp_rank.rank_name(tp_rank, pp_rank, pp_size)
-            sizes = {"tensor_model_parallel_size": tp_size, "pipeline_model_parallel_size": pp_size}
-            mp_rank.write_rank(folder / "release", name, model, {**args, **sizes})
-    (folder / TRACKER).write_text("release\n")
+            planned = rank_views(mcore, llava, stage, tp_rank, tp_size)
+            views = {name: view for name, (_, view) in planned.items()}
+            weights = {name: weight for name, (weight, _) in planned.items()}
+            ranks.append(mp_rank.Rank(tp_rank, pp_rank, views, weights, {**args, **sizes}))
+    mp_rank.write_ranks(folder / "release", ranks, tp_size, pp_size, source, progress)
+    sync_tree(folder)
+    disk.reached("shards synced")
+    tracker = folder / f"{TRACKER}.partial"
+    tracker.write_text("release\n")
+    sync(tracker)
+    disk.reached("tracker written")
+    tracker.rename(folder / TRACKER)
 
 
-def num_bytes_written(llava: Llava, tp_size: int, dtype: torch.dtype) -> int:
+def num_bytes_written(llava: Llava, tp_size: int, pp_size: int, dtype: torch.dtype) -> int:
     """Size of all tensors that `write_shards` writes: replicated ones once per tensor-parallel rank."""
     count = 0
-    for weight in llava_rows(llava):
+    copies = pipeline_copies(llava).values() if pp_size > 1 else ()
+    for weight in (*llava_rows(llava), *(weight for weight in llava_rows(llava) if weight.mcore in copies)):
         rows, *rest = weight.shape
         if weight.layout == "vocab":
             rows = llava.language.padded_vocab_size(tp_size)

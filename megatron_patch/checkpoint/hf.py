@@ -1,21 +1,38 @@
-"""Hugging Face folders: safetensors or .bin, one file or shards with an index. Read lazily, written shard by shard."""
+"""Hugging Face folders: safetensors or .bin, one file or shards with an index. Read lazily, written as a stream."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_patch.checkpoint.reader import Reader, existing_file, load_tensors, reason
+from megatron_patch.checkpoint import disk
+from megatron_patch.checkpoint.disk import BLOCK, OutputFile
+from megatron_patch.checkpoint.reader import Reader, existing_file, open_torch_file, reason, stored_view
+from megatron_patch.checkpoint.stream import Target, copy, read
+from megatron_patch.checkpoint.torch_zip import Stored
+from megatron_patch.checkpoint.view import Source, View, as_rows
 
 # In the order in which transformers looks for them.
 FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class HfReader(Reader):
@@ -43,9 +60,18 @@ class HfReader(Reader):
                     )
                 self.place[renamed] = (file, name)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def view(self, name: str) -> View:
+        """Where one tensor's values lie."""
         file, stored_name = self.place[name]
-        return file.tensor(stored_name)
+        return file.view(stored_name)
+
+    def source_of(self, name: str) -> str:
+        """The file that holds one tensor."""
+        return str(self.place[name][0].path)
+
+    def files(self) -> list[Path]:
+        """The files of weights."""
+        return list(dict.fromkeys(file.path for file, _ in self.place.values()))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.place)
@@ -53,100 +79,147 @@ class HfReader(Reader):
     def __len__(self) -> int:
         return len(self.place)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        file, stored_name = self.place[name]
-        return file.shape(stored_name)
-
 
 class HfWriter:
-    """Writes `model.safetensors`, or shards of at most `max_shard_size` bytes with an index. One shard is in memory.
+    """Writes `model.safetensors`, or shards of at most `max_shard_size` bytes with an index, from views."""
 
-    The files appear under their names when `close` is called: until then their number is not known.
-    """
-
-    def __init__(self, folder: Path, max_shard_size: int = 2 * 1024**3) -> None:
+    def __init__(self, folder: Path, max_shard_size: int = 5 * 1000**3) -> None:
         self.folder = Path(folder)
         self.max_shard_size = max_shard_size
-        self.pending: dict[str, Tensor] = {}
+        self.shards: list[dict[str, View]] = [{}]
         self.pending_size = 0
-        self.total_size = 0
-        self.shards: list[list[str]] = []
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor. Its values are kept until its shard is full."""
-        if self.pending and self.pending_size + tensor.nbytes > self.max_shard_size:
-            self._write_shard()
-        # Its own memory: safetensors refuses tensors that share theirs, and a view would keep the whole source alive.
-        self.pending[name] = tensor.clone(memory_format=torch.contiguous_format)
-        self.pending_size += tensor.nbytes
-        self.total_size += tensor.nbytes
+    def add(self, name: str, tensor: View | Tensor) -> None:
+        """Append a tensor. It is read when `close` is called."""
+        view = View.of_tensor(tensor, name) if isinstance(tensor, Tensor) else tensor
+        if self.shards[-1] and self.pending_size + view.nbytes > self.max_shard_size:
+            self.shards.append({})
+            self.pending_size = 0
+        self.shards[-1][name] = view
+        self.pending_size += view.nbytes
 
-    def close(self) -> None:
-        """Write the last shard and the index, and give the shards their names."""
-        self._write_shard()
+    @property
+    def total_size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(view.nbytes for shard in self.shards for view in shard.values())
+
+    def close(self, progress: Callable[[int], object] = lambda num_bytes: None) -> None:
+        """Write all files, weights before the index. `progress` gets the number of bytes of each piece that is written.
+
+        Raises ValueError and OSError as `stream.copy` does.
+        """
         count = len(self.shards)
+        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
         if count == 1:
-            os.replace(self._unnamed(1), self.folder / "model.safetensors")
-            return
-        weight_map = {}
-        for number, names in enumerate(self.shards, start=1):
-            file_name = f"model-{number:05d}-of-{count:05d}.safetensors"
-            os.replace(self._unnamed(number), self.folder / file_name)
-            weight_map.update(dict.fromkeys(names, file_name))
-        index = {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
-        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            names = ["model.safetensors"]
+        write_files({self.folder / name: shard for name, shard in zip(names, self.shards, strict=True)}, progress)
+        if count > 1:
+            weight_map = {name: file for file, shard in zip(names, self.shards, strict=True) for name in shard}
+            index = {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
+            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
-    def _write_shard(self) -> None:
-        self.shards.append(list(self.pending))
-        save_tensors(self.pending, self._unnamed(len(self.shards)))
-        self.pending = {}
-        self.pending_size = 0
 
-    def _unnamed(self, number: int) -> Path:
-        return self.folder / f"model-{number:05d}.safetensors.partial"
+def write_files(
+    files: Mapping[Path, Mapping[str, View]], progress: Callable[[int], object] = lambda num_bytes: None
+) -> None:
+    """Write safetensors files. Their headers come last: an unfinished file does not load."""
+    opened, targets, headers = [], [], []
+    try:
+        for path, views in files.items():
+            header, offsets = _header(views)
+            opened.append(OutputFile(path))
+            headers.append(header)
+            opened[-1].resize(len(header) + sum(view.nbytes for view in views.values()))
+            targets += [
+                Target(name, view, opened[-1], len(header) + offsets[name])
+                for name, view in views.items()
+                if view.nbytes
+            ]
+        copy(targets, progress)
+        for file, header in zip(opened, headers, strict=True):
+            disk.reached("weights written")
+            file.sync()
+            file.write(0, header)
+            file.sync()
+    finally:
+        for file in opened:
+            file.close()
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that whoever may read its folder may read; safetensors itself lets only the owner."""
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(path.parent.stat().st_mode & 0o666)
+    """Write a few tensors as a safetensors file."""
+    write_files({path: {name: View.of_tensor(tensor.contiguous(), name) for name, tensor in tensors.items()}})
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a small safetensors file. Raises ValueError, one line, for a damaged one."""
+    file = _SafetensorsFile(path)
+    return read({name: file.view(name) for name in file.names()})
+
+
+def _header(views: Mapping[str, View]) -> tuple[bytes, dict[str, int]]:
+    """What precedes the tensors, and where each begins after it. Most tensors begin at a block, for direct I/O."""
+    offsets, end = {}, 0
+    for name in sorted(views, key=lambda name: views[name].nbytes % BLOCK != 0):
+        offsets[name] = end
+        end += views[name].nbytes
+    entries = {
+        name: {
+            "dtype": DTYPE_NAMES[views[name].dtype],
+            "shape": list(views[name].shape),
+            "data_offsets": [offset, offset + views[name].nbytes],
+        }
+        for name, offset in offsets.items()
+    }
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % BLOCK)
+    return len(text).to_bytes(8, "little") + text, offsets
 
 
 class _SafetensorsFile:
-    """One open safetensors file."""
+    """One safetensors file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.file = safe_open(path, framework="pt")
+            with safe_open(path, framework="pt"):  # checks the header: sizes, overlaps, holes
+                pass
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable safetensors file ({reason(error)}); download it again") from None
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self.entries = json.loads(file.read(length))
+        self.entries.pop("__metadata__", None)
+        self.start = 8 + length
 
     def names(self) -> Iterable[str]:
-        return self.file.keys()
+        return self.entries.keys()
 
-    def tensor(self, name: str) -> Tensor:
-        return self.file.get_tensor(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.file.get_slice(name).get_shape())
+    def view(self, name: str) -> View:
+        entry = self.entries[name]
+        label = f"{self.path}: {name}"
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{label}: is of type {entry['dtype']}; expected one of {', '.join(DTYPES)}")
+        rows, columns = as_rows(entry["shape"])
+        offset = self.start + entry["data_offsets"][0]
+        return View.of(Source(label, DTYPES[entry["dtype"]], rows, columns, self.path, offset), entry["shape"])
 
 
 class _BinFile:
-    """One open file of torch.save, mapped into memory. Nothing in it is executed."""
+    """One file of torch.save. Nothing in it is executed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tensors = load_tensors(path)
+        self.tensors = open_torch_file(path)
+        for name, value in self.tensors.items():
+            if not isinstance(value, Stored | Tensor):
+                raise ValueError(f"{path}: {name} is a {type(value).__name__}; expected a tensor")
 
     def names(self) -> Iterable[str]:
         return self.tensors.keys()
 
-    def tensor(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
+    def view(self, name: str) -> View:
+        return stored_view(self.path, name, self.tensors[name])
 
 
 def _open_files(folder: Path) -> Iterator[tuple[_SafetensorsFile | _BinFile, Iterable[str]]]:

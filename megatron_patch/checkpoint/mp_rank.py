@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_patch.checkpoint.reader import Reader, existing_file, load_tensors
+from megatron_patch.checkpoint import disk, manifest
+from megatron_patch.checkpoint.reader import Reader, existing_file, open_torch_file, stored_view
+from megatron_patch.checkpoint.stream import Target, copy, read
+from megatron_patch.checkpoint.torch_zip import Stored, TorchFile
+from megatron_patch.checkpoint.view import View
 from megatron_patch.families.family import Weight
-from megatron_patch.families.layout import unshard
+from megatron_patch.families.layout import check_replicas, ranges, runs, unshard
 from megatron_patch.families.transformer_engine import to_local_name
 
 FILE = "model_optim_rng.pt"
@@ -21,23 +26,28 @@ LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)(\..*)")
 
 # Modules of megatron.core (either spec) whose state dict holds an `_extra_state`, which strict loading asks for.
 WITH_EXTRA_STATE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer")
+# The stage that has this norm has an output layer, in a tied model one without a weight of its own.
+LAST_NORM = "language_model.decoder.final_layernorm"
 
 
 class MpRankReader(Reader):
     """Whole, unpadded tensors under the local spec's names and global layer indices, from shards at any TP and PP.
 
-    `rows` is the model's table. Raises ValueError or FileNotFoundError, one line that names the file and the rank, for
-    a rank that is missing or not readable.
+    `rows` is the model's table. `check`: compare what is read with `manifest.json`, where there is one. Raises
+    ValueError or FileNotFoundError, one line that names the file and the rank, for a rank that is missing or not
+    readable.
     """
 
-    def __init__(self, folder: Path, rows: Iterable[Weight]) -> None:
+    def __init__(self, folder: Path, rows: Iterable[Weight], check: bool = True) -> None:
         self.source = str(folder)
         self.rows = {weight.mcore: weight for weight in rows}
         # Global name -> that tensor's shards in the order of tensor-parallel ranks.
-        self.shards: dict[str, list[Tensor]] = {}
+        self.shards: dict[str, list[View]] = {}
+        self.compared: set[str] = set()
+        records = manifest.read(folder) if check else None
         first_layer = 0
-        for paths in _rank_files(Path(folder)):
-            models = [_load_model(path) for path in paths]
+        for paths in rank_files(Path(folder), records):
+            models = [_load_model(path, records) for path in paths]
             layers = 0
             for name in models[0]:
                 global_name, layer = _shifted(name, first_layer)
@@ -45,17 +55,22 @@ class MpRankReader(Reader):
                 self.shards[global_name] = [
                     _shard_of(model, name, path) for model, path in zip(models, paths, strict=True)
                 ]
-            _check_same_names(models, paths)
+            _check_same(models, paths)
             first_layer += layers
 
-    def __getitem__(self, name: str) -> Tensor:
-        """Raises ValueError when replicated shards differ."""
+    def view(self, name: str) -> View:
+        """Where one tensor's values lie. Raises ValueError when the shards of a replicated one differ."""
         shards = self.shards[name]
         if name not in self.rows:
             return shards[0]
         weight = self.rows[name]
-        whole = unshard(weight, shards) if len(shards) > 1 else shards[0]
-        return whole[: weight.shape[0]] if weight.layout == "vocab" else whole
+        if weight.axis is None and len(shards) > 1 and name not in self.compared:
+            # Norms and biases: small enough to be read here.
+            copies = read({str(rank): shard for rank, shard in enumerate(shards)})
+            check_replicas(weight, list(copies.values()))
+            self.compared.add(name)
+        whole = unshard(weight, shards)
+        return whole.narrow(0, 0, min(whole.shape[0], weight.shape[0])) if weight.layout == "vocab" else whole
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shards)
@@ -64,6 +79,7 @@ class MpRankReader(Reader):
         return len(self.shards)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, without comparing its copies."""
         shape = list(self.shards[name][0].shape)
         weight = self.rows.get(name)
         if weight is not None and weight.axis is not None:
@@ -72,19 +88,105 @@ class MpRankReader(Reader):
                 shape[0] = min(shape[0], weight.shape[0])
         return tuple(shape)
 
+    def files(self) -> list[Path]:
+        """The ranks' files."""
+        found = (source.path for shards in self.shards.values() for shard in shards for source in shard.sources)
+        return [path for path in dict.fromkeys(found) if path is not None]
 
-def write_rank(folder: Path, rank_name: str, model: dict[str, Tensor], args: dict[str, Any]) -> None:
-    """Write one rank's `model` (local spec's names). `args`: plain values that describe the model and its cut."""
-    extra = {f"{module}._extra_state": None for module in _modules_with_extra_state(model)}
-    content = {
-        "model": {**model, **extra},
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank's file is to hold."""
+
+    tp_rank: int
+    pp_rank: int
+    views: dict[str, View]
+    """The local spec's names, layers counted within the stage."""
+
+    weights: dict[str, Weight]
+    """The row of each."""
+
+    args: dict[str, Any]
+    """Plain values that describe the model and its cut."""
+
+
+def write_ranks(
+    folder: Path,
+    ranks: Sequence[Rank],
+    tp_size: int,
+    pp_size: int,
+    source: Sequence[dict[str, Any]] = (),
+    progress: Callable[[int], object] = lambda num_bytes: None,
+) -> None:
+    """Write every rank's file into the new folder `folder`, reading each source once, and then the manifest.
+
+    `source`: what the manifest says about where they come from. `progress` is called with the number of bytes of each
+    piece that is written. Raises ValueError and OSError as `stream.copy` does.
+    """
+    files: dict[str, TorchFile] = {}
+    targets: dict[str, list[Target]] = {}
+    try:
+        for rank in ranks:
+            name = rank_name(rank.tp_rank, rank.pp_rank, pp_size)
+            path = folder / name / FILE
+            path.parent.mkdir(parents=True)
+            files[name] = file = TorchFile(path, _content(rank))
+            targets[name] = [
+                Target(f"{path}: {key}", view, file.file, file.offsets[key], runs(rank.weights[key], view.rows), True)
+                for key, view in rank.views.items()
+            ]
+        copy([target for some in targets.values() for target in some], progress)
+        for rank, (name, file) in zip(ranks, files.items(), strict=True):
+            disk.reached("weights written")
+            file.finish(dict(zip(rank.views, (target.crc for target in targets[name]), strict=True)))
+            disk.reached("file finished")
+    finally:
+        for file in files.values():
+            file.close()
+    records = {
+        name: _record(folder, name, rank, file, targets[name], tp_size)
+        for rank, (name, file) in zip(ranks, files.items(), strict=True)
+    }
+    sizes = {"tensor_model_parallel_size": tp_size, "pipeline_model_parallel_size": pp_size}
+    manifest.write(folder, records, sizes, source)
+    disk.reached("manifest written")
+
+
+def _content(rank: Rank) -> dict[str, Any]:
+    """What a rank's file holds, with meta tensors."""
+    extra = {f"{module}._extra_state": None for module in _modules_with_extra_state(rank.views)}
+    tensors = {name: torch.empty(view.shape, dtype=view.dtype, device="meta") for name, view in rank.views.items()}
+    return {
+        "model": {**tensors, **extra},
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": 0,
-        "args": args,
+        "args": rank.args,
     }
-    path = folder / rank_name / FILE
-    path.parent.mkdir(parents=True)
-    torch.save(content, path)
+
+
+def _record(
+    folder: Path, name: str, rank: Rank, file: TorchFile, targets: Sequence[Target], tp_size: int
+) -> manifest.RankRecord:
+    """What the manifest says of one rank's file."""
+    path = folder / name / FILE
+    tensors = {}
+    for target, (key, view) in zip(targets, rank.views.items(), strict=True):
+        weight = rank.weights[key]
+        cut = []
+        if weight.axis is not None:
+            length = view.shape[weight.axis] * tp_size
+            cut = [list(part) for part in ranges(weight, length, rank.tp_rank, tp_size)]
+        tensors[key] = manifest.TensorRecord(
+            dtype=manifest.dtype_name(view.dtype),
+            shape=list(view.shape),
+            whole=weight.mcore,
+            axis=weight.axis,
+            ranges=cut,
+            rows=list(target.runs),
+            sha256=target.digests,
+        )
+    places = [(file.offsets[key], view.nbytes) for key, view in rank.views.items()]
+    return manifest.RankRecord(f"{name}/{FILE}", path.stat().st_size, manifest.frame_digest(path, places), tensors)
 
 
 def rank_name(tp_rank: int, pp_rank: int, pp_size: int) -> str:
@@ -92,7 +194,7 @@ def rank_name(tp_rank: int, pp_rank: int, pp_size: int) -> str:
     return f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if pp_size > 1 else "")
 
 
-def _rank_files(folder: Path) -> list[list[Path]]:
+def rank_files(folder: Path, records: dict[str, manifest.RankRecord] | None = None) -> list[list[Path]]:
     """Every rank's file: a list per pipeline stage, in it one per tensor-parallel rank."""
     found = {}
     for path in folder.iterdir():
@@ -110,13 +212,29 @@ def _rank_files(folder: Path) -> list[list[Path]]:
                 raise FileNotFoundError(f"{folder / missing}: missing; {ranks} x {stages} ranks (TP x PP) are there")
     what = "every rank has one; convert or copy the checkpoint again"
     files = [[existing_file(found[s, r], FILE, what) for r in range(ranks)] for s in range(stages)]
+    if records is not None:
+        _check_ranks(folder, files, records)
     _check_sizes(files)
     return files
 
 
+def _check_ranks(folder: Path, files: list[list[Path]], records: dict[str, manifest.RankRecord]) -> None:
+    """Compare the ranks that are there, and their sizes, with the manifest."""
+    there = {path.parent.name: path for paths in files for path in paths}
+    for name in (*records, *there):
+        if name not in there:
+            raise FileNotFoundError(f"{folder / name}: missing, though {manifest.FILE} names it; copy it again")
+        if name not in records:
+            raise ValueError(
+                f"{folder / name}: {manifest.FILE} does not name it; remove what is not of this checkpoint"
+            )
+        manifest.check_size(there[name], records[name])
+
+
 def _check_sizes(files: list[list[Path]]) -> None:
     """Compare the ranks found with what the first one says of its run: a missing last rank leaves no gap."""
-    args = load_tensors(files[0][0]).get("args")
+    content = open_torch_file(files[0][0])
+    args = content.get("args") if isinstance(content, dict) else None
     if not isinstance(args, dict):
         return
     found = {"tensor_model_parallel_size": len(files[0]), "pipeline_model_parallel_size": len(files)}
@@ -128,19 +246,30 @@ def _check_sizes(files: list[list[Path]]) -> None:
             )
 
 
-def _load_model(path: Path) -> dict[str, Tensor]:
-    """A rank's tensors under the local spec's names, mapped into memory; `_extra_state` left out."""
-    content = load_tensors(path)
+def _load_model(path: Path, records: dict[str, manifest.RankRecord] | None) -> dict[str, View]:
+    """A rank's tensors under the local spec's names; `_extra_state` is left out."""
+    content = open_torch_file(path)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{path}: has no 'model'; expected a Megatron-Core shard without virtual pipeline stages")
-    model = {}
-    for name, value in content["model"].items():
-        if name.endswith("._extra_state"):
-            continue
-        if not isinstance(value, Tensor):
+    values = {name: value for name, value in content["model"].items() if not name.endswith("._extra_state")}
+    for name, value in values.items():
+        if not isinstance(value, Stored | Tensor):
             raise ValueError(f"{path}: {name} is a {type(value).__name__}; expected a tensor")
-        model[to_local_name(name)] = value
-    return model
+    digests: dict[str, list[tuple[int, str]]] = {}
+    if records is not None:
+        record = records[path.parent.name]
+        manifest.check_rank(path, record, {name: _found(path, name, value) for name, value in values.items()})
+        digests = {name: list(zip(tensor.rows, tensor.sha256, strict=True)) for name, tensor in record.tensors.items()}
+    return {
+        to_local_name(name): stored_view(path, name, value, digests.get(name, ())) for name, value in values.items()
+    }
+
+
+def _found(path: Path, name: str, value: Stored | Tensor) -> tuple[str, list[int], int, int]:
+    if isinstance(value, Tensor):
+        raise ValueError(f"{path}: {name} is not stored as {manifest.FILE} says; copy or convert the checkpoint again")
+    size = torch.Size(value.shape).numel() * value.dtype.itemsize
+    return manifest.dtype_name(value.dtype), list(value.shape), value.offset, size
 
 
 def _shifted(name: str, first_layer: int) -> tuple[str, int]:
@@ -151,18 +280,25 @@ def _shifted(name: str, first_layer: int) -> tuple[str, int]:
     return f"{match[1]}{int(match[2]) + first_layer}{match[3]}", int(match[2])
 
 
-def _shard_of(model: dict[str, Tensor], name: str, path: Path) -> Tensor:
+def _shard_of(model: dict[str, View], name: str, path: Path) -> View:
     if name not in model:
         raise ValueError(f"{path}: has no {name}, which tensor-parallel rank 0 has; convert or copy it again")
     return model[name]
 
 
-def _check_same_names(models: list[dict[str, Tensor]], paths: list[Path]) -> None:
+def _check_same(models: list[dict[str, View]], paths: list[Path]) -> None:
+    """Ranks of one stage hold the same names in the same types."""
     for model, path in zip(models, paths, strict=True):
         for name in model.keys() - models[0].keys():
             raise ValueError(f"{path}: holds {name}, which tensor-parallel rank 0 has not; convert or copy it again")
+        for name, view in model.items():
+            own, first = manifest.dtype_name(view.dtype), manifest.dtype_name(models[0][name].dtype)
+            if own != first:
+                raise ValueError(f"{path}: {name} is {own}, rank 0's is {first}; convert or copy the checkpoint again")
 
 
-def _modules_with_extra_state(model: dict[str, Tensor]) -> list[str]:
+def _modules_with_extra_state(model: Iterable[str]) -> list[str]:
     modules = dict.fromkeys(name.rpartition(".")[0] for name in model)
+    if LAST_NORM in modules:
+        modules["language_model.output_layer"] = None
     return [module for module in modules if module.rpartition(".")[2] in WITH_EXTRA_STATE]

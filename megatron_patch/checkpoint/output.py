@@ -9,6 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_patch.checkpoint import disk
+from megatron_patch.checkpoint.disk import sync, sync_tree
+
+MARGIN = 16 * 1024**2
+"""Bytes beside the weights: tokenizer, headers, manifest."""
+
 
 def check_target(target: Path) -> None:
     """Raise ValueError when `target` is anything but an empty or a new folder: nothing is overwritten."""
@@ -20,11 +26,23 @@ def check_target(target: Path) -> None:
         raise ValueError(f"{target}: is not a folder; give a new folder")
 
 
+def check_space(target: Path, num_bytes: int) -> None:
+    """Raise ValueError when the disk that `target` is to be on has no room for `num_bytes`, and a little more."""
+    needed = num_bytes + MARGIN
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise ValueError(
+            f"{target}: needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; make room, or give a "
+            "folder on another disk"
+        )
+
+
 @contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
+def written_aside(target: Path, num_bytes: int = 0) -> Iterator[Path]:
     """A folder beside `target` to write into, renamed to `target` at the end. After an error nothing is left of it.
 
-    Raises ValueError when `target` is not empty or another process is writing it. What a killed one left is removed.
+    Raises ValueError when `target` is not empty, another process is writing it, or the disk has no room for
+    `num_bytes`. What a killed one left is removed. The order on the disk: data, folder, rename, folder above.
     """
     target = Path(target)
     check_target(target)
@@ -34,11 +52,15 @@ def written_aside(target: Path) -> Iterator[Path]:
     try:
         for leftover in partial.iterdir():
             _remove(leftover)
+        check_space(target, num_bytes)
+        disk.reached("locked")
         yield partial
         check_target(target)
-        _sync_tree(partial)
+        sync_tree(partial)
+        disk.reached("synced")
         os.rename(partial, target)  # takes the place of an empty folder
-        _sync(target.parent)
+        disk.reached("renamed")
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -66,18 +88,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _sync_tree(folder: Path) -> None:
-    for root, _, files in os.walk(folder):
-        for name in files:
-            _sync(Path(root) / name)
-        _sync(Path(root))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""What every store gives: a state dict whose tensors are read one at a time, when they are asked for."""
+"""What every store gives: a state dict that says where its tensors lie, and reads one when it is asked for."""
 
 from __future__ import annotations
 
@@ -7,24 +7,55 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
+
+from megatron_patch.checkpoint import stream
+from megatron_patch.checkpoint.torch_zip import Stored, describe
+from megatron_patch.checkpoint.view import Source, View, as_rows
 
 
 class Reader(Mapping[str, Tensor]):
-    """A lazy state dict. `reader[name]` reads one tensor; iterating gives names and reads none."""
+    """A lazy state dict. `reader.view(name)` is the plan of a tensor, `reader[name]` reads it; names cost nothing.
+
+    A store has `view` or `__getitem__`; each is made of the other.
+    """
 
     source: str
     """Where the tensors lie, for messages."""
 
+    def view(self, name: str) -> View:
+        """Where one tensor's values lie."""
+        return View.of_tensor(self[name], f"{self.source_of(name)}: {name}")
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Raises ValueError or OSError when its bytes are not there, or not what a manifest says."""
+        return stream.read({name: self.view(name)})[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it where the store can tell."""
-        return tuple(self[name].shape)
+        return tuple(self.view(name).shape)
 
     def source_of(self, name: str) -> str:
         """Where one tensor lies, for messages."""
         return self.source
+
+
+class Views(Reader):
+    """Plans of tensors."""
+
+    def __init__(self, views: Mapping[str, View], source: str) -> None:
+        self.views = views
+        self.source = source
+
+    def view(self, name: str) -> View:
+        """Where one tensor's values lie."""
+        return self.views[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.views)
+
+    def __len__(self) -> int:
+        return len(self.views)
 
 
 class InMemory(Reader):
@@ -56,6 +87,10 @@ class Joined(Reader):
                 self.owner[name] = reader
         self.source = ", ".join(reader.source for reader in readers)
 
+    def view(self, name: str) -> View:
+        """Where one tensor's values lie."""
+        return self.owner[name].view(name)
+
     def __getitem__(self, name: str) -> Tensor:
         return self.owner[name][name]
 
@@ -80,6 +115,30 @@ def existing_file(folder: Path, name: str, what: str) -> Path:
     return path
 
 
+def open_torch_file(path: Path) -> dict:
+    """What a file of torch.save holds, with `Stored` in the place of its tensors: none is read.
+
+    A file whose tensors are no plain byte ranges (from before torch 1.6, compressed, not contiguous) is mapped into
+    memory and holds tensors. Raises ValueError, one line, for a damaged file or one that holds more than plain values.
+    """
+    try:
+        with path.open("rb") as file:
+            return describe(file)
+    except Exception:  # what is wrong, if anything, torch.load says in `load_tensors`
+        return load_tensors(path)
+
+
+def stored_view(path: Path, name: str, value: Stored | Tensor, digests: Sequence[tuple[int, str]] = ()) -> View:
+    """A tensor as `open_torch_file` gives it. `digests`: (rows, sha256) of its runs."""
+    label = f"{path}: {name}"
+    rows, columns = as_rows(value.shape)
+    if isinstance(value, Tensor):
+        source = Source(label, value.dtype, rows, columns, make=lambda: value, digests=tuple(digests))
+    else:
+        source = Source(label, value.dtype, rows, columns, path, value.offset, digests=tuple(digests))
+    return View.of(source, value.shape)
+
+
 def load_tensors(path: Path) -> dict:
     """`torch.load` of plain values and tensors. Raises ValueError, one line, for anything else or a damaged file."""
     try:
@@ -95,11 +154,3 @@ def load_tensors(path: Path) -> dict:
 def reason(error: Exception) -> str:
     """What a library's error says, on one line."""
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def load_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a small safetensors file. Raises ValueError, one line, for a damaged one."""
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({reason(error)}); copy it again") from None

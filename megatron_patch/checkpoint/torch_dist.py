@@ -8,6 +8,7 @@ stacks its layers: `decoder.layers.mlp.linear_fc1.weight` has a leading axis of 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import re
 from collections.abc import Iterable, Iterator
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_patch.checkpoint.reader import Reader, existing_file, reason
+from megatron_patch.checkpoint.reader import Reader, existing_file, reason, stored_view
+from megatron_patch.checkpoint.torch_zip import Stored, describe
+from megatron_patch.checkpoint.view import View
 from megatron_patch.families.family import Weight
 from megatron_patch.families.transformer_engine import to_local_name, to_transformer_engine_name
 
@@ -60,33 +62,38 @@ class TorchDistReader(Reader):
         self.metadata = read_metadata(existing_file(self.folder, ".metadata", "expected a torch_dist checkpoint"))
         # Name -> the stored key and the layer to take of it (None: all of it).
         self.place: dict[str, tuple[str, int | None]] = {}
-        for key, stored in self.metadata.state_dict_metadata.items():
-            if not isinstance(stored, TensorStorageMetadata) or key.startswith("optimizer."):
-                continue
+        for key, stored in model_tensors(self.metadata).items():
             if LAYERS in key and not LAYER.fullmatch(key):
                 for layer in range(stored.size[0]):
                     self.place[to_local_name(key.replace(LAYERS, f"{LAYERS}{layer}."))] = (key, layer)
             else:
                 self.place[to_local_name(key)] = (key, None)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def view(self, name: str) -> View:
+        """Where one tensor's values lie."""
         key, layer = self.place[name]
         stored = self.metadata.state_dict_metadata[key]
         shape = self.shape(name)
         wanted = shape if layer is None else (1, *shape)
         start = (0,) * len(wanted) if layer is None else (layer, *(0,) * len(shape))
-        tensor = torch.empty(wanted, dtype=stored.properties.dtype)
+        # First row -> first column -> what a block gives of the tensor.
+        grid: dict[int, dict[int, View]] = {}
         filled = 0
         for block in stored.chunks:
             target, source = _overlap(start, wanted, tuple(block.offsets), tuple(block.sizes))
             if target is None:
                 continue
-            part = self._read_block(key, block.offsets, block.sizes)[source]
-            tensor[target] = part
-            filled += part.numel()
-        if filled != tensor.numel():
-            raise ValueError(f"{self.folder}: the blocks of {key} hold {filled} of its {tensor.numel()} values")
-        return tensor if layer is None else tensor[0]
+            whole = self._block(key, block.offsets, block.sizes)
+            if layer is not None:
+                whole = _layer(whole, source[0].start)
+                target, source = target[1:], source[1:]
+            part = _narrowed(whole, source)
+            column = target[1].start if len(target) > 1 else 0
+            grid.setdefault(target[0].start, {})[column] = part
+            filled += part.rows * part.columns
+        if filled != math.prod(shape):
+            raise ValueError(f"{self.folder}: the blocks of {key} hold {filled} of its {math.prod(shape)} values")
+        return View.cat([_beside([row[left] for left in sorted(row)]) for _, row in sorted(grid.items())])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.place)
@@ -103,25 +110,84 @@ class TorchDistReader(Reader):
             return (min(shape[0], weight.shape[0]), *shape[1:])
         return shape
 
-    def _read_block(self, key: str, offsets: torch.Size, sizes: torch.Size) -> Tensor:
-        index = MetadataIndex(key, offsets)
-        where = self.metadata.storage_data.get(index)
+    def files(self) -> list[Path]:
+        """The files of blocks."""
+        return sorted(self.folder.glob("*.distcp"))
+
+    def _block(self, key: str, offsets: torch.Size, sizes: torch.Size) -> View:
+        """The plan of one block."""
+        where = self.metadata.storage_data.get(MetadataIndex(key, offsets))
         if where is None:
             raise ValueError(f"{self.folder}/.metadata: does not say where the block of {key} at {list(offsets)} lies")
         path = self.folder / where.relative_path
         if Path(where.relative_path).name != where.relative_path:
             raise ValueError(f"{self.folder}/.metadata: {key} lies in {where.relative_path!r}, out of the folder")
         existing_file(self.folder, where.relative_path, f"it holds {key}; copy the checkpoint again")
-        with path.open("rb") as file:
-            file.seek(where.offset)
-            content = file.read(where.length)
         try:
-            block = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for damaged bytes
+            with Window(path, where.offset, where.length) as file:
+                block = describe(file, where.offset)
+        except Exception as error:  # damaged bytes make zipfile and pickle raise nearly anything
             raise ValueError(f"{path}: {key} at {list(offsets)} is not readable ({reason(error)})") from error
-        if tuple(block.shape) != tuple(sizes):
-            raise ValueError(f"{path}: {key} at {list(offsets)} has shape {list(block.shape)}, expected {list(sizes)}")
-        return block
+        if not isinstance(block, Stored) or block.shape != tuple(sizes):
+            shape = list(getattr(block, "shape", ()))
+            raise ValueError(f"{path}: {key} at {list(offsets)} has shape {shape}, expected {list(sizes)}")
+        return stored_view(path, f"{key} at {list(offsets)}", block)
+
+
+class Window(io.RawIOBase):
+    """Some bytes of a file, as a file: every block is an archive of torch.save."""
+
+    def __init__(self, path: Path, start: int, length: int) -> None:
+        self.file = path.open("rb")
+        self.start, self.length, self.position = start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
+        if base + offset < 0:
+            raise ValueError("before the beginning")
+        self.position = base + offset
+        return self.position
+
+    def readinto(self, buffer: memoryview) -> int:
+        self.file.seek(self.start + self.position)
+        data = self.file.read(max(0, min(len(buffer), self.length - self.position)))
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def _beside(parts: list[View]) -> View:
+    return View.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def _layer(block: View, layer: int) -> View:
+    """One layer of a block of stacked layers [layers, ...]."""
+    _, *shape = block.shape
+    return block.reshape(block.shape[0] * shape[0], *shape[1:]).narrow(0, layer * shape[0], shape[0])
+
+
+def _narrowed(block: View, box: tuple[slice, ...]) -> View:
+    """A box of a block."""
+    for axis, part in enumerate(box):
+        if (part.start, part.stop) != (0, block.shape[axis]):
+            block = block.narrow(axis, part.start, part.stop - part.start)
+    return block
+
+
+def model_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """The stored tensors that are the model's own: no optimizer states, no other objects."""
+    entries = metadata.state_dict_metadata.items()
+    return {k: v for k, v in entries if isinstance(v, TensorStorageMetadata) and not k.startswith("optimizer.")}
 
 
 def stored_key(name: str) -> str:

@@ -63,7 +63,7 @@ PROMPT_FORMATS = {
         between="\n",
     ),
 }
-FAMILY_FORMATS = {"mistral": "mistral", "llama": "llama_2"}
+FAMILY_FORMATS = {"mistral": "mistral", "llama": "llama_2", "qwen2": "chatml"}
 """What `auto` means for a language model's family: the format of its published chat model."""
 
 # Everything of a tokenizer that transformers may read, except its chat template, which is not LLaVA's.

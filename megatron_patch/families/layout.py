@@ -1,40 +1,45 @@
 """How a row's tensors are laid out: merge Hugging Face's into megatron.core's, split again, cut and join over ranks.
 
-Pure functions of tensors of any dtype. "Whole" is megatron.core's tensor before tensor parallelism. A `qkv` row must be
-sized (`Weight.sized`), the others need not be.
+Pure functions, of a torch.Tensor of any dtype as well as of a `checkpoint.view.View`, which says where on the disk a
+tensor's values lie: both have `shape`, `narrow`, `reshape` and `new_zeros`. So the plan of a conversion and the
+conversion itself are the same few lines. "Whole" is megatron.core's tensor before tensor parallelism. A `qkv` row must
+be sized (`Weight.sized`), the others need not be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from megatron_patch.families.family import Weight
 
+T = TypeVar("T")  # Tensor or View
 
-def merge(weight: Weight, tensors: Sequence[Tensor]) -> Tensor:
+
+def merge(weight: Weight, tensors: Sequence[T]) -> T:
     """Hugging Face's tensors of one row -> megatron.core's whole tensor."""
     if weight.layout == "qkv":
         # [g * n * d, ...] each -> [g, (q heads of the group, k, v) * d, ...]
-        groups = [tensor.unflatten(0, (weight.num_query_groups, -1)) for tensor in tensors]
-        return torch.cat(groups, dim=1).flatten(0, 1)
+        per_group = zip(*(_cut(tensor, weight.num_query_groups) for tensor in tensors), strict=True)
+        return _join([part for group in per_group for part in group])
     if weight.layout == "gated":
-        return torch.cat(list(tensors))
+        return _join(tensors)
     (tensor,) = tensors
     return tensor.reshape(1, 1, -1) if weight.layout == "class_token" else tensor
 
 
-def split(weight: Weight, whole: Tensor) -> tuple[Tensor, ...]:
+def split(weight: Weight, whole: T) -> tuple[T, ...]:
     """The inverse of `merge`."""
     if weight.layout == "qkv":
-        groups = whole.unflatten(0, (weight.num_query_groups, -1))
-        queries = groups.shape[1] - 2 * weight.kv_channels
-        parts = groups.split([queries, weight.kv_channels, weight.kv_channels], dim=1)
-        return tuple(part.flatten(0, 1) for part in parts)
+        queries = whole.shape[0] // weight.num_query_groups - 2 * weight.kv_channels
+        sizes = [queries, weight.kv_channels, weight.kv_channels]
+        groups = [_cut_at(group, sizes) for group in _cut(whole, weight.num_query_groups)]
+        return tuple(_join(parts) for parts in zip(*groups, strict=True))
     if weight.layout == "gated":
-        return whole.chunk(2)
+        return tuple(_cut(whole, 2))
     return (whole.reshape(-1),) if weight.layout == "class_token" else (whole,)
 
 
@@ -43,30 +48,75 @@ def hf_shapes(weight: Weight) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(part.shape) for part in split(weight, torch.empty(weight.shape, device="meta")))
 
 
-def pad_vocab(whole: Tensor, padded_vocab_size: int) -> Tensor:
+def pad_vocab(whole: T, padded_vocab_size: int) -> T:
     """Append zero rows up to `padded_vocab_size`."""
-    return torch.cat([whole, whole.new_zeros(padded_vocab_size - whole.shape[0], *whole.shape[1:])])
+    return _join([whole, whole.new_zeros(padded_vocab_size - whole.shape[0], *whole.shape[1:])])
 
 
-def shard(weight: Weight, whole: Tensor, size: int) -> tuple[Tensor, ...]:
+def shard(weight: Weight, whole: T, size: int) -> tuple[T, ...]:
     """Every tensor-parallel rank's part of a (padded) whole tensor, in the order of ranks."""
     if weight.axis is None:
         return (whole,) * size
-    blocks = whole.unflatten(weight.axis, (_num_blocks(weight), -1))
-    return tuple(part.flatten(weight.axis, weight.axis + 1) for part in blocks.chunk(size, dim=weight.axis + 1))
+    blocks = [_cut(block, size, weight.axis) for block in _cut(whole, _num_blocks(weight), weight.axis)]
+    return tuple(_join(parts, weight.axis) for parts in zip(*blocks, strict=True))
 
 
-def unshard(weight: Weight, shards: Sequence[Tensor]) -> Tensor:
-    """The inverse of `shard`. Raises ValueError when ranks disagree on a replicated tensor."""
+def unshard(weight: Weight, shards: Sequence[T]) -> T:
+    """The inverse of `shard`. Raises ValueError when ranks disagree on a replicated tensor; views are not read."""
     if weight.axis is None:
-        for rank, other in enumerate(shards):
-            if not torch.equal(other, shards[0]):
-                raise ValueError(f"{weight.mcore}: tensor-parallel ranks 0 and {rank} hold different values")
+        if isinstance(shards[0], Tensor):
+            check_replicas(weight, shards)
         return shards[0]
-    blocks = [part.unflatten(weight.axis, (_num_blocks(weight), -1)) for part in shards]
-    return torch.cat(blocks, dim=weight.axis + 1).flatten(weight.axis, weight.axis + 1)
+    blocks = zip(*(_cut(part, _num_blocks(weight), weight.axis) for part in shards), strict=True)
+    return _join([part for block in blocks for part in block], weight.axis)
+
+
+def check_replicas(weight: Weight, replicas: Sequence[Tensor]) -> None:
+    """Raise ValueError when tensor-parallel ranks disagree on a replicated tensor."""
+    for rank, other in enumerate(replicas):
+        if not torch.equal(other, replicas[0]):
+            raise ValueError(f"{weight.mcore}: tensor-parallel ranks 0 and {rank} hold different values")
+
+
+def ranges(weight: Weight, length: int, rank: int, size: int) -> list[tuple[int, int]]:
+    """Which part of the whole tensor's cut axis (`length` long) a rank holds: one range, or one of gate and of up."""
+    count = _num_blocks(weight)
+    block, part = length // count, length // count // size
+    return [(i * block + rank * part, i * block + (rank + 1) * part) for i in range(count)]
+
+
+def runs(weight: Weight, num_rows: int) -> list[int]:
+    """Lengths of the runs of rows of a shard (or a whole tensor) that come from one Hugging Face tensor each.
+
+    Every conversion, at any parallel sizes, reads and writes each run from its first row to its last, so that a run is
+    what can be hashed while it passes.
+    """
+    if weight.layout == "gated":
+        return [num_rows // 2] * 2
+    if weight.layout == "qkv":
+        group = weight.shape[0] // weight.num_query_groups
+        return [group - 2 * weight.kv_channels, weight.kv_channels, weight.kv_channels] * (num_rows // group)
+    return [num_rows]
 
 
 def _num_blocks(weight: Weight) -> int:
     """Equal blocks along the cut axis, of which every rank gets a part: gate and up are two."""
     return 2 if weight.layout == "gated" else 1
+
+
+def _cut(tensor: T, count: int, axis: int = 0) -> list[T]:
+    length, rest = divmod(tensor.shape[axis], count)
+    if rest:
+        raise ValueError(f"shape {list(tensor.shape)}: axis {axis} is not a multiple of {count}")
+    return _cut_at(tensor, [length] * count, axis)
+
+
+def _cut_at(tensor: T, lengths: Sequence[int], axis: int = 0) -> list[T]:
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return [tensor.narrow(axis, start, length) for start, length in zip(starts, lengths, strict=True)]
+
+
+def _join(parts: Sequence[T], axis: int = 0) -> T:
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts), axis)
+    return type(parts[0]).cat(parts, axis)

@@ -1,4 +1,4 @@
-"""Llama (and Vicuna): RMSNorm, rotary embedding, grouped queries, gated SiLU. Mistral has the same tensors."""
+"""Llama 2 and 3 (and Vicuna): RMSNorm, rotary embedding, grouped queries, gated SiLU. Mistral has the same tensors."""
 
 from __future__ import annotations
 
@@ -24,15 +24,13 @@ SETTINGS = (
     Setting("hidden_size", "hidden_size", 4096),
     Setting("num_attention_heads", "num_attention_heads", 32),
     Setting("layernorm_epsilon", "rms_norm_eps", 1e-6),
-    Setting("vocab_size", "vocab_size", 32000),
+    Setting("share_embeddings_and_output_weights", "tie_word_embeddings", False),
 )
 
 REQUIRED = (
     ("hidden_act", ("silu",)),
     ("attention_bias", (False,)),
     ("mlp_bias", (False,)),
-    ("tie_word_embeddings", (False,)),
-    ("rope_scaling", (None,)),
     ("pretraining_tp", (1,)),
 )
 
@@ -41,6 +39,7 @@ LLAMA = Family(
     weights=WEIGHTS,
     settings=(
         *SETTINGS,
+        Setting("vocab_size", "vocab_size", 32000),
         Setting("ffn_hidden_size", "intermediate_size", 11008),
         Setting("num_query_groups", "num_key_value_heads", None),
         Setting("kv_channels", "head_dim", None),

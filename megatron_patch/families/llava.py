@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from megatron_patch.families.family import Family, Weight
 from megatron_patch.families.llama import LLAMA
 from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.families.projector import PROJECTOR
+from megatron_patch.families.qwen2 import QWEN2
 from megatron_patch.families.shapes import language_dims, projector_dims, vision_dims
 
-LANGUAGE_FAMILIES = {family.name: family for family in (LLAMA, MISTRAL)}
+LANGUAGE_FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2)}
 VISION_FAMILIES = {family.name: family for family in (CLIP,)}
 
 # LlavaConfig's settings that the network takes as given; an absent one means the first value.
@@ -31,6 +32,15 @@ REQUIRED = {
     "projector_hidden_act": ("gelu",),
     "multimodal_projector_bias": (True,),
 }
+
+# What megatron.core's rotary embedding takes as given when it is stretched (_apply_scaling in its
+# rotary_pos_embedding.py): as Llama 3.1, 3.2 and 3.3 have it.
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+# A tied model has no output layer of its own. The last of several pipeline stages holds a copy of the embedding under
+# that name; on a single stage, and in torch_dist, there is none.
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
+OUTPUT_LAYER = "language_model.output_layer.weight"
 
 # The names that transformers' modules have since 4.52, turned into the hub's.
 RENAMED = (
@@ -71,7 +81,7 @@ def parts(llava: Llava) -> tuple[Part, Part, Part]:
     language, vision = llava.language, llava.vision
     return (
         Part(
-            family=LANGUAGE_FAMILIES[language.family],
+            family=_language_family(language),
             num_layers=language.num_layers,
             mcore_prefix="language_model.",
             hf_prefix="language_model.",
@@ -102,6 +112,11 @@ def rows(llava: Llava) -> list[Weight]:
 def unused_names(llava: Llava) -> list[str]:
     """The hub's names of all tensors that are kept aside: the tower's last layer and its post-norm."""
     return [name for part in parts(llava) for name in part.unused_names()]
+
+
+def pipeline_copies(llava: Llava) -> dict[str, str]:
+    """megatron.core's tensors that the last of several pipeline stages holds a second time: copy -> original."""
+    return {OUTPUT_LAYER: EMBEDDING} if llava.language.share_embeddings_and_output_weights else {}
 
 
 def hub_name(llava: Llava, hf_name: str) -> str | None:
@@ -147,17 +162,39 @@ def describe_language_model(hf_config: dict[str, Any]) -> LanguageModel:
     """Sizes of a language model from its own config.json. Raises ValueError for a kind without a table."""
     family = _family(LANGUAGE_FAMILIES, hf_config, "language model")
     sizes = family.read_settings(hf_config)
-    # transformers 4 has `rope_theta` and `rope_scaling`; 5 puts both into `rope_parameters`.
-    rope = hf_config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_parameters: rope_type {rope['rope_type']!r} is not supported yet, only 'default'")
-    bases = {float(given["rope_theta"]) for given in (hf_config, rope) if given.get("rope_theta") is not None}
-    if len(bases) > 1:
-        raise ValueError(f"rope_theta and rope_parameters.rope_theta disagree: {' and '.join(map(str, sorted(bases)))}")
-    sizes["rotary_base"] = bases.pop() if bases else 10000.0
+    sizes["rotary_base"], sizes["rope_scaling_factor"] = _rope(hf_config)
+    sizes["add_qkv_bias"] = any(weight.mcore.endswith("linear_qkv.bias") for weight in family.weights)
     sizes["num_query_groups"] = sizes["num_query_groups"] or sizes["num_attention_heads"]
     sizes["kv_channels"] = sizes["kv_channels"] or sizes["hidden_size"] // sizes["num_attention_heads"]
     return LanguageModel(family=family.name, **sizes)
+
+
+def _rope(hf_config: dict[str, Any]) -> tuple[float, float | None]:
+    """Base and Llama 3's factor of the rotary embedding. Raises ValueError for what megatron.core does not have.
+
+    transformers 4 has `rope_theta` and `rope_scaling`; 5 puts both into `rope_parameters`, and an export has all three.
+    """
+    given = [rope for rope in (hf_config.get("rope_scaling"), hf_config.get("rope_parameters")) if rope]
+    thetas = (rope.get("rope_theta") for rope in (hf_config, *given))
+    bases = {float(theta) for theta in thetas if theta is not None}
+    if len(bases) > 1:
+        raise ValueError(f"rope_theta and rope_parameters.rope_theta disagree: {' and '.join(map(str, sorted(bases)))}")
+    factors = {_rope_factor(rope) for rope in given}
+    if len(factors) > 1:
+        raise ValueError("rope_scaling and rope_parameters disagree; keep one of them")
+    return bases.pop() if bases else 10000.0, factors.pop() if factors else None
+
+
+def _rope_factor(rope: dict[str, Any]) -> float | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"rope_type {kind!r}: megatron.core has 'default' and 'llama3'; use a model with one of them")
+    for name, value in LLAMA3_ROPE.items():
+        if rope[name] != value:
+            raise ValueError(f"{name} of rope_type 'llama3' is {rope[name]}; megatron.core has {value} fixed")
+    return float(rope["factor"])
 
 
 def describe_vision_model(hf_config: dict[str, Any]) -> VisionModel:
@@ -173,6 +210,14 @@ def vision_config(hf_config: dict[str, Any]) -> dict[str, Any]:
     if hf_config.get("model_type") != "clip":
         return hf_config
     return {"model_type": "clip_vision_model", **(hf_config.get("vision_config") or {})}
+
+
+def _language_family(language: LanguageModel) -> Family:
+    family = LANGUAGE_FAMILIES[language.family]
+    if not language.share_embeddings_and_output_weights:
+        return family
+    own = tuple(weight for weight in family.weights if not OUTPUT_LAYER.endswith(weight.mcore))
+    return replace(family, weights=own)
 
 
 def _family(known: dict[str, Family], hf_config: dict[str, Any], what: str) -> Family:

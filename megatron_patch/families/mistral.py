@@ -10,6 +10,7 @@ MISTRAL = Family(
     weights=WEIGHTS,
     settings=(
         *SETTINGS,
+        Setting("vocab_size", "vocab_size", 32000),
         Setting("ffn_hidden_size", "intermediate_size", 14336),
         Setting("num_query_groups", "num_key_value_heads", 8),
         Setting("kv_channels", "head_dim", None),

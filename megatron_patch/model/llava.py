@@ -47,7 +47,7 @@ class LlavaModel(MegatronModule):
         self.vp_stage = vp_stage
         self.pre_process = pre_process
         self.post_process = post_process
-        self.share_embeddings_and_output_weights = False
+        self.share_embeddings_and_output_weights = llava.language.share_embeddings_and_output_weights
         self.model_type = ModelType.encoder_or_decoder  # the schedules ask for it
 
         if pre_process:
@@ -76,6 +76,9 @@ class LlavaModel(MegatronModule):
             # Pictures come in between the embedding and this.
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
+            rope_scaling=llava.language.rope_scaling_factor is not None,
+            rope_scaling_factor=llava.language.rope_scaling_factor or 1.0,
+            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
         )
         self.language_model.true_vocab_size = llava.language.vocab_size
         self._freeze(config)
@@ -158,12 +161,13 @@ class _LanguageModel(GPTModel):
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False
             )
+        shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         if labels is None:
-            logits, _ = self.output_layer(hidden_states)
+            logits, _ = self.output_layer(hidden_states, weight=shared)
             return self._without_padding(logits).transpose(0, 1).contiguous()
         is_label = labels.transpose(0, 1) != -100  # [s, b]
         chosen = hidden_states[is_label].unsqueeze(1)  # [labels, 1, h]
-        logits, _ = self.output_layer(chosen)  # [labels, 1, vocab / TP]
+        logits, _ = self.output_layer(chosen, weight=shared)  # [labels, 1, vocab / TP]
         targets = labels.transpose(0, 1)[is_label].unsqueeze(1)  # [labels, 1]
         losses = tensor_parallel.vocab_parallel_cross_entropy(self._without_padding(logits).float(), targets)
         return losses.squeeze(1)
@@ -178,7 +182,7 @@ class _LanguageModel(GPTModel):
 
 
 def language_config(config: Config, sizes: LanguageModel) -> TransformerConfig:
-    """megatron.core's settings of the language model: RMSNorm, rotary embedding, gated SiLU, no bias, no dropout."""
+    """megatron.core's settings of the language model: RMSNorm, rotary embedding, gated SiLU, no dropout."""
     chunks = config.parallel.virtual_pipeline_model_parallel_size
     return TransformerConfig(
         num_layers=sizes.num_layers,
@@ -192,6 +196,7 @@ def language_config(config: Config, sizes: LanguageModel) -> TransformerConfig:
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
+        add_qkv_bias=sizes.add_qkv_bias,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         # With two stages the previous and the next are one rank, and batched messages would cross, silently.

@@ -95,7 +95,7 @@ def test_round_trip_is_bit_exact(elsewhere, tp, pp, shell):
     run(elsewhere, "auto", "a mistral", "a clip", shards, tp, pp, "false", "fp32")
     names = sorted(path.name for path in (elsewhere / shards / "release").iterdir())
     expected = [f"mp_rank_{t:02d}" + (f"_{p:03d}" if pp > 1 else "") for t in range(tp) for p in range(pp)]
-    assert names == expected
+    assert names == ["manifest.json", *expected]
     assert (elsewhere / shards / "latest_checkpointed_iteration.txt").read_text().strip() == "release"
 
     run(elsewhere, "auto", shards, "none", back, tp, pp, "true", "fp32")
@@ -236,7 +236,7 @@ def changed(position: int, value: object) -> tuple:
         (changed(6, "true"), "latest_checkpointed_iteration.txt: missing; expected the folder of a Megatron-Core"),
         (changed(7, "fp8"), "--precision fp8: weights are kept as bf16, fp16 or fp32"),
         (changed(7, "int4"), "--precision 'int4': expected one of bf16, fp16, fp32"),
-        ((*PUBLISHED, "--sed", 7), "--sed: no such flag; did you mean --seed?"),
+        ((*PUBLISHED, "--sed", 7), "'--sed': no such flag; did you mean --seed?"),
     ],
 )
 def test_a_mistake_is_one_line_at_once(elsewhere, arguments, message):

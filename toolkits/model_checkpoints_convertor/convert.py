@@ -67,6 +67,9 @@ class Conversion:
     prompt_format: PromptFormat = "auto"
     """Chat template that is written beside the weights; auto: the language model family's own, or the one there is."""
 
+    no_check: bool = False
+    """Read a Megatron-Core checkpoint without comparing it with its manifest.json."""
+
     seed: int = 1234
     """Seed of the new projector's weights."""
 
@@ -118,14 +121,16 @@ def import_hf(conversion: Conversion) -> None:
 
     from megatron_patch.checkpoint.convert import num_bytes_written, write_shards
     from megatron_patch.checkpoint.hf import save_tensors
+    from megatron_patch.checkpoint.manifest import identity
 
     dtype = getattr(torch, DTYPES[conversion.precision])
-    mcore, unused = _open_sources(conversion, llava, dtype)
+    mcore, unused, files = _open_sources(conversion, llava, dtype)
     tp_size, pp_size = conversion.tensor_model_parallel_size, conversion.pipeline_model_parallel_size
-    with written_aside(conversion.target_ckpt_path) as folder:
+    num_bytes = num_bytes_written(llava, tp_size, pp_size, dtype)
+    with written_aside(conversion.target_ckpt_path, num_bytes) as folder:
         llava = _write_companions(conversion, folder, llava, text, tower)
         save_tensors(unused, folder / companions.UNUSED)
-        with _progress(num_bytes_written(llava, tp_size, dtype)) as bar:
+        with _progress(num_bytes) as bar:
             write_shards(
                 folder,
                 mcore,
@@ -133,7 +138,8 @@ def import_hf(conversion: Conversion) -> None:
                 tp_size=tp_size,
                 pp_size=pp_size,
                 args=_args(conversion, llava),
-                progress=lambda tensor: bar.update(tensor.nbytes),
+                source=identity(files),
+                progress=bar.update,
             )
     print(f"wrote {conversion.target_ckpt_path}: TP {tp_size} x PP {pp_size}, {conversion.precision}")
 
@@ -159,10 +165,11 @@ def export_hf(conversion: Conversion) -> None:
 
     dtype = getattr(torch, DTYPES[conversion.precision])
     table = rows(llava)
-    weights = to_hf(table, open_mcore(checkpoint, llava), dtype)
+    weights = to_hf(table, open_mcore(checkpoint, llava, check=not conversion.no_check), dtype)
     unused = _unused_for_export(conversion, llava, carriers)
     vocab_size = _exported_vocab_size(llava)
-    with written_aside(conversion.target_ckpt_path) as folder:
+    num_bytes = sum(math.prod(weights.shape(name)) for name in weights) * dtype.itemsize
+    with written_aside(conversion.target_ckpt_path, num_bytes) as folder:
         for source in reversed(carriers):
             companions.copy_companions(source, folder)
         (folder / companions.UNUSED).unlink(missing_ok=True)
@@ -174,34 +181,34 @@ def export_hf(conversion: Conversion) -> None:
             _write_chat_template(conversion, folder, llava)
         tables = {name for weight in table if weight.layout == "vocab" for name in weight.hf}
         writer = HfWriter(folder)
-        with _progress(sum(math.prod(weights.shape(name)) for name in weights) * dtype.itemsize) as bar:
-            for name in weights:
-                tensor = weights[name]
-                writer.add(name, append_mean_rows(tensor, vocab_size) if name in tables else tensor)
-                bar.update(tensor.nbytes)
+        for name in weights:
+            view = weights.view(name)
+            writer.add(name, append_mean_rows(view, vocab_size) if name in tables else view)
         for name, tensor in unused.items():
             writer.add(name, cast(tensor, dtype, name))
-        writer.close()
+        with _progress(writer.total_size) as bar:
+            writer.close(bar.update)
     print(f"wrote {conversion.target_ckpt_path}: LlavaForConditionalGeneration, {conversion.precision}")
 
 
-def _open_sources(conversion: Conversion, llava: Llava, dtype: torch.dtype) -> tuple[Reader, dict[str, Tensor]]:
-    """The whole megatron.core model, lazily, and the sources' tensors that it does not use."""
+def _open_sources(
+    conversion: Conversion, llava: Llava, dtype: torch.dtype
+) -> tuple[Reader, dict[str, Tensor], list[Path]]:
+    """The whole megatron.core model, lazily, the sources' tensors that it does not use, and the sources' files."""
     from megatron_patch.checkpoint.convert import new_projector, to_mcore
     from megatron_patch.checkpoint.hf import HfReader
     from megatron_patch.checkpoint.reader import InMemory, Joined
     from megatron_patch.families.llava import rows, unused_names
 
     language, tower, projector = parts(llava)
-    source = Joined(
-        [
-            HfReader(conversion.source_llm_ckpt_path, language.hub_name),
-            HfReader(conversion.source_clip_ckpt_path, tower.hub_name),
-            InMemory(new_projector(projector.rows(), conversion.seed), "the new projector"),
-        ]
-    )
+    models = [
+        HfReader(conversion.source_llm_ckpt_path, language.hub_name),
+        HfReader(conversion.source_clip_ckpt_path, tower.hub_name),
+    ]
+    source = Joined([*models, InMemory(new_projector(projector.rows(), conversion.seed), "the new projector")])
     unused = unused_names(llava)
-    return to_mcore(rows(llava), source, unused, dtype), {name: source[name] for name in unused}
+    kept = {name: source[name] for name in unused}
+    return to_mcore(rows(llava), source, unused, dtype), kept, [path for model in models for path in model.files()]
 
 
 def _write_companions(
@@ -237,8 +244,7 @@ def _write_chat_template(conversion: Conversion, folder: Path, llava: Llava) -> 
 
 def _unused_for_export(conversion: Conversion, llava: Llava, carriers: list[Path]) -> dict[str, Tensor]:
     """The tensors that transformers' model has and megatron.core's has not: as the import kept them, or CLIP's."""
-    from megatron_patch.checkpoint.hf import HfReader
-    from megatron_patch.checkpoint.reader import load_safetensors
+    from megatron_patch.checkpoint.hf import HfReader, load_safetensors
     from megatron_patch.families.llava import unused_names
 
     names = unused_names(llava)

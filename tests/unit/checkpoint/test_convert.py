@@ -99,11 +99,8 @@ def test_layers_that_stages_do_not_divide():
 
 def test_unequal_stages_are_read(tmp_path, llava, weights, whole):
     """Layers of a stage are counted where they are, not assumed to be the same number everywhere."""
-    cut = [Stage(range(1), True, False), Stage(range(1, 4), False, True)]
-    for pp_rank, stage in enumerate(cut):
-        model = convert.rank_state_dict(whole, llava, stage, 0, 1)
-        convert.mp_rank.write_rank(tmp_path / "release", convert.mp_rank.rank_name(0, pp_rank, 2), model, {})
-    (tmp_path / convert.TRACKER).write_text("release")
+    stages = [Stage(range(1), True, False), Stage(range(1, 4), False, True)]
+    convert.write_shards(tmp_path, whole, llava, tp_size=2, pp_size=2, args={}, stages=stages)
     back = to_hf(rows(llava), open_mcore(tmp_path, llava))
     assert all(torch.equal(back[name], weights[name]) for name in weights)
 

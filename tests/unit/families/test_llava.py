@@ -8,13 +8,21 @@ from itertools import chain
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+)
 
 from megatron_patch.checkpoint.hf import HfReader
 from megatron_patch.families import llava as families
 from megatron_patch.families.layout import hf_shapes
 from megatron_patch.families.transformer_engine import FUSED_NORMS, to_local_name, to_transformer_engine_name
-from tests.tiny import LANGUAGE_SIZES, VISION_SIZES
+from tests.tiny import LANGUAGE_SIZES, LLAMA3_ROPE, VISION_SIZES
 
 MISTRAL = {"model_type": "mistral", **LANGUAGE_SIZES, "rope_theta": 1e6, "sliding_window": None}
 CLIP = {"model_type": "clip_vision_model", **VISION_SIZES}
@@ -25,13 +33,16 @@ def changed(config: dict, **changes) -> dict:
     return {name: value for name, value in {**config, **changes}.items() if value != "absent"}
 
 
-def test_tables_hold_every_tensor_of_transformers_llava(tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig, Qwen2Config])
+def test_tables_hold_every_tensor_of_transformers_llava(tmp_path, config_class, tied):
     """Names and shapes, as save_pretrained writes them, are the tables' and the unused ones: no more, no less."""
-    config = LlavaConfig(
-        text_config=LlamaConfig(**LANGUAGE_SIZES), vision_config=CLIPVisionConfig(**VISION_SIZES), image_token_index=299
-    )
+    text = config_class(**{**LANGUAGE_SIZES, "tie_word_embeddings": tied})
+    config = LlavaConfig(text_config=text, vision_config=CLIPVisionConfig(**VISION_SIZES), image_token_index=299)
     LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
     llava = families.read_config(tmp_path)
+    assert llava.language.share_embeddings_and_output_weights == tied
+    assert set(families.pipeline_copies(llava)) == ({"language_model.output_layer.weight"} if tied else set())
     weights = HfReader(tmp_path, partial(families.hub_name, llava))
     expected = {
         name: shape for weight in families.rows(llava) for name, shape in zip(weight.hf, hf_shapes(weight), strict=True)
@@ -41,8 +52,10 @@ def test_tables_hold_every_tensor_of_transformers_llava(tmp_path):
     assert {name: weights.shape(name) for name in expected} == expected
 
 
-def test_number_of_parameters_is_the_tables():
-    llava = families.describe(LLAVA)
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_number_of_parameters_is_the_tables(kind, tied):
+    llava = families.describe({**LLAVA, "text_config": changed(MISTRAL, model_type=kind, tie_word_embeddings=tied)})
     (language, *_) = families.parts(llava)
     assert llava.language.num_parameters == sum(torch.Size(row.shape).numel() for row in language.rows())
 
@@ -59,6 +72,11 @@ def test_defaults_are_hugging_faces():
     assert minimal.rotary_base == 10000.0
     llama = families.describe_language_model({"model_type": "llama", "head_dim": None})
     assert (llama.sliding_window, llama.num_query_groups, llama.kv_channels) == (None, 32, 128)
+    qwen = families.describe_language_model(
+        {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096}
+    )
+    assert (qwen.sliding_window, qwen.num_query_groups, qwen.vocab_size) == (None, 32, 151936)
+    assert (minimal.add_qkv_bias, llama.add_qkv_bias, qwen.add_qkv_bias) == (False, False, True)
 
 
 @pytest.mark.parametrize(
@@ -74,15 +92,35 @@ def test_rope_theta(rope, expected):
     assert families.describe_language_model(changed(MISTRAL, **rope)).rotary_base == expected
 
 
+LLAMA3 = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_theta"}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_theta": "absent", "rope_parameters": LLAMA3_ROPE},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3, "rope_parameters": LLAMA3_ROPE},
+    ],
+    ids=["transformers 4", "transformers 5", "both"],
+)
+def test_rope_of_llama_3(rope):
+    sizes = families.describe_language_model(changed(MISTRAL, **rope))
+    assert (sizes.rotary_base, sizes.rope_scaling_factor) == (5e5, 8.0)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported, only llama, mistral"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported, only llama, mistral, qwen2"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3' is not supported yet"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is True; for qwen2 only False"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type 'linear': megatron.core has 'default' and"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 2.0}}, "high_freq_factor of rope_type 'llama3' is 2.0; mega"),
+        ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 4096}}, "is 4096; megatron.core has 8192"),
+        ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "rope_scaling and rope_parameters dis"),
         ({"rope_parameters": {"rope_theta": 7.0}}, "disagree: 7.0 and 1000000.0"),
     ],
 )

@@ -1,0 +1,252 @@
+"""torch.save's file format, described and written without a tensor in memory.
+
+It is a zip archive of stored (never compressed) records: `data.pkl`, a pickle of the structure in which every tensor
+stands as (storage's key, type, shape), and `data/KEY`, the bytes. So a tensor of a file is a byte range of it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from megatron_patch.checkpoint.disk import BLOCK, OutputFile
+
+STORAGES = {
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.float16: torch.HalfStorage,
+    torch.float32: torch.FloatStorage,
+    torch.float64: torch.DoubleStorage,
+    torch.int64: torch.LongStorage,
+    torch.int32: torch.IntStorage,
+    torch.int16: torch.ShortStorage,
+    torch.int8: torch.CharStorage,
+    torch.uint8: torch.ByteStorage,
+    torch.bool: torch.BoolStorage,
+}
+DTYPES = {storage.__name__: dtype for dtype, storage in STORAGES.items()}
+
+LOCAL = struct.Struct("<IHHHHHIIIHH")
+CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
+CRC_IN_LOCAL = 14
+ZIP64 = 45  # "version needed to extract"
+FIRST_DAY = 0x21  # 1980-01-01, so that the same weights give the same file
+TO_BE_FOUND_IN_EXTRA = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file of torch.save: where its bytes lie, one after another."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass
+class _Entry:
+    """A record of the archive that is being written."""
+
+    name: bytes
+    header: int
+    size: int
+    crc: int = 0
+
+
+def describe(file: IO[bytes], start: int = 0) -> Any:
+    """What torch.load would give, with `Stored` in the place of tensors. `start`: of the archive, within a larger file.
+
+    Nothing in it is executed. Raises an exception of any kind for another or a damaged file, for tensors whose values
+    do not lie one after another, and for anything but tensors and plain values: torch.load has to say what is wrong.
+    """
+    with zipfile.ZipFile(file) as archive:
+        places = {}
+        for entry in archive.infolist():
+            file.seek(entry.header_offset)
+            *_, name_length, extra_length = LOCAL.unpack(file.read(LOCAL.size))
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename} is compressed")
+            places[entry.filename] = (entry.header_offset + LOCAL.size + name_length + extra_length, entry.file_size)
+        pickled = next(name for name in places if name.endswith("/data.pkl"))
+        root = pickled.removesuffix("data.pkl")
+        if archive.read(root + "byteorder") != b"little":
+            raise ValueError("written by a machine with the other byte order")
+        records = {name.removeprefix(root + "data/"): place for name, place in places.items()}
+        return _Unpickler(io.BytesIO(archive.read(pickled)), records, start).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    """Admits what torch.save writes for tensors, and no other name."""
+
+    def __init__(self, file: IO[bytes], records: dict[str, tuple[int, int]], start: int) -> None:
+        super().__init__(file)
+        self.records = records
+        self.start = start
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        admitted = {
+            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch", "Size"): torch.Size,
+        }
+        if (module, name) not in admitted:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code")
+        return admitted[module, name]
+
+    def persistent_load(self, saved: Any) -> tuple[int, int, torch.dtype]:
+        kind, dtype, key, _, count = saved
+        offset, size = self.records[key]
+        if kind != "storage" or size < count * dtype.itemsize:
+            raise pickle.UnpicklingError(f"record {key} holds {size} bytes, expected {count * dtype.itemsize}")
+        return self.start + offset, size, dtype
+
+    @staticmethod
+    def _tensor(storage: tuple, first: int, shape: tuple, stride: tuple, *_: object) -> Stored:
+        offset, size, dtype = storage
+        count = torch.Size(shape).numel()
+        if count and not torch.empty(0, device="meta").as_strided(shape, stride).is_contiguous():
+            raise pickle.UnpicklingError("its values do not lie one after another")
+        if first < 0 or (first + count) * dtype.itemsize > size:
+            raise pickle.UnpicklingError(f"a tensor of shape {list(shape)} goes past its record")
+        return Stored(offset + first * dtype.itemsize, dtype, tuple(shape))
+
+
+class TorchFile:
+    """Writes a file that torch.load(weights_only=True, mmap=True) reads, its tensors' bytes in any order.
+
+    The place of every tensor is known at once, and begins at a multiple of 4096 bytes for direct I/O. What makes an
+    archive of it, the directory at its end, comes last: a file that was not finished does not load.
+    """
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        """`content`: plain values, and meta tensors for those to be written."""
+        self.file = OutputFile(path)
+        self.entries: list[_Entry] = []
+        self.end = 0
+        self.tensors: dict[str, _Entry] = {}
+        self.offsets: dict[str, int] = {}
+        """Where the bytes of each tensor of `content["model"]` go."""
+        pickled, storages = _pickle(content)
+        self._record("archive/data.pkl", pickled)
+        self._record("archive/byteorder", b"little")
+        for key, (name, size) in enumerate(storages):
+            self.tensors[name], self.offsets[name] = self._begin(f"archive/data/{key}", size)
+        self._record("archive/version", b"3\n")
+        self.file.resize(self.end)
+
+    def finish(self, crcs: dict[str, int]) -> None:
+        """Complete the file with the CRC32 of every tensor, and have it on the disk."""
+        for name, entry in self.tensors.items():
+            entry.crc = crcs[name]
+            self.file.write(entry.header + CRC_IN_LOCAL, struct.pack("<I", entry.crc))
+        self.file.sync()
+        self.file.write(self.end, _directory(self.entries, self.end))
+        self.file.sync()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.file.close()
+
+    def _record(self, name: str, data: bytes) -> None:
+        entry, offset = self._begin(name, len(data), zlib.crc32(data))
+        self.file.write(offset, data)
+        assert entry.size == len(data)
+
+    def _begin(self, name: str, size: int, crc: int = 0) -> tuple[_Entry, int]:
+        """A record's header, with filling so that the data after it begins at a block. Returns where that is."""
+        entry = _Entry(name.encode(), self.end, size, crc)
+        sizes = struct.pack("<HHQQ", 1, 16, size, size)
+        filling = -(self.end + LOCAL.size + len(entry.name) + len(sizes) + 4) % BLOCK
+        extra = sizes + struct.pack("<2sH", b"FB", filling) + b"Z" * filling  # as torch fills
+        large = TO_BE_FOUND_IN_EXTRA
+        fixed = (0x04034B50, ZIP64, 0, 0, 0, FIRST_DAY, crc, large, large, len(entry.name), len(extra))
+        header = LOCAL.pack(*fixed) + entry.name + extra
+        self.file.write(self.end, header)
+        self.entries.append(entry)
+        offset = self.end + len(header)
+        self.end = offset + size
+        return entry, offset
+
+
+def _directory(entries: Sequence[_Entry], position: int) -> bytes:
+    """The zip's central directory, zip64 throughout, as it stands at `position`."""
+    large = TO_BE_FOUND_IN_EXTRA
+    directory = b""
+    for entry in entries:
+        extra = struct.pack("<HHQQQ", 1, 24, entry.size, entry.size, entry.header)
+        fixed = (0x02014B50, ZIP64, ZIP64, 0, 0, 0, FIRST_DAY, entry.crc, large, large, len(entry.name), len(extra))
+        directory += CENTRAL.pack(*fixed, 0, 0, 0, 0, large) + entry.name + extra
+    count, size = len(entries), len(directory)
+    end64 = struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, ZIP64, ZIP64, 0, 0, count, count, size, position)
+    locator = struct.pack("<IIQI", 0x07064B50, 0, position + size, 1)
+    few = min(count, 0xFFFF)
+    return directory + end64 + locator + struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, few, few, large, large, 0)
+
+
+@dataclass
+class _Storage:
+    """What stands for a tensor's bytes in a pickle."""
+
+    key: str
+    dtype: torch.dtype
+    count: int
+
+
+class _Pickler(pickle.Pickler):
+    """Writes meta tensors as torch.save writes tensors: each is a storage of its own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file, protocol=2)
+        self.count = 0
+
+    def persistent_id(self, value: Any) -> tuple | None:
+        if isinstance(value, _Storage):
+            return "storage", STORAGES[value.dtype], value.key, "cpu", value.count
+        return None
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return NotImplemented
+        storage = _Storage(str(self.count), value.dtype, value.numel())
+        self.count += 1
+        shape = tuple(value.shape)
+        stride = torch.empty(shape, device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (storage, 0, shape, stride, False, OrderedDict())
+
+
+def _pickle(content: dict[str, Any]) -> tuple[bytes, list[tuple[str, int]]]:
+    """The pickle, and the (name, bytes) of its storages in the order of their keys."""
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(content)
+    model = content["model"].items()
+    return buffer.getvalue(), [(name, value.nbytes) for name, value in model if isinstance(value, torch.Tensor)]
+
+
+def frame(size: int, tensors: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(offset, length) of all that is not tensors in a file of `size` bytes, given where these lie."""
+    gaps, end = [], 0
+    for offset, length in [*sorted(tensors), (size, 0)]:
+        if offset > end:
+            gaps.append((end, offset - end))
+        end = max(end, offset + length)
+    return gaps
+
+
+def file_size(file: IO[bytes]) -> int:
+    """Bytes of an open file."""
+    return os.fstat(file.fileno()).st_size

@@ -1,0 +1,107 @@
+"""torch.save's format: torch and zipfile read what is written here, and what torch writes is described."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_patch.checkpoint.reader import open_torch_file, stored_view
+from megatron_patch.checkpoint.stream import Target, copy, read
+from megatron_patch.checkpoint.torch_zip import Stored, TorchFile, describe
+from megatron_patch.checkpoint.view import View
+
+TENSORS = {
+    "matrix": torch.randn(30, 70),
+    "vector": torch.randn(5).bfloat16(),
+    "scalar": torch.tensor(3.0, dtype=torch.float16),
+    "deep": torch.arange(24).reshape(2, 3, 4),
+    "flags": torch.tensor([True, False]),
+    "none": torch.empty(0, 4),
+}
+PLAIN = {"version": 3.0, "args": {"eps": 1e-5, "name": "ä", "sizes": [1, 2]}}
+
+
+def write(path: Path, finish: bool = True) -> None:
+    model = {name: torch.empty_like(tensor, device="meta") for name, tensor in TENSORS.items()}
+    file = TorchFile(path, {"model": {**model, "_extra_state": None}, **PLAIN})
+    targets = [
+        Target(name, View.of_tensor(tensor, name), file.file, file.offsets[name], has_crc=True)
+        for name, tensor in TENSORS.items()
+    ]
+    copy(target for target in targets if target.view.nbytes)
+    if finish:
+        file.finish({target.name: target.crc for target in targets})
+    file.close()
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_torch_loads_it(tmp_path, mmap):
+    write(tmp_path / "file.pt")
+    content = torch.load(tmp_path / "file.pt", weights_only=True, mmap=mmap)
+    model = content.pop("model")
+    assert content == PLAIN
+    assert model.pop("_extra_state") is None
+    assert list(model) == list(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert model[name].dtype == tensor.dtype
+        assert torch.equal(model[name], tensor), name
+
+
+def test_the_archive_is_sound(tmp_path):
+    """Every record's CRC is right, none is compressed, and tensors begin at blocks."""
+    write(tmp_path / "file.pt")
+    with zipfile.ZipFile(tmp_path / "file.pt") as archive:
+        assert archive.testzip() is None
+        assert all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    with (tmp_path / "file.pt").open("rb") as file:
+        assert all(stored.offset % 4096 == 0 for stored in describe(file)["model"].values() if stored is not None)
+
+
+def test_the_same_weights_give_the_same_file(tmp_path):
+    write(tmp_path / "a.pt")
+    write(tmp_path / "b.pt")
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+def test_an_unfinished_file_does_not_load(tmp_path):
+    write(tmp_path / "file.pt", finish=False)
+    with pytest.raises(RuntimeError):
+        torch.load(tmp_path / "file.pt", weights_only=True)
+    with pytest.raises((zipfile.BadZipFile, OSError)):
+        zipfile.ZipFile(tmp_path / "file.pt")
+
+
+def test_what_torch_writes_is_described(tmp_path):
+    """A file of torch.save: shared storages, parameters, part of a storage."""
+    base = torch.randn(10, 4)
+    state = OrderedDict(a=base, tied=base, part=base[3:5], parameter=torch.nn.Parameter(base + 1), **TENSORS)
+    torch.save(state, tmp_path / "file.pt")
+    found = open_torch_file(tmp_path / "file.pt")
+    assert all(isinstance(value, Stored) for value in found.values())
+    assert found["a"] == found["tied"]
+    tensors = read({name: stored_view(tmp_path / "file.pt", name, value) for name, value in found.items()})
+    for name, tensor in state.items():
+        assert torch.equal(tensors[name], tensor), name
+
+
+def test_tensors_that_are_no_byte_range_are_mapped(tmp_path):
+    tensor = torch.randn(4, 6)
+    torch.save({"x": tensor.T}, tmp_path / "file.pt")
+    found = open_torch_file(tmp_path / "file.pt")["x"]
+    assert isinstance(found, torch.Tensor)
+    assert torch.equal(read({"x": stored_view(tmp_path / "file.pt", "x", found)})["x"], tensor.T)
+
+
+def test_an_archive_within_a_file(tmp_path):
+    buffer = io.BytesIO()
+    torch.save(torch.arange(5.0), buffer)
+    stored = describe(buffer, start=100)
+    data = b"x" * 100 + buffer.getvalue()
+    assert torch.equal(
+        torch.frombuffer(bytearray(data[stored.offset : stored.offset + 20]), dtype=torch.float32), torch.arange(5.0)
+    )
