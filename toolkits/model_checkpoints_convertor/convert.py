@@ -40,7 +40,8 @@ class Conversion:
     """Size of the language model, such as 7B, checked against its config.json; auto: not checked."""
 
     source_llm_ckpt_path: Path
-    """Hugging Face folder of a Mistral or Llama; with --mg2hf true a Megatron-Core checkpoint, shards or torch_dist."""
+    """Hugging Face folder of a Mistral or Llama; with --mg2hf true a Megatron-Core checkpoint, shards or torch_dist.
+    With --mg2hf false such a checkpoint is cut anew."""
 
     source_clip_ckpt_path: Path | None = None
     """Hugging Face folder of a CLIP (whole, or its vision half). With --mg2hf true only where the checkpoint lacks the
@@ -76,9 +77,14 @@ class Conversion:
     def __post_init__(self) -> None:
         if self.precision not in DTYPES:
             raise ValueError(f"--precision {self.precision}: weights are kept as bf16, fp16 or fp32; use one of these")
-        if not self.mg2hf and self.source_clip_ckpt_path is None:
+        if not (self.mg2hf or self.reshards) and self.source_clip_ckpt_path is None:
             raise ValueError("--source-clip-ckpt-path none: a CLIP's folder is needed with --mg2hf false")
         _ = self.parallel  # refuses sizes below 1, also where they are not used
+
+    @property
+    def reshards(self) -> bool:
+        """Whether both sides are Megatron-Core's."""
+        return not self.mg2hf and (self.source_llm_ckpt_path / companions.TRACKER).is_file()
 
     @property
     def parallel(self) -> Parallel:
@@ -95,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if conversion.mg2hf:
             export_hf(conversion)
+        elif conversion.reshards:
+            reshard(conversion)
         else:
             import_hf(conversion)
     except (ValueError, OSError) as error:
@@ -119,42 +127,72 @@ def import_hf(conversion: Conversion) -> None:
 
     import torch
 
-    from megatron_patch.checkpoint.convert import num_bytes_written, write_shards
     from megatron_patch.checkpoint.hf import save_tensors
-    from megatron_patch.checkpoint.manifest import identity
 
     dtype = getattr(torch, DTYPES[conversion.precision])
     mcore, unused, files = _open_sources(conversion, llava, dtype)
-    tp_size, pp_size = conversion.tensor_model_parallel_size, conversion.pipeline_model_parallel_size
-    num_bytes = num_bytes_written(llava, tp_size, pp_size, dtype)
-    with written_aside(conversion.target_ckpt_path, num_bytes) as folder:
+    with written_aside(conversion.target_ckpt_path, _num_bytes(conversion, llava)) as folder:
         llava = _write_companions(conversion, folder, llava, text, tower)
         save_tensors(unused, folder / companions.UNUSED)
-        with _progress(num_bytes) as bar:
-            write_shards(
-                folder,
-                mcore,
-                llava,
-                tp_size=tp_size,
-                pp_size=pp_size,
-                args=_args(conversion, llava),
-                source=identity(files),
-                progress=bar.update,
-            )
+        _write_shards(conversion, folder, mcore, llava, files)
+
+
+def reshard(conversion: Conversion) -> None:
+    """A Megatron-Core checkpoint, shards or torch_dist -> shards at other parallel sizes, or in another type."""
+    carriers, _, llava = _described_checkpoint(conversion)
+    llava.check_parallel(conversion.parallel)
+    check_target(conversion.target_ckpt_path)
+
+    import torch
+
+    from megatron_patch.checkpoint.convert import open_mcore
+    from megatron_patch.checkpoint.reader import Views
+
+    dtype = getattr(torch, DTYPES[conversion.precision])
+    saved = open_mcore(conversion.source_llm_ckpt_path, llava, check=not conversion.no_check)
+    mcore = Views({name: saved.view(name).to(dtype) for name in saved}, saved.source)
+    files = {source.path for name in mcore for source in mcore.view(name).sources}
+    with written_aside(conversion.target_ckpt_path, _num_bytes(conversion, llava)) as folder:
+        for source in reversed(carriers):
+            companions.copy_companions(source, folder)
+        _write_shards(conversion, folder, mcore, llava, [path for path in files if path is not None])
+
+
+def _num_bytes(conversion: Conversion, llava: Llava) -> int:
+    """Size of the shards to be written."""
+    import torch
+
+    from megatron_patch.checkpoint.convert import num_bytes_written
+
+    dtype = getattr(torch, DTYPES[conversion.precision])
+    sizes = conversion.parallel
+    return num_bytes_written(llava, sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size, dtype)
+
+
+def _write_shards(conversion: Conversion, folder: Path, mcore: Reader, llava: Llava, files: list[Path]) -> None:
+    """Write the shards, and say so. `files`: where the weights come from."""
+    from megatron_patch.checkpoint.convert import write_shards
+    from megatron_patch.checkpoint.manifest import identity
+
+    tp_size, pp_size = conversion.tensor_model_parallel_size, conversion.pipeline_model_parallel_size
+    with _progress(_num_bytes(conversion, llava)) as bar:
+        write_shards(
+            folder,
+            mcore,
+            llava,
+            tp_size=tp_size,
+            pp_size=pp_size,
+            args=_args(conversion, llava),
+            source=identity(files),
+            progress=bar.update,
+        )
     print(f"wrote {conversion.target_ckpt_path}: TP {tp_size} x PP {pp_size}, {conversion.precision}")
 
 
 def export_hf(conversion: Conversion) -> None:
     """A Megatron-Core checkpoint -> LlavaForConditionalGeneration, as transformers 4.57 and 5 open it."""
     checkpoint = conversion.source_llm_ckpt_path
-    companions.checkpoint_folder(checkpoint)
-    carriers = [path for path in (checkpoint, conversion.hf_ckpt_path) if path is not None]
-    carrier = next((path for path in carriers if (path / companions.CONFIG).is_file()), None)
-    if carrier is None:
-        raise FileNotFoundError(f"{checkpoint}: has no config.json; give --hf-ckpt-path, a LLaVA folder that has one")
-    config = companions.read_json(carrier)
-    llava = _described(describe, config, carrier)
-    llava.check_model_size(conversion.model_size)
+    carriers, config, llava = _described_checkpoint(conversion)
     check_target(conversion.target_ckpt_path)
 
     import torch
@@ -189,6 +227,20 @@ def export_hf(conversion: Conversion) -> None:
         with _progress(writer.total_size) as bar:
             writer.close(bar.update)
     print(f"wrote {conversion.target_ckpt_path}: LlavaForConditionalGeneration, {conversion.precision}")
+
+
+def _described_checkpoint(conversion: Conversion) -> tuple[list[Path], dict[str, Any], Llava]:
+    """Folders that carry what lies beside a Megatron-Core checkpoint's weights, its config.json, and what that says."""
+    checkpoint = conversion.source_llm_ckpt_path
+    companions.checkpoint_folder(checkpoint)
+    carriers = [path for path in (checkpoint, conversion.hf_ckpt_path) if path is not None]
+    carrier = next((path for path in carriers if (path / companions.CONFIG).is_file()), None)
+    if carrier is None:
+        raise FileNotFoundError(f"{checkpoint}: has no config.json; give --hf-ckpt-path, a LLaVA folder that has one")
+    config = companions.read_json(carrier)
+    llava = _described(describe, config, carrier)
+    llava.check_model_size(conversion.model_size)
+    return carriers, config, llava
 
 
 def _open_sources(
