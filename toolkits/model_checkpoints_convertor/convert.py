@@ -302,7 +302,7 @@ def _unused_for_export(conversion: Conversion, llava: Llava, carriers: list[Path
     names = unused_names(llava)
     path = next((path / companions.UNUSED for path in carriers if (path / companions.UNUSED).is_file()), None)
     if path is not None:
-        kept = load_safetensors(path)
+        kept = load_safetensors(path, check=not conversion.no_check)
     elif conversion.source_clip_ckpt_path is not None:
         _, tower, _ = parts(llava)
         kept = path = HfReader(conversion.source_clip_ckpt_path, tower.hub_name)
