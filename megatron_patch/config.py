@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-TrueOrFalse = Literal["true", "false"]
 Precision = Literal["bf16", "fp16", "fp32", "fp8"]
 PromptFormat = Literal["auto", "mistral", "llama_2", "v1", "plain", "chatml"]
 
@@ -89,6 +88,7 @@ class Llava:
             ("the language model", "attention heads", self.language.num_attention_heads),
             ("the language model", "query groups", self.language.num_query_groups),
             ("the language model", "feed-forward channels", self.language.ffn_hidden_size),
+            ("the projector", "channels", self.language.hidden_size),
             ("the vision tower", "attention heads", self.vision.num_attention_heads),
             ("the vision tower", "feed-forward channels", self.vision.ffn_hidden_size),
         )
@@ -325,6 +325,14 @@ class Optimizer:
     def __post_init__(self) -> None:
         if self.optimizer_offload != "false":
             raise ValueError(f"--optimizer-offload {self.optimizer_offload}: not supported yet; use false")
+        require_finite(self)
+        if self.lr <= 0:
+            raise ValueError(f"--lr {self.lr}: expected a number above 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 or more, less than 1")
+        if self.adam_eps <= 0:
+            raise ValueError(f"--adam-eps {self.adam_eps}: expected a number above 0")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"--min-lr {self.min_lr}: expected a number from 0 to --lr {self.lr}")
         require_not_negative(self, "lr_warmup_iters", "weight_decay", "clip_grad")
@@ -363,6 +371,8 @@ class Training:
             raise ValueError("--recompute offload: not supported yet; use sel, full or none")
         require_positive(self, "train_iters", "log_interval", "eval_interval", "distributed_timeout_minutes")
         require_not_negative(self, "eval_iters")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"--seed {self.seed}: expected 0 to {2**31 - 1}")
         if self.exit_duration_in_mins is not None:
             require_positive(self, "exit_duration_in_mins")
 
@@ -447,6 +457,14 @@ class Config:
             raise ValueError(
                 f"--decoder-seq-length {length}: the language model knows {longest} positions; use at most that"
             )
+
+
+def require_finite(settings: object) -> None:
+    """Raise ValueError for the first field that is infinite or no number."""
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{setting.name.replace('_', '-')} {value}: expected a finite number")
 
 
 def require_positive(settings: object, *names: str) -> None:

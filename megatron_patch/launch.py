@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_patch.checkpoint.companions import checkpoint_folder
 from megatron_patch.config import Config
 from megatron_patch.families.llava import read_config
 
@@ -40,6 +42,7 @@ def launch(config: Config, script: Path, argv: Sequence[str]) -> int:
         f"{micro_batches} micro batches of {config.data.micro_batch_size} per iteration",
         flush=True,
     )
+    check_output(config.checkpoint.output)
     if nodes == 1:
         where = ["--standalone"]
     else:
@@ -59,6 +62,24 @@ def check_files(config: Config) -> None:
     ):
         if path is not None and not path.exists():
             raise FileNotFoundError(f"{flag} {path}: no such folder")
+    for flag, path in (("--data-path", config.data.data_path), ("--valid-data-path", config.data.valid_data_path)):
+        if path is not None and path.is_dir() and not (path / ".nv-meta" / "dataset.yaml").is_file():
+            raise FileNotFoundError(
+                f"{flag} {path}: not an energon dataset (no .nv-meta/dataset.yaml); convert_llava_pretrain_to_wds.py "
+                f"makes one"
+            )
+    if config.model.pretrained_checkpoint is not None:
+        checkpoint_folder(config.model.pretrained_checkpoint)
+
+
+def check_output(output: Path) -> None:
+    """Make the output folder. Raises OSError that names it when nothing can be written there."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise OSError(f"--output {output}: cannot be written ({error.strerror}); give another folder") from None
 
 
 def find_nodes(config: Config) -> tuple[int, int]:
@@ -68,7 +89,11 @@ def find_nodes(config: Config) -> tuple[int, int]:
     missing = [name for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ValueError(f"--env dlc: {', '.join(missing)} not in the environment; a PyTorchJob sets it; or use dsw")
-    return _number_from("WORLD_SIZE"), _number_from("RANK")
+    nodes, node_rank = _number_from("WORLD_SIZE"), _number_from("RANK", least=0)
+    if node_rank >= nodes:
+        raise ValueError(f"environment variable RANK={node_rank}: expected less than WORLD_SIZE={nodes}, counted from 0")
+    _number_from("MASTER_PORT")
+    return nodes, node_rank
 
 
 def processes_per_node(config: Config, nodes: int) -> int:
@@ -81,10 +106,10 @@ def processes_per_node(config: Config, nodes: int) -> int:
     return torch.cuda.device_count() or max(1, config.parallel.model_parallel_size // nodes)
 
 
-def _number_from(name: str) -> int:
+def _number_from(name: str, least: int = 1) -> int:
     text = os.environ[name]
-    if not text.isdecimal():
-        raise ValueError(f"environment variable {name}={text!r}: expected a whole number")
+    if not (text.isascii() and text.isdecimal() and int(text) >= least):
+        raise ValueError(f"environment variable {name}={text!r}: expected a whole number of {least} or more")
     return int(text)
 
 

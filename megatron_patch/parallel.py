@@ -32,6 +32,8 @@ def start(parallel: Parallel, seed: int, timeout_minutes: int = 10, init_method:
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
     )
+    # Megatron-LM's rule: otherwise the layers of all pipeline stages would begin with the same weights.
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
 

@@ -24,6 +24,9 @@ PROCESSOR = "processor_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 UNUSED = "unused.safetensors"
+RECORD = "conversion.json"
+PARITY = "parity.json"
+CARD = "README.md"
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
@@ -33,7 +36,11 @@ TOKENIZER = (
     "vocab.json",
     "merges.txt",
 )
-FILES = (CONFIG, GENERATION_CONFIG, PREPROCESSOR, PROCESSOR, CHAT_TEMPLATE, UNUSED, *TOKENIZER)
+# The source's tokenizer as it was, before `<image>` came into it.
+SOURCE_TOKENIZER = "source_tokenizer"
+IN_SOURCE_TOKENIZER = (*TOKENIZER, CHAT_TEMPLATE)
+EXPORTED = (CONFIG, GENERATION_CONFIG, PREPROCESSOR, PROCESSOR, CHAT_TEMPLATE, *TOKENIZER)
+FILES = (*EXPORTED, UNUSED, RECORD, *(f"{SOURCE_TOKENIZER}/{name}" for name in IN_SOURCE_TOKENIZER))
 
 
 def copy_companions(source: Path, target: Path, names: tuple[str, ...] = FILES) -> None:
@@ -47,10 +54,12 @@ def copy_companions(source: Path, target: Path, names: tuple[str, ...] = FILES) 
         return
     for name in names:
         if (source / name).is_file():
-            aside = target / f".{name}.{os.getpid()}"
+            final = target / name
+            final.parent.mkdir(exist_ok=True)
+            aside = final.with_name(f".{final.name}.{os.getpid()}")
             try:
                 shutil.copyfile(source / name, aside)
-                os.replace(aside, target / name)
+                os.replace(aside, final)
             finally:
                 aside.unlink(missing_ok=True)
 
@@ -71,6 +80,14 @@ def checkpoint_folder(folder: Path) -> Path:
     if not target.is_dir():
         raise FileNotFoundError(f"{target}: missing, though {TRACKER} names {text}; copy the checkpoint again")
     return target
+
+
+def complete_processor(folder: Path, model: VisionModel) -> None:
+    """Write what a processor needs and no source had."""
+    if not (folder / PREPROCESSOR).is_file():
+        write_json(folder, PREPROCESSOR, preprocessor_config(model))
+    if not (folder / PROCESSOR).is_file():
+        write_json(folder, PROCESSOR, processor_config(model))
 
 
 def read_json(folder: Path, name: str = CONFIG) -> dict[str, Any]:
@@ -94,7 +111,7 @@ def write_json(folder: Path, name: str, content: dict[str, Any]) -> None:
     (Path(folder) / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def llava_config(text: dict[str, Any], tower: dict[str, Any], image_token_index: int) -> dict[str, Any]:
+def llava_config(text: dict[str, Any], tower: dict[str, Any], image_token_index: int = 0) -> dict[str, Any]:
     """A LlavaConfig of a language model's and a tower's (or a whole CLIPModel's) config.json, kept as they are."""
     return {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -120,6 +137,8 @@ def hf_config(config: dict[str, Any], llava: Llava, vocab_size: int, dtype: str)
     text = {**config["text_config"], **language_settings(llava.language), **types, "vocab_size": vocab_size}
     tower = {**config["vision_config"], **vision_settings(llava.vision), **types}
     sizes = {"image_seq_length": llava.vision.num_image_tokens, "image_token_index": llava.image_token_id}
+    if "vocab_size" in config:  # the first LLaVAs of the hub repeat it here
+        sizes["vocab_size"] = vocab_size
     whole = {
         "architectures": ["LlavaForConditionalGeneration"],
         "tie_word_embeddings": llava.language.share_embeddings_and_output_weights,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from megatron_patch.checkpoint import disk
 from megatron_patch.checkpoint.disk import BLOCK, OutputFile
 from megatron_patch.checkpoint.reader import Reader, existing_file, open_torch_file, reason, stored_view
-from megatron_patch.checkpoint.stream import Target, copy, read
+from megatron_patch.checkpoint.stream import Target, as_bytes, copy, read
 from megatron_patch.checkpoint.torch_zip import Stored
 from megatron_patch.checkpoint.view import Source, View, as_rows
 
@@ -32,6 +33,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+SHA256 = "sha256 of "  # and a tensor's name: a key of a header's metadata
+
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -120,13 +123,15 @@ class HfWriter:
 
 
 def write_files(
-    files: Mapping[Path, Mapping[str, View]], progress: Callable[[int], object] = lambda num_bytes: None
+    files: Mapping[Path, Mapping[str, View]],
+    progress: Callable[[int], object] = lambda num_bytes: None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write safetensors files. Their headers come last: an unfinished file does not load."""
     opened, targets, headers = [], [], []
     try:
         for path, views in files.items():
-            header, offsets = _header(views)
+            header, offsets = _header(views, {"format": "pt", **(metadata or {})})
             opened.append(OutputFile(path))
             headers.append(header)
             opened[-1].resize(len(header) + sum(view.nbytes for view in views.values()))
@@ -147,17 +152,30 @@ def write_files(
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a few tensors as a safetensors file."""
-    write_files({path: {name: View.of_tensor(tensor.contiguous(), name) for name, tensor in tensors.items()}})
+    """Write a few tensors as a safetensors file that carries their sha256."""
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata = {SHA256 + name: _digest(tensor) for name, tensor in whole.items()}
+    write_files({path: {name: View.of_tensor(tensor, name) for name, tensor in whole.items()}}, metadata=metadata)
 
 
-def load_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a small safetensors file. Raises ValueError, one line, for a damaged one."""
+def load_safetensors(path: Path, check: bool = True) -> dict[str, Tensor]:
+    """All tensors of a small safetensors file.
+
+    `check`: compare them with the sha256 that `save_tensors` put in. Raises ValueError, one line, for a damaged file.
+    """
     file = _SafetensorsFile(path)
-    return read({name: file.view(name) for name in file.names()})
+    tensors = read({name: file.view(name) for name in file.names()})
+    for name, tensor in tensors.items():
+        if check and file.metadata.get(SHA256 + name, _digest(tensor)) != _digest(tensor):
+            raise ValueError(f"{path}: {name} is not what was written (sha256 differs); convert or copy it again")
+    return tensors
 
 
-def _header(views: Mapping[str, View]) -> tuple[bytes, dict[str, int]]:
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(memoryview(as_bytes(tensor).numpy())).hexdigest()
+
+
+def _header(views: Mapping[str, View], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
     """What precedes the tensors, and where each begins after it. Most tensors begin at a block, for direct I/O."""
     offsets, end = {}, 0
     for name in sorted(views, key=lambda name: views[name].nbytes % BLOCK != 0):
@@ -171,7 +189,7 @@ def _header(views: Mapping[str, View]) -> tuple[bytes, dict[str, int]]:
         }
         for name, offset in offsets.items()
     }
-    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % BLOCK)
     return len(text).to_bytes(8, "little") + text, offsets
 
@@ -189,7 +207,7 @@ class _SafetensorsFile:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             self.entries = json.loads(file.read(length))
-        self.entries.pop("__metadata__", None)
+        self.metadata = self.entries.pop("__metadata__", {})
         self.start = 8 + length
 
     def names(self) -> Iterable[str]:

@@ -142,12 +142,12 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def install_tokenizer(source: Path, target: Path) -> int:
-    """Copy a language model's tokenizer to `target`, add `<image>` as a special token, and return its id.
+def install_tokenizer(source: Path, target: Path, added_tokens: Sequence[str] = ()) -> dict[str, int]:
+    """Copy a language model's tokenizer to `target`, add `<image>` and others as special tokens, and return their ids.
 
-    The id is the one it has already, or the next free one. The copy adds no beginning- or end-of-sequence token by
-    itself, since prompts bring theirs. Its chat template is left behind. Raises ValueError when transformers does not
-    read the copy as meant.
+    An id is the one that a token has already, or the next free one. The copy adds no beginning- or end-of-sequence
+    token by itself, since prompts bring theirs. Its chat template is left behind. Raises ValueError when transformers
+    does not read the copy as meant.
     """
     from transformers import AutoTokenizer
 
@@ -166,24 +166,46 @@ def install_tokenizer(source: Path, target: Path) -> int:
     # As its own files say. (In the source's folder, transformers 5 takes another class for some kinds of config.json.)
     original = AutoTokenizer.from_pretrained(target)
     known = original.get_vocab()
-    token_id = known.get(IMAGE, max(known.values()) + 1)
-    _edit_json(
-        target / "tokenizer_config.json", lambda config: _configured(config, token_id, "tokenizer.json" in files)
-    )
+    tokens: dict[str, int] = {}
+    for token in (IMAGE, *added_tokens):
+        tokens[token] = known.setdefault(token, max(known.values()) + 1)
+    _edit_json(target / "tokenizer_config.json", lambda config: _configured(config, tokens, "tokenizer.json" in files))
     if "tokenizer.json" in files:
-        _edit_json(target / "tokenizer.json", lambda tokenizer: _extended(tokenizer, token_id))
+        _edit_json(target / "tokenizer.json", lambda tokenizer: _extended(tokenizer, tokens))
     if "added_tokens.json" in files:
-        _edit_json(target / "added_tokens.json", lambda tokens: {**tokens, IMAGE: token_id})
+        _edit_json(target / "added_tokens.json", lambda table: {**table, **tokens})
     copy = load_tokenizer(target)
-    text = f"a{IMAGE}b"
-    if (
-        copy(text).input_ids.count(token_id) != 1
-        or copy("a").input_ids != original("a", add_special_tokens=False).input_ids
-    ):
+    plain = original("a", add_special_tokens=False).input_ids
+    if copy("a").input_ids != plain or any(copy(f"a{token}b").input_ids.count(id) != 1 for token, id in tokens.items()):
         raise ValueError(
             f"{target}: transformers reads the copy of {source} otherwise than meant; use a fast tokenizer"
         )
-    return token_id
+    return tokens
+
+
+def source_chat_template(source: Path) -> str | None:
+    """A LLaVA's own chat template, for the copy of its tokenizer that `install_tokenizer` makes; None: it has none.
+
+    Where the source's tokenizer adds a beginning of sequence, the template does it in its place.
+    """
+    from transformers import AutoTokenizer
+
+    source = Path(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    template = tokenizer.chat_template
+    if (source / "chat_template.json").is_file():  # as processors kept it before transformers 4.52
+        template = json.loads((source / "chat_template.json").read_text())["chat_template"]
+    if not isinstance(template, str):
+        return None
+    begins = bool(tokenizer.bos_token) and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    return "{{- bos_token -}}" + template if begins and "bos_token" not in template else template
+
+
+def remove_image_token(folder: Path) -> None:
+    """Take `<image>` out of a tokenizer that `install_tokenizer` made, for a language model that stands alone."""
+    for name in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json", "special_tokens_map.json"):
+        if (Path(folder) / name).is_file():
+            _edit_json(Path(folder) / name, _without_image)
 
 
 def encode(
@@ -260,13 +282,27 @@ def _edit_json(path: Path, change: Any) -> None:
     path.write_text(json.dumps(change(content), indent=2, ensure_ascii=False) + "\n")
 
 
-def _added_token() -> dict[str, Any]:
+def _without_image(value: Any) -> Any:
+    """A tokenizer's settings without any mention of `<image>`; the vocabulary itself stays."""
+    if isinstance(value, dict):
+        kept = {key: part for key, part in value.items() if key != IMAGE and not _is_image(part)}
+        return {key: part if key == "model" else _without_image(part) for key, part in kept.items()}
+    if isinstance(value, list):
+        return [_without_image(part) for part in value if part != IMAGE and not _is_image(part)]
+    return value
+
+
+def _is_image(token: Any) -> bool:
+    return isinstance(token, dict) and token.get("content") == IMAGE
+
+
+def _added_token(content: str) -> dict[str, Any]:
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"content": IMAGE, **plain, "special": True}
+    return {"content": content, **plain, "special": True}
 
 
-def _configured(config: dict[str, Any], token_id: int, has_tokenizer_json: bool) -> dict[str, Any]:
-    """tokenizer_config.json with `<image>`, without what would add tokens to a prompt, without the chat template."""
+def _configured(config: dict[str, Any], tokens: dict[str, int], has_tokenizer_json: bool) -> dict[str, Any]:
+    """tokenizer_config.json with `tokens`, without what would add others to a prompt, without the chat template."""
     config = {name: value for name, value in config.items() if name != "chat_template"}
     config |= {"add_bos_token": False, "add_eos_token": False}
     # Two words of transformers 5 that 4 does not know; 5 knows 4's for them.
@@ -277,14 +313,16 @@ def _configured(config: dict[str, Any], token_id: int, has_tokenizer_json: bool)
     if has_tokenizer_json and "added_tokens_decoder" not in config:
         # transformers 5 leaves the table to tokenizer.json; one with a single entry would only mislead.
         return config
-    return {**config, "added_tokens_decoder": {**config.get("added_tokens_decoder", {}), str(token_id): _added_token()}}
+    added = {str(token_id): _added_token(token) for token, token_id in tokens.items()}
+    return {**config, "added_tokens_decoder": {**config.get("added_tokens_decoder", {}), **added}}
 
 
-def _extended(tokenizer: dict[str, Any], token_id: int) -> dict[str, Any]:
-    """tokenizer.json with `<image>`, and without the beginning of sequence that its post-processor adds."""
-    others = [token for token in tokenizer.get("added_tokens", []) if token["content"] != IMAGE]
-    tokens = sorted([*others, {"id": token_id, **_added_token()}], key=lambda token: token["id"])
-    return {**tokenizer, "added_tokens": tokens, "post_processor": _adds_nothing(tokenizer.get("post_processor"))}
+def _extended(tokenizer: dict[str, Any], tokens: dict[str, int]) -> dict[str, Any]:
+    """tokenizer.json with `tokens`, and without the beginning of sequence that its post-processor adds."""
+    table = [token for token in tokenizer.get("added_tokens", []) if token["content"] not in tokens]
+    table += [{"id": token_id, **_added_token(token)} for token, token_id in tokens.items()]
+    table.sort(key=lambda token: token["id"])
+    return {**tokenizer, "added_tokens": table, "post_processor": _adds_nothing(tokenizer.get("post_processor"))}
 
 
 def _adds_nothing(processor: dict[str, Any] | None) -> dict[str, Any] | None:

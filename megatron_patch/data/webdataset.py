@@ -136,7 +136,8 @@ def convert(folder: Path, *, overwrite: bool = False, prepare: bool = True, max_
     input, an existing wds (unless `overwrite`), more rejected than `max_rejected_share` of the samples.
     """
     folder = Path(folder)
-    target, partial, old = (folder / name for name in ("wds", "wds.partial", "wds.old"))
+    target, partial = folder / "wds", folder / "wds.partial"
+    replaced = folder / f".wds.replaced.{os.getpid()}"
     entries = _read_annotations(folder)
     if target.exists() and not overwrite:
         raise ValueError(f"{target}: exists; remove it or give --overwrite")
@@ -150,12 +151,17 @@ def convert(folder: Path, *, overwrite: bool = False, prepare: bool = True, max_
         if prepare:
             prepare_energon(partial, counts)
         if target.exists():
-            target.rename(old)
-        partial.rename(target)
+            target.rename(replaced)
+        try:
+            partial.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         quarantine.close()
-        for path in (partial, old):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return Report(
         given=len(entries), written=sum(counts.values()), rejected=quarantine.count, quarantine=quarantine.path
     )

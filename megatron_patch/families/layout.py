@@ -72,9 +72,10 @@ def unshard(weight: Weight, shards: Sequence[T]) -> T:
 
 
 def check_replicas(weight: Weight, replicas: Sequence[Tensor]) -> None:
-    """Raise ValueError when tensor-parallel ranks disagree on a replicated tensor."""
-    for rank, other in enumerate(replicas):
-        if not torch.equal(other, replicas[0]):
+    """Raise ValueError when tensor-parallel ranks disagree on a replicated tensor. Bytes count: a NaN equals itself."""
+    first, *others = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in replicas)
+    for rank, other in enumerate(others, start=1):
+        if not torch.equal(other, first):
             raise ValueError(f"{weight.mcore}: tensor-parallel ranks 0 and {rank} hold different values")
 
 

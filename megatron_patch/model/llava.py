@@ -261,6 +261,9 @@ def _common(config: Config) -> dict:
         "autocast_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
+        # Under torch.device("meta") the network is built without memory for its weights, as torch's own modules are:
+        # megatron.core asks for a device by name otherwise.
+        "use_cpu_initialization": torch.get_default_device().type == "meta",
         # Weights that are read from a checkpoint are not drawn first. (Not by perform_initialization=False: that leaves
         # out the marks by which tensor-parallel weights are counted in the norm of the gradients.)
         **(

@@ -79,7 +79,7 @@ def refused(capsys, arguments: list[str], *words: object) -> str:
 
 
 def _die_at(point: str, arguments: list[str]) -> None:
-    left = {"bytes written": 250}.get(point, 1)  # in the middle
+    left = {"bytes written": 40}.get(point, 1)  # in the middle
 
     def reached(name: str) -> None:
         nonlocal left
@@ -277,7 +277,7 @@ def test_a_flipped_bit_in_a_tensor(tmp_path, capsys, copy, rank, name, where):
     flip(rank_file(copy, rank), offset + (0 if where == "first" else size - 1), bit=7 if where == "last" else 0)
     refused(capsys, exporting(copy, tmp_path / "hf"), rank_file(copy, rank), name, "sha256 differs")
     assert not (tmp_path / "hf").exists()
-    for tp_size in (1, 2, 4):
+    for tp_size in (1, 4):
         with pytest.raises(ValueError, match=f"mp_rank_0{rank}/.*{name}.*sha256 differs"):
             load_all(copy, tp_size)
 

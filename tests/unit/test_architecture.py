@@ -14,8 +14,9 @@ PACKAGE = ROOT / "megatron_patch"
 ALLOWED = {
     "config.py": (),
     "arguments.py": (),
+    "conversion.py": ("config", "arguments"),
     "parallel.py": ("config",),
-    "launch.py": ("config", "families"),
+    "launch.py": ("config", "families", "checkpoint"),
     "patches": (),
     "families": ("config",),
     "model": ("config",),
@@ -24,7 +25,7 @@ ALLOWED = {
     "training": ("config", "families", "model", "checkpoint", "data", "parallel"),
     "__init__.py": ("patches",),
 }
-WITHOUT_MEGATRON_CORE = ("config.py", "arguments.py", "launch.py", "families", "data")
+WITHOUT_MEGATRON_CORE = ("config.py", "arguments.py", "conversion.py", "launch.py", "families", "data")
 MEGATRON_CORE_IN_CHECKPOINT = ("resume.py", "torch_dist.py")
 FILES = sorted(PACKAGE.rglob("*.py"))
 

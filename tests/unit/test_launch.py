@@ -47,7 +47,7 @@ def test_processes_per_node(environment):
     environment.setenv("NPROC_PER_NODE", "2")
     assert processes_per_node(run(), nodes=1) == 2
     environment.setenv("NPROC_PER_NODE", "two")
-    with pytest.raises(ValueError, match="NPROC_PER_NODE='two': expected a whole number"):
+    with pytest.raises(ValueError, match="NPROC_PER_NODE='two': expected a whole number of 1 or more"):
         processes_per_node(run(), nodes=1)
 
 

@@ -10,83 +10,29 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
-from megatron_patch.arguments import parse
+from megatron_patch.arguments import flag, parse
 from megatron_patch.checkpoint import companions
 from megatron_patch.checkpoint.output import check_target, written_aside
-from megatron_patch.config import Llava, Parallel, Precision, PromptFormat
-from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model, parts
+from megatron_patch.config import Llava, Parallel
+from megatron_patch.conversion import DTYPES, Conversion
+from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from megatron_patch.checkpoint.reader import Reader
 
 T = TypeVar("T")
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """Convert LLaVA between Hugging Face and Megatron-Core."""
-
-    model_size: str = "auto"
-    """Size of the language model, such as 7B, checked against its config.json; auto: not checked."""
-
-    source_llm_ckpt_path: Path
-    """Hugging Face folder of a Mistral or Llama; with --mg2hf true a Megatron-Core checkpoint, shards or torch_dist."""
-
-    source_clip_ckpt_path: Path | None = None
-    """Hugging Face folder of a CLIP (whole, or its vision half). With --mg2hf true only where the checkpoint lacks the
-    tower's unused last layer."""
-
-    target_ckpt_path: Path
-    """Folder for the result: new or empty. It appears when it is whole."""
-
-    tensor_model_parallel_size: int = 1
-    """Ranks that share every layer of the shards written. A checkpoint is read at any size."""
-
-    pipeline_model_parallel_size: int = 1
-    """Stages that share the layers of the shards written."""
-
-    mg2hf: bool = False
-    """Direction; false: Hugging Face to Megatron-Core, true: Megatron-Core to Hugging Face."""
-
-    precision: Precision = "bf16"
-    """Type of the weights written."""
-
-    hf_ckpt_path: Path | None = None
-    """With --mg2hf true: a LLaVA's folder, for the config.json and tokenizer that the checkpoint does not carry."""
-
-    prompt_format: PromptFormat = "auto"
-    """Chat template that is written beside the weights; auto: the language model family's own, or the one there is."""
-
-    no_check: bool = False
-    """Read a Megatron-Core checkpoint without comparing it with its manifest.json."""
-
-    seed: int = 1234
-    """Seed of the new projector's weights."""
-
-    def __post_init__(self) -> None:
-        if self.precision not in DTYPES:
-            raise ValueError(f"--precision {self.precision}: weights are kept as bf16, fp16 or fp32; use one of these")
-        if not self.mg2hf and self.source_clip_ckpt_path is None:
-            raise ValueError("--source-clip-ckpt-path none: a CLIP's folder is needed with --mg2hf false")
-        _ = self.parallel  # refuses sizes below 1, also where they are not used
-
-    @property
-    def parallel(self) -> Parallel:
-        """The cut of the shards written."""
-        return Parallel(
-            tensor_model_parallel_size=self.tensor_model_parallel_size,
-            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
-        )
+FIXED_PROMPT = (
+    "<image>\nWhat is in this picture? It shows a quiet street after the rain, with two people under one umbrella, "
+    "a dog that waits beside a red bicycle, and 7 pigeons on the roof of the old town hall."
+)
+"""What --verify asks both models about a picture."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if conversion.mg2hf:
             export_hf(conversion)
+        elif (conversion.source_llm_ckpt_path / companions.TRACKER).is_file():
+            reshard(conversion)
         else:
             import_hf(conversion)
     except (ValueError, OSError) as error:
@@ -104,48 +52,156 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def import_hf(conversion: Conversion) -> None:
-    """Hugging Face's language model and CLIP -> Megatron-Core shards with a new projector."""
-    text = companions.read_json(conversion.source_llm_ckpt_path)
-    tower = companions.read_json(conversion.source_clip_ckpt_path)
-    # The image token's id is known once the tokenizer has it; nothing that is checked here depends on it.
-    llava = Llava(
-        language=_described(describe_language_model, text, conversion.source_llm_ckpt_path),
-        vision=_described(describe_vision_model, tower, conversion.source_clip_ckpt_path),
-        image_token_id=0,
-    )
+    """Hugging Face's language model and CLIP, or a whole LLaVA -> Megatron-Core shards."""
+    config, llava = _describe_sources(conversion)
     llava.check_model_size(conversion.model_size)
     llava.check_parallel(conversion.parallel)
     check_target(conversion.target_ckpt_path)
 
     import torch
 
-    from megatron_patch.checkpoint.convert import num_bytes_written, write_shards
+    from megatron_patch.checkpoint.convert import open_mcore, to_mcore
     from megatron_patch.checkpoint.hf import save_tensors
-    from megatron_patch.checkpoint.manifest import identity
+    from megatron_patch.checkpoint.sources import open_sources, with_rows
+    from megatron_patch.families.llava import rows
 
     dtype = getattr(torch, DTYPES[conversion.precision])
-    mcore, unused, files = _open_sources(conversion, llava, dtype)
-    tp_size, pp_size = conversion.tensor_model_parallel_size, conversion.pipeline_model_parallel_size
-    num_bytes = num_bytes_written(llava, tp_size, pp_size, dtype)
+    llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
+    sources = open_sources(llava, llm, clip, conversion.projector, conversion.seed)
+    num_bytes = _num_bytes(conversion, llava)
     with written_aside(conversion.target_ckpt_path, num_bytes) as folder:
-        llava = _write_companions(conversion, folder, llava, text, tower)
-        save_tensors(unused, folder / companions.UNUSED)
-        with _progress(num_bytes) as bar:
-            write_shards(
-                folder,
-                mcore,
-                llava,
-                tp_size=tp_size,
-                pp_size=pp_size,
-                args=_args(conversion, llava),
-                source=identity(files),
-                progress=bar.update,
+        llava = _write_companions(conversion, folder, config, llava)
+        source = with_rows(sources.reader, llava, llava.language.vocab_size)
+        mcore = to_mcore(rows(llava), source, sources.unused, dtype)
+        save_tensors({name: source[name] for name in sources.unused}, folder / companions.UNUSED)
+        _write_shards(conversion, folder, mcore, llava, sources.files)
+        if conversion.verifies(num_bytes):
+            _verify(conversion, folder, llava, source, open_mcore(folder, llava))
+    print(_wrote(conversion))
+
+
+def reshard(conversion: Conversion) -> None:
+    """A Megatron-Core checkpoint, shards or torch_dist -> shards at other parallel sizes, or in another type."""
+    for name in ("projector", "add_tokens"):
+        if getattr(conversion, name) is not None:
+            raise ValueError(
+                f"{flag(name)} {getattr(conversion, name)}: is for an import from Hugging Face; leave it out"
             )
-    print(f"wrote {conversion.target_ckpt_path}: TP {tp_size} x PP {pp_size}, {conversion.precision}")
+    carriers, _, llava = _described_checkpoint(conversion)
+    llava.check_parallel(conversion.parallel)
+    check_target(conversion.target_ckpt_path)
+
+    import torch
+
+    from megatron_patch.checkpoint.convert import open_mcore
+    from megatron_patch.checkpoint.reader import Views
+
+    dtype = getattr(torch, DTYPES[conversion.precision])
+    saved = open_mcore(conversion.source_llm_ckpt_path, llava, check=not conversion.no_check)
+    mcore = Views({name: saved.view(name).to(dtype) for name in saved}, saved.source)
+    files = {source.path for name in mcore for source in mcore.view(name).sources}
+    with written_aside(conversion.target_ckpt_path, _num_bytes(conversion, llava)) as folder:
+        for source in reversed(carriers):
+            companions.copy_companions(source, folder)
+        _write_shards(conversion, folder, mcore, llava, [path for path in files if path is not None])
+    print(_wrote(conversion))
 
 
 def export_hf(conversion: Conversion) -> None:
     """A Megatron-Core checkpoint -> LlavaForConditionalGeneration, as transformers 4.57 and 5 open it."""
+    carriers, config, llava = _described_checkpoint(conversion)
+    check_target(conversion.target_ckpt_path)
+
+    import torch
+
+    from megatron_patch.checkpoint.convert import open_mcore, to_hf
+    from megatron_patch.checkpoint.hf import HfReader
+    from megatron_patch.checkpoint.mm_projector import write_mm_projector
+    from megatron_patch.checkpoint.reader import Joined, Views
+    from megatron_patch.checkpoint.sources import open_unused
+    from megatron_patch.families.llava import hub_name, rows
+
+    dtype = getattr(torch, DTYPES[conversion.precision])
+    mcore = open_mcore(conversion.source_llm_ckpt_path, llava, check=not conversion.no_check)
+    weights = to_hf(rows(llava), mcore, dtype)
+    if conversion.parts == "projector":
+        with written_aside(conversion.target_ckpt_path) as folder:
+            write_mm_projector(folder, weights)
+        print(f"wrote {conversion.target_ckpt_path}: the projector, {conversion.precision}")
+        return
+    unused = open_unused(llava, carriers, conversion.source_clip_ckpt_path, check=not conversion.no_check)
+    unused = Views({name: unused.view(name).to(dtype) for name in unused}, unused.source)
+    weights = Joined([weights, unused])
+    num_bytes = sum(weights.view(name).nbytes for name in weights)
+    with written_aside(conversion.target_ckpt_path, num_bytes * (1 + (conversion.parts == "true"))) as folder:
+        for source in reversed(carriers):
+            companions.copy_companions(source, folder, companions.EXPORTED)
+        _write_export(conversion, folder, config, llava, weights)
+        if conversion.parts == "true":
+            _write_parts(conversion, folder, config, weights, carriers)
+        parity = None
+        if conversion.verifies(num_bytes):
+            hf = HfReader(folder, partial(hub_name, llava))
+            parity = _verify(conversion, folder, llava, hf, mcore)
+        _write_card(conversion, folder, llava, carriers, parity)
+    print(f"wrote {conversion.target_ckpt_path}: LlavaForConditionalGeneration, {conversion.precision}")
+
+
+def _describe_sources(conversion: Conversion) -> tuple[dict[str, Any], Llava]:
+    """A LlavaConfig of the sources' own config.json, and what it says. Raises ValueError or OSError."""
+    llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
+    text = companions.read_json(llm)
+    is_whole = text.get("model_type") == "llava"
+    if is_whole and (clip is not None or conversion.projector is not None):
+        name = "source_clip_ckpt_path" if clip is not None else "projector"
+        raise ValueError(f"{flag(name)} {getattr(conversion, name)}: {llm} is a whole LLaVA and has its own; give none")
+    if is_whole:
+        return text, _described(describe, text, llm)
+    if clip is None:
+        raise ValueError(f"--source-clip-ckpt-path none: a CLIP's folder is needed, since {llm} is no whole LLaVA")
+    tower = companions.read_json(clip)
+    _described(describe_language_model, text, llm)
+    _described(describe_vision_model, tower, clip)
+    config = companions.llava_config(text, tower)
+    return config, describe(config)
+
+
+def _num_bytes(conversion: Conversion, llava: Llava) -> int:
+    """Size of the shards to be written."""
+    import torch
+
+    from megatron_patch.checkpoint.convert import num_bytes_written
+
+    dtype = getattr(torch, DTYPES[conversion.precision])
+    sizes = conversion.parallel
+    return num_bytes_written(llava, sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size, dtype)
+
+
+def _write_shards(conversion: Conversion, folder: Path, mcore: Reader, llava: Llava, files: list[Path]) -> None:
+    """`files`: where the weights come from."""
+    from megatron_patch.checkpoint.convert import write_shards
+    from megatron_patch.checkpoint.manifest import identity
+
+    with _progress(_num_bytes(conversion, llava)) as bar:
+        write_shards(
+            folder,
+            mcore,
+            llava,
+            tp_size=conversion.tensor_model_parallel_size,
+            pp_size=conversion.pipeline_model_parallel_size,
+            args=_args(conversion, llava),
+            source=identity(files),
+            progress=bar.update,
+        )
+
+
+def _wrote(conversion: Conversion) -> str:
+    sizes = f"TP {conversion.tensor_model_parallel_size} x PP {conversion.pipeline_model_parallel_size}"
+    return f"wrote {conversion.target_ckpt_path}: {sizes}, {conversion.precision}"
+
+
+def _described_checkpoint(conversion: Conversion) -> tuple[list[Path], dict[str, Any], Llava]:
+    """Folders that carry what lies beside a Megatron-Core checkpoint's weights, its config.json, and what that says."""
     checkpoint = conversion.source_llm_ckpt_path
     companions.checkpoint_folder(checkpoint)
     carriers = [path for path in (checkpoint, conversion.hf_ckpt_path) if path is not None]
@@ -155,114 +211,134 @@ def export_hf(conversion: Conversion) -> None:
     config = companions.read_json(carrier)
     llava = _described(describe, config, carrier)
     llava.check_model_size(conversion.model_size)
-    check_target(conversion.target_ckpt_path)
-
-    import torch
-
-    from megatron_patch.checkpoint.convert import append_mean_rows, cast, open_mcore, to_hf
-    from megatron_patch.checkpoint.hf import HfWriter
-    from megatron_patch.families.llava import rows
-
-    dtype = getattr(torch, DTYPES[conversion.precision])
-    table = rows(llava)
-    weights = to_hf(table, open_mcore(checkpoint, llava, check=not conversion.no_check), dtype)
-    unused = _unused_for_export(conversion, llava, carriers)
-    vocab_size = _exported_vocab_size(llava)
-    num_bytes = sum(math.prod(weights.shape(name)) for name in weights) * dtype.itemsize
-    with written_aside(conversion.target_ckpt_path, num_bytes) as folder:
-        for source in reversed(carriers):
-            companions.copy_companions(source, folder)
-        (folder / companions.UNUSED).unlink(missing_ok=True)
-        companions.make_tokenizer_portable(folder)
-        config = companions.hf_config(config, llava, vocab_size, DTYPES[conversion.precision])
-        companions.write_json(folder, companions.CONFIG, config)
-        _complete_processor(folder, llava)
-        if conversion.prompt_format != "auto" or not (folder / companions.CHAT_TEMPLATE).is_file():
-            _write_chat_template(conversion, folder, llava)
-        tables = {name for weight in table if weight.layout == "vocab" for name in weight.hf}
-        writer = HfWriter(folder)
-        for name in weights:
-            view = weights.view(name)
-            writer.add(name, append_mean_rows(view, vocab_size) if name in tables else view)
-        for name, tensor in unused.items():
-            writer.add(name, cast(tensor, dtype, name))
-        with _progress(writer.total_size) as bar:
-            writer.close(bar.update)
-    print(f"wrote {conversion.target_ckpt_path}: LlavaForConditionalGeneration, {conversion.precision}")
+    return carriers, config, llava
 
 
-def _open_sources(
-    conversion: Conversion, llava: Llava, dtype: torch.dtype
-) -> tuple[Reader, dict[str, Tensor], list[Path]]:
-    """The whole megatron.core model, lazily, the sources' tensors that it does not use, and the sources' files."""
-    from megatron_patch.checkpoint.convert import new_projector, to_mcore
-    from megatron_patch.checkpoint.hf import HfReader
-    from megatron_patch.checkpoint.reader import InMemory, Joined
-    from megatron_patch.families.llava import rows, unused_names
+def _write_companions(conversion: Conversion, folder: Path, config: dict[str, Any], llava: Llava) -> Llava:
+    """Everything beside the shards. Returns the sizes, with the image token's id and rows for new tokens."""
+    from megatron_patch.checkpoint.card import versions
+    from megatron_patch.data.tokenize import IMAGE, install_tokenizer, source_chat_template
 
-    language, tower, projector = parts(llava)
-    models = [
-        HfReader(conversion.source_llm_ckpt_path, language.hub_name),
-        HfReader(conversion.source_clip_ckpt_path, tower.hub_name),
-    ]
-    source = Joined([*models, InMemory(new_projector(projector.rows(), conversion.seed), "the new projector")])
-    unused = unused_names(llava)
-    kept = {name: source[name] for name in unused}
-    return to_mcore(rows(llava), source, unused, dtype), kept, [path for model in models for path in model.files()]
-
-
-def _write_companions(
-    conversion: Conversion, folder: Path, llava: Llava, text: dict[str, Any], tower: dict[str, Any]
-) -> Llava:
-    """Everything beside the shards. Returns `llava` with the image token's id, which the tokenizer gives."""
-    from megatron_patch.data.tokenize import install_tokenizer
-
-    llava = dataclasses.replace(llava, image_token_id=install_tokenizer(conversion.source_llm_ckpt_path, folder))
-    config = companions.llava_config(text, tower, llava.image_token_id)
+    llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
+    ids = install_tokenizer(llm, folder, conversion.added_tokens)
+    vocab_size = max([llava.language.vocab_size, *(ids[token] + 1 for token in conversion.added_tokens)])
+    if vocab_size > llava.language.vocab_size:
+        config = {**config, "text_config": {**config["text_config"], "vocab_size": vocab_size}}
+    config = {**config, "image_token_index": ids[IMAGE]}
+    llava = describe(config)
     companions.write_json(folder, companions.CONFIG, config)
-    companions.copy_companions(conversion.source_llm_ckpt_path, folder, (companions.GENERATION_CONFIG,))
-    companions.copy_companions(conversion.source_clip_ckpt_path, folder, (companions.PREPROCESSOR,))
-    _complete_processor(folder, llava)
-    _write_chat_template(conversion, folder, llava)
+    companions.copy_companions(llm, folder / companions.SOURCE_TOKENIZER, companions.IN_SOURCE_TOKENIZER)
+    companions.copy_companions(llm, folder, (companions.GENERATION_CONFIG,))
+    companions.copy_companions(clip or llm, folder, (companions.PREPROCESSOR,))
+    companions.complete_processor(folder, llava.vision)
+    template = source_chat_template(llm) if clip is None and conversion.prompt_format == "auto" else None
+    _write_chat_template(conversion, folder, llava, template)
+    record = {
+        "language_model": str(llm),
+        "vision_tower": str(clip or llm),
+        "projector": str(conversion.projector or (f"new, seed {conversion.seed}" if clip else llm)),
+        "precision": conversion.precision,
+        "added_tokens": conversion.added_tokens,
+        "versions": versions(),
+    }
+    companions.write_json(folder, companions.RECORD, record)
     return llava
 
 
-def _complete_processor(folder: Path, llava: Llava) -> None:
-    """Write what a processor needs and no source had."""
-    if not (folder / companions.PREPROCESSOR).is_file():
-        companions.write_json(folder, companions.PREPROCESSOR, companions.preprocessor_config(llava.vision))
-    if not (folder / companions.PROCESSOR).is_file():
-        companions.write_json(folder, companions.PROCESSOR, companions.processor_config(llava.vision))
+def _write_export(conversion: Conversion, folder: Path, config: dict[str, Any], llava: Llava, weights: Reader) -> None:
+    """The whole LLaVA: config.json and what is beside it, and the weights."""
+    from megatron_patch.checkpoint.hf import HfWriter
+    from megatron_patch.checkpoint.sources import with_rows
+
+    vocab_size = _exported_vocab_size(llava)
+    companions.make_tokenizer_portable(folder)
+    config = companions.hf_config(config, llava, vocab_size, DTYPES[conversion.precision])
+    companions.write_json(folder, companions.CONFIG, config)
+    companions.complete_processor(folder, llava.vision)
+    if conversion.prompt_format != "auto" or not (folder / companions.CHAT_TEMPLATE).is_file():
+        _write_chat_template(conversion, folder, llava)
+    writer = HfWriter(folder, conversion.max_shard_bytes)
+    for name, view in with_rows(weights, llava, vocab_size).views.items():
+        writer.add(name, view)
+    with _progress(writer.total_size) as bar:
+        writer.close(bar.update)
 
 
-def _write_chat_template(conversion: Conversion, folder: Path, llava: Llava) -> None:
+def _write_parts(
+    conversion: Conversion, folder: Path, config: dict[str, Any], weights: Reader, carriers: Sequence[Path]
+) -> None:
+    """Language model, vision tower and projector by themselves, the language model with its source's tokenizer."""
+    from megatron_patch.checkpoint.mm_projector import write_mm_projector
+    from megatron_patch.checkpoint.parts import LANGUAGE_MODEL, write_parts
+    from megatron_patch.data.tokenize import remove_image_token
+
+    write_mm_projector(folder, weights)
+    write_parts(folder, weights, config, DTYPES[conversion.precision], conversion.max_shard_bytes)
+    kept = next((f for f in (path / companions.SOURCE_TOKENIZER for path in carriers) if f.is_dir()), None)
+    added = any(_record(path).get("added_tokens") for path in carriers)
+    if kept is not None and not added:
+        companions.copy_companions(kept, folder / LANGUAGE_MODEL, companions.IN_SOURCE_TOKENIZER)
+        return
+    companions.copy_companions(folder, folder / LANGUAGE_MODEL, companions.TOKENIZER)
+    if not added:  # else <image> has a row among the others
+        remove_image_token(folder / LANGUAGE_MODEL)
+
+
+def _verify(conversion: Conversion, folder: Path, llava: Llava, hf: Reader, mcore: Reader) -> dict[str, Any]:
+    """Compare both sides, write parity.json into the new `folder`, and return what it says.
+
+    Raises ValueError when they diverge; the report then lies beside the target, of which nothing is left.
+    """
+    import torch
+
+    from megatron_patch import parallel
+    from megatron_patch.checkpoint.verify import verify
+    from megatron_patch.data.tokenize import load_tokenizer
+
+    dtype = getattr(torch, DTYPES[conversion.precision])
+    ids = load_tokenizer(folder)(FIXED_PROMPT, add_special_tokens=False).input_ids
+    counts = [llava.vision.num_image_tokens if id == llava.image_token_id else 1 for id in ids]
+    prompt = torch.tensor([ids]).repeat_interleave(torch.tensor(counts), dim=1)
+    with TemporaryDirectory() as store:
+        parallel.start(Parallel(), seed=0, init_method=f"file://{store}/store", rank=0, world_size=1)
+        try:
+            parity = verify(llava, companions.read_json(folder), hf, mcore, prompt, dtype, parallel.device())
+        finally:
+            parallel.stop()
+    report = parity.to_dict()
+    first = parity.first_divergence
+    if first is not None:
+        path = conversion.target_ckpt_path.with_name(f"{conversion.target_ckpt_path.name}.{companions.PARITY}")
+        companions.write_json(path.parent, path.name, report)
+        raise ValueError(
+            f"{conversion.target_ckpt_path}: not written, since its model diverges from the source's at {first.name} "
+            f"(largest difference {first.max_abs_difference:.3g}, cosine {first.cosine:.6f}); {path} has every block"
+        )
+    companions.write_json(folder, companions.PARITY, report)
+    print(f"verified: logits differ by at most {report['logits_max_abs_difference']:.3g}, {companions.PARITY} has more")
+    return report
+
+
+def _write_card(
+    conversion: Conversion, folder: Path, llava: Llava, carriers: Sequence[Path], parity: dict[str, Any] | None
+) -> None:
+    from megatron_patch.checkpoint.card import model_card
+
+    record = next((record for record in map(_record, carriers) if record), {})
+    (folder / companions.CARD).write_text(model_card(llava, record, conversion.precision, parity))
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """What the import wrote about itself; {} where there is nothing."""
+    return companions.read_json(folder, companions.RECORD) if (folder / companions.RECORD).is_file() else {}
+
+
+def _write_chat_template(conversion: Conversion, folder: Path, llava: Llava, own: str | None = None) -> None:
+    """`own`: a whole LLaVA's, which stays."""
     from megatron_patch.data.tokenize import chat_template, format_name
 
-    name = format_name(conversion.prompt_format, llava.language.family)
-    (folder / companions.CHAT_TEMPLATE).write_text(chat_template(name))
-
-
-def _unused_for_export(conversion: Conversion, llava: Llava, carriers: list[Path]) -> dict[str, Tensor]:
-    """The tensors that transformers' model has and megatron.core's has not: as the import kept them, or CLIP's."""
-    from megatron_patch.checkpoint.hf import HfReader, load_safetensors
-    from megatron_patch.families.llava import unused_names
-
-    names = unused_names(llava)
-    path = next((path / companions.UNUSED for path in carriers if (path / companions.UNUSED).is_file()), None)
-    if path is not None:
-        kept = load_safetensors(path)
-    elif conversion.source_clip_ckpt_path is not None:
-        _, tower, _ = parts(llava)
-        kept = path = HfReader(conversion.source_clip_ckpt_path, tower.hub_name)
-    else:
-        raise FileNotFoundError(
-            f"{carriers[0] / companions.UNUSED}: missing; it holds the tower's last layer, which no training uses; "
-            "give CLIP's folder with --source-clip-ckpt-path"
-        )
-    for name in names:
-        if name not in kept:
-            raise ValueError(f"{path}: has no {name}; give another --source-clip-ckpt-path or copy it again")
-    return {name: kept[name] for name in names}
+    text = own or chat_template(format_name(conversion.prompt_format, llava.language.family))
+    (folder / companions.CHAT_TEMPLATE).write_text(text)
 
 
 def _exported_vocab_size(llava: Llava) -> int:

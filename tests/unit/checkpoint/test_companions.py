@@ -18,8 +18,10 @@ def test_copying_is_whole_and_can_be_repeated(tmp_path, mcore):
     target = tmp_path / "run" / "checkpoint"
     for _ in range(2):
         companions.copy_companions(mcore, target)
-        copied = {path.name for path in target.iterdir()}
-        assert copied == {path.name for path in mcore.iterdir() if path.is_file()} - {companions.TRACKER}
+        copied = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+        there = {str(path.relative_to(mcore)) for path in mcore.rglob("*") if path.is_file()}
+        weights = {name for name in there if name.startswith("release/")}
+        assert copied == there - weights - {companions.TRACKER, companions.PARITY}
         for name in copied:
             assert (target / name).read_bytes() == (mcore / name).read_bytes()
     companions.copy_companions(target, target)

@@ -6,11 +6,13 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_patch.checkpoint.hf import HfReader, HfWriter
+from megatron_patch.checkpoint import disk
+from megatron_patch.checkpoint.hf import HfReader, HfWriter, load_safetensors, save_tensors
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),
@@ -140,6 +142,47 @@ def test_same_tensor_under_two_spellings(tmp_path):
         HfReader(tmp_path, lambda name: "x")
 
 
+def raw(folder: Path, header: bytes, length: int | None = None, data: bytes = b"") -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data)
+
+
+def entry(start: int, end: int) -> str:
+    return f'{{"dtype": "U8", "shape": [{end - start}], "data_offsets": [{start}, {end}]}}'
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: raw(folder, b"{}", length=1 << 62),
+        lambda folder: raw(folder, b"{}", length=200_000_000, data=b" " * 100),
+        lambda folder: raw(folder, f'{{"a": {entry(0, 8)}, "b": {entry(4, 12)}}}'.encode(), data=bytes(12)),
+        lambda folder: raw(folder, f'{{"a": {entry(0, 4)}, "b": {entry(8, 12)}}}'.encode(), data=bytes(12)),
+        lambda folder: raw(folder, f'{{"a": {entry(0, 12)}}}'.encode(), data=bytes(4)),
+        lambda folder: raw(folder, f'{{"a": {entry(0, 4)}}}'.replace("[4]", "[5]").encode(), data=bytes(4)),
+    ],
+    ids=["header past the end", "huge header", "overlap", "hole", "past the end", "shape and bytes disagree"],
+)
+def test_hostile_headers_are_refused(tmp_path, write):
+    write(tmp_path)
+    with pytest.raises(ValueError, match=r"model.safetensors: not a readable safetensors file"):
+        HfReader(tmp_path)
+
+
+def test_types_without_a_name_here_are_refused_when_asked_for(tmp_path):
+    text = '{"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}'
+    raw(tmp_path, text.encode(), data=bytes(4))
+    with pytest.raises(ValueError, match="a: is of type F8_E4M3; expected one of BF16, F16, F32"):
+        HfReader(tmp_path).view("a")
+
+
+def test_a_header_of_odd_length(tmp_path):
+    """safetensors allows it; the tensors then begin at odd bytes."""
+    text = '{"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}'
+    raw(tmp_path, text.encode() + b" " * (1 - len(text) % 2), data=torch.arange(4.0).numpy().tobytes())
+    assert torch.equal(HfReader(tmp_path)["a"], torch.arange(4.0).reshape(2, 2))
+
+
 class _Canary:
     """A pickle that creates a file when it is loaded."""
 
@@ -157,6 +200,48 @@ def test_code_in_a_bin_is_not_run(tmp_path, zipped):
     with pytest.raises(ValueError, match="not a file of tensors and plain values"):
         HfReader(tmp_path)
     assert not canary.exists()
+
+
+def test_a_few_tensors_carry_their_digests(tmp_path):
+    """The tower's unused layer lies beside the shards, out of the manifest's reach."""
+    path = tmp_path / "file.safetensors"
+    save_tensors(TENSORS, path)
+    assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in load_safetensors(path).items())
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"file.safetensors: . is not what was written \(sha256 differs\)"):
+        load_safetensors(path)
+    assert load_safetensors(path, check=False).keys() == TENSORS.keys()
+    save_file(TENSORS, path)
+    assert load_safetensors(path).keys() == TENSORS.keys()
+
+
+def test_an_array_of_objects_is_not_unpickled(tmp_path):
+    canary = tmp_path / "canary"
+    torch.save({"a": np.array([_Canary(canary)], dtype=object)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="not a file of tensors and plain values"):
+        HfReader(tmp_path)
+    assert not canary.exists()
+
+
+def test_a_bin_with_something_else_in_it(tmp_path):
+    torch.save({"a": torch.ones(2), "b": "text"}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="b is a str; expected a tensor"):
+        HfReader(tmp_path)
+
+
+def test_an_unfinished_file_does_not_load(tmp_path, monkeypatch):
+    """The header comes last."""
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(disk, "reached", lambda point: killed() if point == "weights written" else None)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, max_shard_size=1000)
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        HfReader(tmp_path)
 
 
 def test_writer_makes_one_file(tmp_path):

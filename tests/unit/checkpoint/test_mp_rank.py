@@ -166,10 +166,15 @@ class _Canary:
         return (Path.touch, (Path(self.path),))
 
 
-def test_code_in_a_shard_is_not_run(mcore, copy, tmp_path):
+@pytest.mark.parametrize("where", ["args", "_extra_state"])
+def test_code_in_a_shard_is_not_run(mcore, copy, tmp_path, where):
     canary = tmp_path / "canary"
     content = torch.load(rank_file(copy, 1), weights_only=True)
-    torch.save({**content, "args": _Canary(canary)}, rank_file(copy, 1))
+    if where == "args":
+        content["args"] = _Canary(canary)
+    else:
+        content["model"]["language_model.output_layer._extra_state"] = _Canary(canary)
+    torch.save(content, rank_file(copy, 1))
     with pytest.raises(ValueError, match=r"mp_rank_01/model_optim_rng.pt: not a file of tensors and plain values"):
         open_mcore(copy, read_config(mcore))
     assert not canary.exists()

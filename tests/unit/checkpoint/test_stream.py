@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 import threading
 import zlib
 from pathlib import Path
@@ -158,6 +161,36 @@ def test_tensors_that_are_made_are_made_once_and_let_go():
 def test_a_tensor_without_values():
     view = View.of_tensor(torch.empty(0, 3), "none")
     assert read({"x": view})["x"].shape == (0, 3)
+
+
+SPARSE = """
+import resource, sys, torch
+from pathlib import Path
+from megatron_patch.checkpoint.stream import Target, copy
+from megatron_patch.checkpoint.view import Source, View
+
+class Nowhere:
+    def write(self, offset, data):
+        pass
+
+rows = int(sys.argv[2])
+view = View.of(Source("it", torch.bfloat16, rows, 4096, path=Path(sys.argv[1])), (rows, 4096))
+parts = [view.narrow(1, 1024 * rank, 1024) for rank in range(4)]
+copy([Target(str(rank), part, Nowhere(), 0, [rows], True) for rank, part in enumerate(parts)])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_peak_memory_in_a_process_of_its_own(tmp_path):
+    """A gigabyte takes what 64 MB take: the buffers, whatever else torch does."""
+    peaks = []
+    for rows in (8192, 131072):
+        (tmp_path / "source").touch()
+        os.truncate(tmp_path / "source", rows * 8192)
+        command = [sys.executable, "-c", SPARSE, str(tmp_path / "source"), str(rows)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
+        peaks.append(int(result.stdout))
+    assert peaks[1] < peaks[0] + 30, peaks
 
 
 def test_memory_does_not_depend_on_the_size(tmp_path, monkeypatch):

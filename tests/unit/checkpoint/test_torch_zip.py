@@ -70,7 +70,7 @@ def test_the_same_weights_give_the_same_file(tmp_path):
 
 def test_an_unfinished_file_does_not_load(tmp_path):
     write(tmp_path / "file.pt", finish=False)
-    with pytest.raises(RuntimeError):
+    with pytest.raises((RuntimeError, OSError)):
         torch.load(tmp_path / "file.pt", weights_only=True)
     with pytest.raises((zipfile.BadZipFile, OSError)):
         zipfile.ZipFile(tmp_path / "file.pt")

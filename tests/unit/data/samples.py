@@ -45,7 +45,7 @@ QUESTION = "<image>\nDescribe it."
 def describe(folder: Path) -> Llava:
     """Write tokenizer and preprocessor of a tiny LLaVA: 300 words, pictures of 28 pixels that take 16 positions."""
     save_tokenizer(folder / "language_model", 300)
-    image_token_id = install_tokenizer(folder / "language_model", folder)
+    image_token_id = install_tokenizer(folder / "language_model", folder)["<image>"]
     (folder / "preprocessor_config.json").write_text(json.dumps(CLIP))
     sizes = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
     return Llava(

@@ -58,7 +58,7 @@ SOURCES = {"tiny": tiny, "mistral_v3": mistral_v3}
 def installed(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     source = SOURCES[request.param](folder / "source")
-    return source, folder / "target", install_tokenizer(source, folder / "target")
+    return source, folder / "target", install_tokenizer(source, folder / "target")["<image>"]
 
 
 def encoded(turns, tokenizer, style: PromptFormat, length=2000):
@@ -90,13 +90,13 @@ def test_install_adds_the_image_token_and_nothing_else(installed):
 
 def test_install_again_keeps_the_id(installed, tmp_path):
     _, target, image_token_id = installed
-    assert install_tokenizer(target, tmp_path) == image_token_id
+    assert install_tokenizer(target, tmp_path) == {"<image>": image_token_id}
     assert (tmp_path / "tokenizer_config.json").read_bytes() == (target / "tokenizer_config.json").read_bytes()
 
 
 def test_install_leaves_nothing_of_another_tokenizer(tmp_path):
     source, target = mistral_v3(tmp_path / "source"), tiny(tmp_path / "target")
-    assert install_tokenizer(source, target) == 32768
+    assert install_tokenizer(source, target) == {"<image>": 32768}
     assert {path.name for path in target.iterdir()} == {"tokenizer.model", "tokenizer_config.json"}
     with pytest.raises(ValueError, match="is the source itself"):
         install_tokenizer(target, target)

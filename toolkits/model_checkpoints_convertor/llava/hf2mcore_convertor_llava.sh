@@ -5,9 +5,12 @@
 #            TP PP mg2hf PR [HF_CKPT_PATH] [--flag value ...]
 #
 #   MODEL_SIZE             7B | 13B | ... | auto    checked against the language model's config.json; auto: not checked
-#   SOURCE_LLM_CKPT_PATH   folder                   mg2hf=false: a Mistral or Llama from Hugging Face
+#   SOURCE_LLM_CKPT_PATH   folder                   mg2hf=false: a Llama, Vicuna, Mistral, Qwen2 or whole
+#                                                   LLaVA from Hugging Face, or a Megatron-Core checkpoint, which is
+#                                                   cut anew for TP and PP
 #                                                   mg2hf=true: a Megatron-Core checkpoint, saved at any TP and PP
-#   SOURCE_CLIP_CKPT_PATH  folder | none            a CLIP from Hugging Face; none only with mg2hf=true
+#   SOURCE_CLIP_CKPT_PATH  folder | none            a CLIP from Hugging Face; none where the source is a whole
+#                                                   LLaVA or Megatron-Core's
 #   TARGET_CKPT_PATH       folder                   for the result; new or empty
 #   TP PP                  numbers                  tensor and pipeline parallel sizes of the shards written
 #   mg2hf                  true | false             true: Megatron-Core to Hugging Face
@@ -15,7 +18,8 @@
 #   HF_CKPT_PATH           folder | none            mg2hf=true: where config.json and tokenizer come from, when the
 #                                                   checkpoint does not carry them
 #
-# Named flags after these: --seed, --prompt-format.
+# Named flags after these (convert.py --help explains them): --verify, --no-check, --parts, --max-shard-size, --projector,
+# --add-tokens, --prompt-format, --seed.
 #
 # example: bash hf2mcore_convertor_llava.sh 7B Mistral-7B-Instruct clip-vit-large-patch14-336 OUT 4 1 false bf16
 

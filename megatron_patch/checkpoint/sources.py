@@ -1,0 +1,99 @@
+"""What an import reads: a language model and a CLIP, or a whole LLaVA, with the projector of either or a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron_patch.checkpoint.companions import UNUSED
+from megatron_patch.checkpoint.convert import append_mean_rows, new_projector
+from megatron_patch.checkpoint.hf import HfReader, load_safetensors
+from megatron_patch.checkpoint.mm_projector import read_mm_projector
+from megatron_patch.checkpoint.reader import InMemory, Joined, Reader, Views
+from megatron_patch.config import Llava
+from megatron_patch.families.llava import hub_name, parts, rows, unused_names
+
+EMBED_TOKENS = "language_model.model.embed_tokens.weight"
+LM_HEAD = "language_model.lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Weights of a whole LLaVA, wherever they lie."""
+
+    reader: Reader
+    """All tensors under the hub's names."""
+
+    unused: tuple[str, ...]
+    """Those that transformers' model has and megatron.core's has not."""
+
+    files: list[Path]
+
+
+def open_sources(llava: Llava, llm: Path, clip: Path | None, projector: Path | None, seed: int) -> Sources:
+    """The weights in the folders `llm` and `clip`. `clip` None: `llm` is a whole LLaVA.
+
+    `projector`: LLaVA's mm_projector.bin; None: new weights, drawn with `seed`. Raises ValueError or OSError, one line
+    that names the file, for what is missing, damaged or contradictory.
+    """
+    if clip is None:
+        models = [HfReader(llm, partial(hub_name, llava))]
+        reader = models[0]
+    else:
+        language, tower, connector = parts(llava)
+        models = [HfReader(llm, language.hub_name), HfReader(clip, tower.hub_name)]
+        if projector is None:
+            last = InMemory(new_projector(connector.rows(), seed), "the new projector")
+        else:
+            last = read_mm_projector(projector)
+        reader = Joined([*models, last])
+    files = [path for model in models for path in model.files()]
+    return Sources(_without_tied_copy(llava, reader), tuple(unused_names(llava)), files)
+
+
+def with_rows(reader: Reader, llava: Llava, num_rows: int) -> Reader:
+    """A model (the hub's names) with `num_rows` rows in embedding and output layer; new ones are the others' mean."""
+    tables = {name for weight in rows(llava) if weight.layout == "vocab" for name in weight.hf}
+    views = {name: reader.view(name) for name in reader}
+    longer = {name: append_mean_rows(views[name], num_rows) for name in tables if views[name].shape[0] < num_rows}
+    return Views({**views, **longer}, reader.source)
+
+
+def open_unused(llava: Llava, carriers: Sequence[Path], clip: Path | None, check: bool = True) -> Reader:
+    """The tensors that transformers' model has and megatron.core's has not, for an export.
+
+    As the import kept them in the first of `carriers` that has them (`check`: compared with their sha256), or those of
+    the CLIP in `clip`. Raises ValueError or FileNotFoundError, one line, when they are in neither.
+    """
+    kept = next((path / UNUSED for path in carriers if (path / UNUSED).is_file()), None)
+    if kept is not None:
+        reader = InMemory(load_safetensors(kept, check), str(kept))
+    elif clip is not None:
+        _, tower, _ = parts(llava)
+        reader = HfReader(clip, tower.hub_name)
+    else:
+        raise FileNotFoundError(
+            f"{carriers[0] / UNUSED}: missing; it holds the tower's last layer, which no training uses; give CLIP's "
+            "folder with --source-clip-ckpt-path"
+        )
+    names = unused_names(llava)
+    for name in names:
+        if name not in reader:
+            raise ValueError(f"{reader.source}: has no {name}; give another --source-clip-ckpt-path or copy it again")
+    return Views({name: reader.view(name) for name in names}, reader.source)
+
+
+def _without_tied_copy(llava: Llava, reader: Reader) -> Reader:
+    """Leave out the output layer that some files of tied models hold. Raises ValueError when it is another tensor."""
+    if not llava.language.share_embeddings_and_output_weights or LM_HEAD not in reader:
+        return reader
+    if not torch.equal(reader[LM_HEAD], reader[EMBED_TOKENS]):
+        raise ValueError(
+            f"{reader.source_of(LM_HEAD)}: the output layer is not the embedding, though config.json says "
+            "tie_word_embeddings true; set it to false there"
+        )
+    return Views({name: reader.view(name) for name in reader if name != LM_HEAD}, reader.source)

@@ -1,0 +1,115 @@
+"""What a conversion is told: its settings, each with its flag's help text beneath it. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_patch.arguments import flag
+from megatron_patch.config import Parallel, Precision, PromptFormat
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+SIZE = r"([1-9][0-9]*)([KMGT])B"
+AUTO_VERIFY_BYTES = 1000**3
+# What NeMo's NeVA adds besides `<image>`.
+NEVA_TOKENS = ("<im_start>", "<im_end>", *(f"<extra_id_{number}>" for number in range(8)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """Convert LLaVA between Hugging Face and Megatron-Core."""
+
+    model_size: str = "auto"
+    """Size of the language model, such as 7B, checked against its config.json; auto: not checked."""
+
+    source_llm_ckpt_path: Path
+    """Hugging Face folder of a Llama, Vicuna, Mistral or Qwen2, or of a whole LLaVA; with --mg2hf true a Megatron-Core
+    checkpoint, shards or torch_dist. With --mg2hf false such a checkpoint is cut anew."""
+
+    source_clip_ckpt_path: Path | None = None
+    """Hugging Face folder of a CLIP (whole, or its vision half); none: the source is a whole LLaVA. With --mg2hf true
+    only where the checkpoint lacks the tower's unused last layer."""
+
+    projector: Path | None = None
+    """LLaVA's mm_projector.bin to begin with; none: a new projector, or the whole LLaVA's. --parts writes one."""
+
+    target_ckpt_path: Path
+    """Folder for the result: new or empty. It appears when it is whole."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share every layer of the shards written. A checkpoint is read at any size."""
+
+    pipeline_model_parallel_size: int = 1
+    """Stages that share the layers of the shards written."""
+
+    mg2hf: bool = False
+    """Direction; false: Hugging Face to Megatron-Core, true: Megatron-Core to Hugging Face."""
+
+    precision: Precision = "bf16"
+    """Type of the weights written."""
+
+    hf_ckpt_path: Path | None = None
+    """With --mg2hf true: a LLaVA's folder, for the config.json and tokenizer that the checkpoint does not carry."""
+
+    prompt_format: PromptFormat = "auto"
+    """Chat template that is written beside the weights; auto: the language model family's own, or the one there is."""
+
+    add_tokens: str | None = None
+    """Tokens for the tokenizer besides <image>, separated by commas, or neva for those that NeMo's NeVA adds. Their
+    rows in embedding and output layer are the mean of the others."""
+
+    parts: Literal["false", "true", "projector"] = "false"
+    """With --mg2hf true. true: write language_model/, vision_tower/ and mm_projector.bin beside the LLaVA; projector:
+    write mm_projector.bin alone."""
+
+    max_shard_size: str = "5GB"
+    """With --mg2hf true: largest file of weights, such as 500MB or 5GB."""
+
+    verify: Literal["true", "false", "auto"] = "auto"
+    """Run both models block by block on a fixed picture and prompt, and write parity.json; auto: with less than 1 GB of
+    weights."""
+
+    no_check: bool = False
+    """Read a Megatron-Core checkpoint without comparing it with its manifest.json."""
+
+    seed: int = 1234
+    """Seed of the new projector's weights."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in DTYPES:
+            raise ValueError(f"--precision {self.precision}: weights are kept as bf16, fp16 or fp32; use one of these")
+        if not re.fullmatch(SIZE, self.max_shard_size):
+            raise ValueError(f"--max-shard-size {self.max_shard_size}: expected a size such as 500MB or 5GB")
+        for_export, for_import = {"parts": self.parts != "false"}, {"projector": self.projector is not None}
+        for_import["add_tokens"] = self.add_tokens is not None
+        for name, given in (for_import if self.mg2hf else for_export).items():
+            if given:
+                needed = str(not self.mg2hf).lower()
+                raise ValueError(f"{flag(name)} {getattr(self, name)}: is for --mg2hf {needed}; leave it out")
+        _ = self.parallel  # refuses sizes below 1, also where they are not used
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """Tokens that the tokenizer gets besides `<image>`."""
+        names = ",".join(NEVA_TOKENS) if self.add_tokens == "neva" else self.add_tokens or ""
+        return [name.strip() for name in names.split(",") if name.strip()]
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes."""
+        number, unit = re.fullmatch(SIZE, self.max_shard_size).groups()
+        return int(number) * 1000 ** ("KMGT".index(unit) + 1)
+
+    def verifies(self, num_bytes: int) -> bool:
+        """Whether a conversion of so many bytes of weights is verified."""
+        return num_bytes < AUTO_VERIFY_BYTES if self.verify == "auto" else self.verify == "true"
+
+    @property
+    def parallel(self) -> Parallel:
+        """The cut of the shards written."""
+        return Parallel(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+        )

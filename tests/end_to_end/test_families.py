@@ -1,0 +1,133 @@
+"""Every kind of language model: in, trained, and out again, with transformers as the judge."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
+
+from megatron_patch.checkpoint import resume
+from megatron_patch.checkpoint.hf import HfReader
+from megatron_patch.checkpoint.resume import Progress
+from megatron_patch.config import Config, Parallel
+from megatron_patch.data.image import normalize, read_image_settings
+from megatron_patch.families.llava import hub_name, parts, read_config
+from megatron_patch.training.loop import start_or_resume
+from megatron_patch.training.optimizer import build_scheduler
+from megatron_patch.training.step import batch_runner, train_step
+from tests import tiny_runs
+from tests.distributed.ranks import run_ranks
+from tests.tiny import LANGUAGE_MODELS
+from toolkits.model_checkpoints_convertor.convert import main
+
+CUTS = ((1, 1), (2, 1), (4, 1), (2, 2))
+TEXT = torch.arange(5, 295).reshape(2, -1)
+
+
+def convert(target: Path, **flags: object) -> Path:
+    named = {"target_ckpt_path": target, "precision": "fp32", "verify": "false", **flags}
+    assert main([f"--{name.replace('_', '-')}={value}" for name, value in named.items()]) == 0
+    return target
+
+
+@pytest.fixture(scope="module", params=LANGUAGE_MODELS)
+def source(request, tmp_path_factory) -> Path:
+    return LANGUAGE_MODELS[request.param](tmp_path_factory.mktemp(request.param) / "source")
+
+
+@pytest.fixture(scope="module")
+def imported(source, clip) -> Path:
+    """Verified while it was converted."""
+    sources = {"source_llm_ckpt_path": source, "source_clip_ckpt_path": clip}
+    target = convert(source.parent / "mcore", **sources, verify="true")
+    parity = json.loads((target / "parity.json").read_text())
+    assert parity["equal"]
+    assert parity["logits_max_abs_difference"] <= 1e-5
+    assert parity["top1_agreement"] == 1
+    return target
+
+
+@pytest.mark.parametrize(("tp", "pp"), CUTS)
+def test_round_trip_is_bit_exact(source, clip, tmp_path, tp, pp):
+    cut = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    shards = convert(tmp_path / "shards", source_llm_ckpt_path=source, source_clip_ckpt_path=clip, **cut)
+    back = convert(tmp_path / "back", mg2hf="true", source_llm_ckpt_path=shards)
+    llava = read_config(shards)
+    language, tower, _ = parts(llava)
+    expected = {**HfReader(source, language.hub_name), **HfReader(clip, tower.hub_name)}
+    found = HfReader(back, partial(hub_name, llava))
+    assert len(found) == len(expected) + 4  # the projector
+    for name, tensor in expected.items():
+        assert torch.equal(found[name][: len(tensor)], tensor), name
+
+
+def train(config: Config, steps: int) -> list[float]:
+    """Losses of some steps, everything trained; then a checkpoint is saved."""
+    llava = read_config(config.model.description)
+    model, wrapped, optimizer, _, _ = start_or_resume(config, llava)
+    scheduler = build_scheduler(optimizer, config, 0)
+    batches, run = itertools.cycle(tiny_runs.batches(llava, 2)), batch_runner(config)
+    losses = []
+    for _ in range(steps):
+        scheduler.step(1)
+        losses.append(train_step(wrapped, optimizer, batches, run).totals.loss)
+    resume.save(config, model, optimizer, Progress(steps, steps * 4), None)
+    return losses
+
+
+def logits(config: Config, input_ids: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+    """[b, s, vocabulary] of the run's last checkpoint, or of the weights that it starts from."""
+    llava = read_config(config.model.description)
+    model, *_ = start_or_resume(config, llava)
+    with torch.no_grad():
+        return model.eval()(input_ids, pictures)[..., : llava.language.vocab_size]
+
+
+def pixels(config: Config, batch) -> torch.Tensor:
+    settings = read_image_settings(config.model.description)
+    return normalize(batch.pixels, settings.mean, settings.std, torch.float32)
+
+
+def test_logits_equal_transformers(source, imported, tmp_path):
+    config = tiny_runs.config(imported, tmp_path)
+    (found,) = run_ranks(logits, Parallel(), 1, config, TEXT, torch.zeros(0, 3, 28, 28))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(source).eval()(TEXT).logits
+    assert (found - expected).abs().max() <= 1e-5
+
+
+def test_trained_and_exported_logits_equal_transformers(imported, tmp_path):
+    config = tiny_runs.config(imported, tmp_path / "run")
+    (losses,) = run_ranks(train, Parallel(), 1, config, 5)
+    assert losses[-1] < losses[0] - 0.3
+    (batch,) = tiny_runs.batches(read_config(imported), 1)
+    inputs = {"input_ids": batch.input_ids, "pixel_values": pixels(config, batch)}
+    (found,) = run_ranks(logits, Parallel(), 1, config, *inputs.values())
+
+    back = convert(tmp_path / "back", mg2hf="true", source_llm_ckpt_path=config.checkpoint.folder, verify="true")
+    judge, info = LlavaForConditionalGeneration.from_pretrained(back, output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        expected = judge.eval()(**inputs).logits[..., : found.shape[-1]]
+    assert (found - expected).abs().max() <= 1e-5
+    assert json.loads((back / "parity.json").read_text())["logits_max_abs_difference"] <= 1e-5
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_tied_tables_stay_equal_on_two_stages(clip, tmp_path, frozen):
+    """The first stage's embedding and the last one's output layer get each other's gradients."""
+    source = LANGUAGE_MODELS["qwen 2 tied"](tmp_path / "source")
+    cut = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2}
+    mcore = convert(tmp_path / "mcore", source_llm_ckpt_path=source, source_clip_ckpt_path=clip, **cut)
+    changed = {"freeze_lm": frozen, "freeze_vit": frozen}
+    (expected,) = run_ranks(train, Parallel(), 1, tiny_runs.config(mcore, tmp_path / "one", **changed), 2)
+    config = tiny_runs.config(mcore, tmp_path / "two", parallel=Parallel(**cut), **changed)
+    for losses in run_ranks(train, config.parallel, 2, config, 2):
+        assert losses == pytest.approx(expected, abs=1e-5)
+    back = convert(tmp_path / "back", mg2hf="true", source_llm_ckpt_path=config.checkpoint.folder, verify="true")
+    assert "language_model.lm_head.weight" not in HfReader(back)
