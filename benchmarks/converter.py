@@ -106,6 +106,7 @@ def measure(folder: Path, options: argparse.Namespace, depth: int, table: Table)
             sources = [language, tower]
             if number % 2:
                 copies.append(copied(sources, folder / "copy"))
+            print(f"TP{tp} PP{pp}, run {number + 1}", flush=True)
             there.append(run([sys.executable, CONVERT, *flags(language, tower, shards, tp, pp)], language, tower))
             back.append(run([sys.executable, CONVERT, *flags(shards, None, exported, "1", "1")], shards))
             if number == 0:

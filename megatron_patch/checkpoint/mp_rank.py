@@ -88,11 +88,6 @@ class MpRankReader(Reader):
                 shape[0] = min(shape[0], weight.shape[0])
         return tuple(shape)
 
-    def files(self) -> list[Path]:
-        """The ranks' files."""
-        found = (source.path for shards in self.shards.values() for shard in shards for source in shard.sources)
-        return [path for path in dict.fromkeys(found) if path is not None]
-
 
 @dataclass(frozen=True)
 class Rank:

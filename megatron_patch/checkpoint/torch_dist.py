@@ -110,10 +110,6 @@ class TorchDistReader(Reader):
             return (min(shape[0], weight.shape[0]), *shape[1:])
         return shape
 
-    def files(self) -> list[Path]:
-        """The files of blocks."""
-        return sorted(self.folder.glob("*.distcp"))
-
     def _block(self, key: str, offsets: torch.Size, sizes: torch.Size) -> View:
         """The plan of one block."""
         where = self.metadata.storage_data.get(MetadataIndex(key, offsets))

@@ -175,7 +175,7 @@ def test_a_disk_that_fails(tmp_path, monkeypatch, capsys, mistral, clip, functio
 def test_too_little_space_is_known_before(tmp_path, monkeypatch, capsys, mistral, clip, mcore):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
     for arguments in (importing(mistral, clip, tmp_path / "target"), exporting(mcore, tmp_path / "target")):
-        refused(capsys, arguments, tmp_path / "target", "needs 0.02 GB, and 0.00 GB are free")
+        refused(capsys, arguments, tmp_path / "target", "needs 0.07 GB, and 0.00 GB are free")
         assert list(tmp_path.iterdir()) == []
 
 

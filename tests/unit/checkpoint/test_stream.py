@@ -87,6 +87,7 @@ def test_what_fp16_cannot_hold_is_refused(tmp_path):
     assert read({"x": view})["x"][0, 1] == float("inf")
 
 
+@pytest.mark.usefixtures("io")
 def test_a_source_that_ends_early(tmp_path):
     view = stored(tmp_path / "a", torch.randn(100, 100))
     with (tmp_path / "a").open("r+b") as file:

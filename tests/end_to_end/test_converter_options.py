@@ -1,0 +1,225 @@
+"""What the converter takes besides a language model and a CLIP, and what it gives besides a LLaVA."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPVisionModel,
+    LlavaForConditionalGeneration,
+    pipeline,
+)
+
+from megatron_patch.checkpoint.companions import read_json, write_json
+from megatron_patch.checkpoint.hf import HfReader
+from megatron_patch.data.tokenize import load_tokenizer
+from megatron_patch.families.llava import hub_name, read_config
+from tests.tiny import LANGUAGE_MODELS
+from toolkits.model_checkpoints_convertor.convert import main
+
+EMBED_TOKENS = "language_model.model.embed_tokens.weight"
+LM_HEAD = "language_model.lm_head.weight"
+
+
+def run(target: Path, **flags: object) -> int:
+    named = {"target_ckpt_path": target, "precision": "fp32", "verify": "false", **flags}
+    return main([f"--{name.replace('_', '-')}={value}" for name, value in named.items()])
+
+
+def convert(target: Path, **flags: object) -> Path:
+    assert run(target, **flags) == 0
+    return target
+
+
+def weights(folder: Path) -> HfReader:
+    return HfReader(folder, partial(hub_name, read_config(folder)))
+
+
+def hub(name: str) -> str:
+    return name
+
+
+def transformers_5(name: str) -> str:
+    """As modules are called since 4.52, which some checkpoints on the hub were saved as."""
+    if name == LM_HEAD:
+        return "lm_head.weight"
+    return "model." + name.replace("language_model.model.", "language_model.").replace("vision_model.", "")
+
+
+@pytest.mark.parametrize("spelling", [hub, transformers_5])
+def test_a_whole_llava_comes_back_as_it_was(tmp_path, hf, spelling):
+    """Tower, projector and language model of one folder, image token and rows for it included."""
+    source = shutil.copytree(hf, tmp_path / "llava")
+    tensors = {spelling(name): tensor for name, tensor in load_file(hf / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    cut = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    shards = convert(tmp_path / "shards", source_llm_ckpt_path=source, verify="true", **cut)
+    back = convert(tmp_path / "back", mg2hf="true", source_llm_ckpt_path=shards)
+    expected, found = weights(hf), weights(back)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert (shards / "chat_template.jinja").read_text() == (hf / "chat_template.jinja").read_text()
+    assert AutoProcessor.from_pretrained(back).image_token_id == read_json(hf)["image_token_index"] == 300
+
+
+def test_a_llava_of_the_hub_with_its_own_template(tmp_path, hf):
+    """Sizes that LlavaConfig repeats, a template in chat_template.json, a tokenizer that begins sequences itself."""
+    source = shutil.copytree(hf, tmp_path / "llava")
+    write_json(source, "config.json", {**read_json(source), "vocab_size": 320, "ignore_index": -100})
+    (source / "chat_template.jinja").unlink()
+    write_json(source, "chat_template.json", {"chat_template": "{{ messages[0]['content'] }}"})
+    path = source / "tokenizer.json"
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    begins = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+    }
+    begins["special_tokens"] = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": begins}))
+    shards = convert(tmp_path / "shards", source_llm_ckpt_path=source)
+    assert (shards / "chat_template.jinja").read_text() == "{{- bos_token -}}{{ messages[0]['content'] }}"
+    said = convert(tmp_path / "said", source_llm_ckpt_path=source, prompt_format="v1")
+    assert "ASSISTANT:" in (said / "chat_template.jinja").read_text()
+
+
+def test_mm_projector_is_written_and_read(tmp_path, mcore, hf, mistral, clip):
+    folder = convert(tmp_path / "alone", mg2hf="true", source_llm_ckpt_path=mcore, parts="projector")
+    assert [path.name for path in folder.iterdir()] == ["mm_projector.bin"]
+    tensors = torch.load(folder / "mm_projector.bin", weights_only=True)
+    assert list(tensors) == [f"model.mm_projector.{i}.{what}" for i in (0, 2) for what in ("weight", "bias")]
+    sources = {"source_llm_ckpt_path": mistral, "source_clip_ckpt_path": clip, "seed": 7}
+    again = convert(tmp_path / "again", **sources, projector=folder / "mm_projector.bin")
+    back = convert(tmp_path / "back", mg2hf="true", source_llm_ckpt_path=again)
+    expected, found = weights(hf), weights(back)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_parts_are_the_sources_bit_for_bit(tmp_path, mcore, mistral, clip):
+    """Every tensor, the language model's config and its tokenizer; transformers loads both."""
+    back = convert(tmp_path / "back", mg2hf="true", source_llm_ckpt_path=mcore, parts="true", max_shard_size="500KB")
+    assert len(list(back.glob("model-*.safetensors"))) > 2
+    for name, source, kind in (
+        ("language_model", mistral, AutoModelForCausalLM),
+        ("vision_tower", clip, CLIPVisionModel),
+    ):
+        model, info = kind.from_pretrained(back / name, output_loading_info=True)
+        assert not any(info.values()), info
+        expected = kind.from_pretrained(source).state_dict()
+        assert model.state_dict().keys() == expected.keys()
+        assert all(torch.equal(model.state_dict()[key], expected[key]) for key in expected)
+        assert read_json(back / name) == read_json(source)
+        assert all(path.stat().st_size < 600_000 for path in (back / name).glob("*.safetensors"))
+    assert all("vision_model." in key for key in HfReader(back / "vision_tower"))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (back / "language_model" / file).read_bytes() == (mistral / file).read_bytes()
+    assert (back / "mm_projector.bin").is_file()
+    assert not LlavaForConditionalGeneration.from_pretrained(back, output_loading_info=True)[1]["missing_keys"]
+
+
+def test_a_part_of_a_checkpoint_without_its_sources_tokenizer(tmp_path, mcore):
+    shards = shutil.copytree(mcore, tmp_path / "shards")
+    shutil.rmtree(shards / "source_tokenizer")
+    back = convert(tmp_path / "back", mg2hf="true", source_llm_ckpt_path=shards, parts="true")
+    tokenizer = AutoTokenizer.from_pretrained(back / "language_model")
+    assert len(tokenizer) == 300
+    assert "<image>" not in tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen 2 tied"])
+def test_added_tokens_get_mean_rows(tmp_path, clip, kind):
+    source = LANGUAGE_MODELS[kind](tmp_path / "source")
+    sources = {"source_llm_ckpt_path": source, "source_clip_ckpt_path": clip}
+    shards = convert(tmp_path / "shards", **sources, tensor_model_parallel_size=2, add_tokens="neva", verify="true")
+    assert read_config(shards).language.vocab_size == 311
+    back = convert(tmp_path / "back", mg2hf="true", source_llm_ckpt_path=shards, parts="true", verify="true")
+    names = ["<image>", "<im_start>", "<im_end>", *(f"<extra_id_{i}>" for i in range(8))]
+    for folder in (shards, back, back / "language_model"):
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer.convert_tokens_to_ids(names) == list(range(300, 311))
+        assert tokenizer("a<im_end>b").input_ids.count(302) == 1
+    before, after = load_file(source / "model.safetensors"), weights(back)
+    tables = [name for name in (EMBED_TOKENS, LM_HEAD) if name in after]
+    assert len(tables) == (1 if "tied" in kind else 2)
+    for name in tables:
+        table = before[name.removeprefix("language_model.")]
+        assert torch.equal(after[name][:300], table)
+        assert torch.allclose(after[name][300:], table.mean(0, keepdim=True).expand(11, -1), atol=1e-6)
+    # Once there, they are the model's: converted again, nothing is added.
+    again = convert(tmp_path / "again", source_llm_ckpt_path=back, add_tokens="<im_start>,<im_end>")
+    assert read_config(again).language.vocab_size == 311
+
+
+def test_pipeline_runs_on_an_export(hf):
+    ask = pipeline("image-text-to-text", model=str(hf))
+    content = [{"type": "image", "image": Image.new("RGB", (40, 30), "red")}, {"type": "text", "text": "What is it?"}]
+    (answer,) = ask(text=[{"role": "user", "content": content}], max_new_tokens=3, return_full_text=False)
+    assert isinstance(answer["generated_text"], str)
+
+
+def test_model_card(hf, mistral, clip):
+    card = (hf / "README.md").read_text()
+    parity = read_json(hf, "parity.json")
+    facts = [str(mistral), str(clip), "new, seed 1234", "id 300", "fp32", "4 layers of 96", "transformers 5"]
+    facts += ["100.00% of the positions", f"{parity['logits_max_abs_difference']:.3g}"]
+    for fact in facts:
+        assert fact in card, fact
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n")
+
+
+def test_a_tied_source_that_holds_another_output_layer(tmp_path, capsys, clip):
+    source = LANGUAGE_MODELS["qwen 2 tied"](tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    sources = {"source_llm_ckpt_path": source, "source_clip_ckpt_path": clip}
+    save_file({**tensors, "lm_head.weight": table.clone()}, source / "model.safetensors", metadata={"format": "pt"})
+    convert(tmp_path / "same", **sources)
+    save_file({**tensors, "lm_head.weight": table + 1}, source / "model.safetensors", metadata={"format": "pt"})
+    assert run(tmp_path / "other", **sources) == 1
+    assert (
+        "the output layer is not the embedding, though config.json says tie_word_embeddings" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"source_llm_ckpt_path": "hf", "source_clip_ckpt_path": "clip"},
+            "is a whole LLaVA and has its own; give none",
+        ),
+        ({"source_llm_ckpt_path": "hf", "projector": "x.bin"}, "--projector x.bin: "),
+        ({"source_llm_ckpt_path": "mistral"}, "--source-clip-ckpt-path none: a CLIP's folder is needed, since "),
+        (
+            {"source_llm_ckpt_path": "mistral", "source_clip_ckpt_path": "clip", "projector": "x"},
+            "x: no such file; exp",
+        ),
+        ({"source_llm_ckpt_path": "mcore", "add_tokens": "neva"}, "--add-tokens neva: is for an import"),
+        ({"source_llm_ckpt_path": "mcore", "mg2hf": "true", "projector": "x"}, "--projector x: is for --mg2hf false"),
+        ({"source_llm_ckpt_path": "mistral", "parts": "true"}, "--parts true: is for --mg2hf true"),
+        (
+            {"source_llm_ckpt_path": "mcore", "mg2hf": "true", "max_shard_size": "5"},
+            "--max-shard-size 5: expected a size",
+        ),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path, capsys, request, flags, message):
+    named = ("hf", "mistral", "clip", "mcore")
+    flags = {key: request.getfixturevalue(value) if value in named else value for key, value in flags.items()}
+    with contextlib.suppress(SystemExit):
+        assert run(tmp_path / "x", **flags) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "x").exists()
