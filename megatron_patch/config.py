@@ -173,6 +173,11 @@ class Model:
                 "--pretrained-checkpoint none: then --model-config is needed, a folder with the LLaVA's config.json, "
                 "tokenizer and processor, which give the new model's sizes"
             )
+        if self.pretrained_checkpoint is None and (self.freeze_lm or self.freeze_vit):
+            raise ValueError(
+                "--pretrained-checkpoint none: new weights are random and would stay so where they are frozen; "
+                "give --freeze-lm false --freeze-vit false"
+            )
         require_positive(self, "decoder_seq_length")
 
     @property

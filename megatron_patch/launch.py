@@ -91,7 +91,9 @@ def find_nodes(config: Config) -> tuple[int, int]:
         raise ValueError(f"--env dlc: {', '.join(missing)} not in the environment; a PyTorchJob sets it; or use dsw")
     nodes, node_rank = _number_from("WORLD_SIZE"), _number_from("RANK", least=0)
     if node_rank >= nodes:
-        raise ValueError(f"environment variable RANK={node_rank}: expected less than WORLD_SIZE={nodes}, counted from 0")
+        raise ValueError(
+            f"environment variable RANK={node_rank}: expected less than WORLD_SIZE={nodes}, counted from 0"
+        )
     _number_from("MASTER_PORT")
     return nodes, node_rank
 

@@ -18,7 +18,7 @@ esac
 cd "$ROOT" # every command below can be pasted there
 
 PYTHON=.venv/bin/python
-[ -x "$PYTHON" ] || PYTHON=python
+[ -x "$PYTHON" ] || PYTHON=$(command -v python || echo python3)
 PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 CUDA_VISIBLE_DEVICES='' # a CPU's run, where there is a GPU too
 TRANSFORMERS_VERBOSITY=error

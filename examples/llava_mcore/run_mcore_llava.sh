@@ -46,7 +46,7 @@ shift 23
 
 REPO=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 PYTHON=$REPO/.venv/bin/python
-[ -x "$PYTHON" ] || PYTHON=python
+[ -x "$PYTHON" ] || PYTHON=$(command -v python || echo python3)
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
 
 exec "$PYTHON" "$REPO/examples/llava_mcore/pretrain_llava.py" \

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_patch.checkpoint import disk, mp_rank
-from megatron_patch.checkpoint.companions import TRACKER, checkpoint_folder
+from megatron_patch.checkpoint.companions import CONFIG, TRACKER, checkpoint_folder
 from megatron_patch.checkpoint.disk import sync, sync_tree
 from megatron_patch.checkpoint.mp_rank import MpRankReader
 from megatron_patch.checkpoint.reader import Reader, Views
@@ -27,7 +27,7 @@ from megatron_patch.checkpoint.view import View
 from megatron_patch.config import Llava
 from megatron_patch.families.family import Weight
 from megatron_patch.families.layout import hf_shapes, merge, pad_vocab, shard, split
-from megatron_patch.families.llava import pipeline_copies
+from megatron_patch.families.llava import pipeline_copies, read_config
 from megatron_patch.families.llava import rows as llava_rows
 
 T = TypeVar("T", Tensor, View)
@@ -243,6 +243,14 @@ def open_mcore(folder: Path, llava: Llava, check: bool = True) -> Reader:
     model that `llava` describes.
     """
     target = checkpoint_folder(folder)
+    if (Path(folder) / CONFIG).is_file():
+        # Shapes tell every other size; a vocabulary that pads to the same one would pass for another's.
+        own = read_config(folder).language.vocab_size
+        if own != llava.language.vocab_size:
+            raise ValueError(
+                f"{Path(folder) / CONFIG}: the vocabulary has {own} words, and the model that was asked for "
+                f"{llava.language.vocab_size}; describe the model by the checkpoint's own config.json"
+            )
     rows = llava_rows(llava)
     reader = TorchDistReader(target, rows) if (target / ".metadata").is_file() else MpRankReader(target, rows, check)
     reader = _without_copies(reader, pipeline_copies(llava))

@@ -42,6 +42,12 @@ def latest(folder: Path) -> Path | None:
     Raises ValueError or OSError when the tracker file names no checkpoint that a run can go on from.
     """
     if not (folder / TRACKER).exists():
+        saved = _saved(folder)
+        if saved:
+            raise ValueError(
+                f"{folder}: has {saved[-1].name} and no {TRACKER}; write the iteration to go on from into it, or give "
+                f"another output folder to start anew"
+            )
         return None
     checkpoint = checkpoint_folder(folder)
     if not (checkpoint / CONFIG).is_file():
@@ -81,7 +87,7 @@ def save(
 
 def load(config: Config, checkpoint: Path, chunks: list[LlavaModel], optimizer: MegatronOptimizer) -> Progress:
     """Restore weights and optimizer from a checkpoint that `save` wrote, at any parallel sizes."""
-    _check_same_optimizer(config, checkpoint)
+    _check_same_training(config, checkpoint)
     model_state = _model_state(chunks)
     state = dist_checkpointing.load(
         {**model_state, "optimizer": _optimizer_state(optimizer, model_state, is_loading=True)},
@@ -127,13 +133,22 @@ def _position_file(checkpoint: Path) -> Path:
     return checkpoint / f"data_position_{parallel_state.get_data_parallel_rank():03d}.pt"
 
 
-def _check_same_optimizer(config: Config, checkpoint: Path) -> None:
-    saved = json.loads((checkpoint / CONFIG).read_text())["parallel"]["use_distributed_optimizer"]
-    if saved != config.parallel.use_distributed_optimizer:
-        raise ValueError(
-            f"{checkpoint}: saved with --use-distributed-optimizer {str(saved).lower()}, which keeps other states; "
-            f"resume with the same"
-        )
+def _check_same_training(config: Config, checkpoint: Path) -> None:
+    """Raise ValueError when what is trained, or how its states are kept, is not what the checkpoint holds."""
+    saved = json.loads((checkpoint / CONFIG).read_text())
+    now = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    for part, name in (("parallel", "use_distributed_optimizer"), ("model", "freeze_lm"), ("model", "freeze_vit")):
+        if saved[part][name] != now[part][name]:
+            raise ValueError(
+                f"{checkpoint}: saved with --{name.replace('_', '-')} {str(saved[part][name]).lower()}, which keeps "
+                f"other optimizer states; resume with the same, or give this folder as --pretrained-checkpoint of a new run"
+            )
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed run had not finished. Only for the one that holds `folder`."""
+    for partial in folder.glob("iter_*.partial"):
+        shutil.rmtree(partial)
 
 
 def _make_empty(folder: Path) -> None:

@@ -16,7 +16,7 @@ from megatron.energon import SavableDataLoader
 
 from megatron_patch import parallel
 from megatron_patch.checkpoint import resume
-from megatron_patch.checkpoint.companions import CHAT_TEMPLATE, copy_companions
+from megatron_patch.checkpoint.companions import CHAT_TEMPLATE, TRACKER, copy_companions
 from megatron_patch.checkpoint.convert import Stage, load_rank
 from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.config import Config, Llava
@@ -76,6 +76,8 @@ def start_or_resume(
 ) -> tuple[list[LlavaModel], list[DistributedDataParallel], MegatronOptimizer, Progress, Path | None]:
     """Model and optimizer with the weights of the run's last checkpoint, or of the pretrained one, or new ones."""
     checkpoint = resume.latest(config.checkpoint.folder)
+    if dist.get_rank() == 0:
+        resume.remove_partial(config.checkpoint.folder)
     chunks = build_model(config, llava)
     if checkpoint is None and config.model.pretrained_checkpoint is not None:
         for chunk in chunks:
@@ -86,7 +88,7 @@ def start_or_resume(
     optimizer = build_optimizer(wrapped, config)
     progress = Progress()
     if checkpoint is not None:
-        progress = resume.load(config, checkpoint, chunks, optimizer)
+        progress = load_checkpoint(config, checkpoint, chunks, optimizer)
         logger.info(f"resumed from {checkpoint} at iteration {progress.iteration}")
     if dist.get_rank() == 0:
         # Beside the weights, so that a checkpoint can be exported without the folder that it came from.
@@ -94,6 +96,22 @@ def start_or_resume(
         name = format_name(config.data.prompt_format, llava.language.family)
         (config.checkpoint.folder / CHAT_TEMPLATE).write_text(chat_template(name))
     return chunks, wrapped, optimizer, progress, checkpoint
+
+
+def load_checkpoint(
+    config: Config, checkpoint: Path, chunks: list[LlavaModel], optimizer: MegatronOptimizer
+) -> Progress:
+    """`resume.load`, with damaged files as one ValueError: torch, pickle and megatron.core raise all kinds of others."""
+    try:
+        return resume.load(config, checkpoint, chunks, optimizer)
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{checkpoint}: cannot be read ({type(error).__name__}: {reason}); write an earlier iteration into "
+            f"{checkpoint.parent / TRACKER}"
+        ) from error
 
 
 def build_model(config: Config, llava: Llava) -> list[LlavaModel]:
@@ -161,6 +179,8 @@ def validate(
         totals = [run_batch(chunks, batches, forward_only=True) for _ in range(config.training.eval_iters)]
     for chunk in chunks:
         chunk.train()
+    if reads_data():
+        batches.close()  # ends the processes that read
     return Totals.mean(totals)
 
 

@@ -1,10 +1,14 @@
-"""Reasons to stop before the last iteration: a signal from the scheduler or the terminal, or the time allowed."""
+"""How a run ends before its last iteration: by a signal, by the time allowed, with its parent; and that it is alone."""
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import os
 import signal
 import time
+from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -25,8 +29,8 @@ class Stop:
         for number in SIGNALS:
             signal.signal(number, self._note)
         # torchrun hands the signal to the processes that read data too, without which the place in the data cannot be
-        # saved. They end with the trainer.
-        os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
+        # saved. They end with the trainer instead.
+        os.register_at_fork(after_in_child=_ignore_signals)
 
     def due(self) -> bool:
         """Whether all ranks stop now: after a signal to any of them, or when the time is up. Every rank must ask."""
@@ -44,3 +48,26 @@ class Stop:
 
     def _note(self, number: int, frame: object) -> None:
         self._noted = number
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when the one that started it is gone, killed or not (Linux's prctl(2))."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def lock(folder: Path) -> IO[str]:
+    """Hold `folder` until the returned file is closed. Raises ValueError when another run holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{folder}: another run is writing it; wait for its end, or give another output") from None
+    return file
+
+
+def _ignore_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    end_with_parent()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 from megatron.core import parallel_state
 
 from megatron_patch.config import Config, Parallel
 from megatron_patch.families.llava import read_config
-from megatron_patch.training.loop import start_or_resume
+from megatron_patch.training.loop import build_model, start_or_resume
 from megatron_patch.training.optimizer import build_scheduler
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
@@ -104,3 +105,18 @@ def test_frozen_stage_without_trained_weights(mcore, tmp_path):
 def test_16_bits_are_near_fp32(mcore, tmp_path, one_process, precision):
     (reports,) = run(mcore, tmp_path, changed={"precision": precision}.items())
     assert [loss for loss, _ in reports] == pytest.approx([loss for loss, _ in one_process], abs=1e-2)
+
+
+def new_layers(config: Config) -> list[torch.Tensor]:
+    """A weight of each of this stage's layers, as they are drawn."""
+    (chunk,) = build_model(config, read_config(config.model.description))
+    return [layer.mlp.linear_fc2.weight.detach() for layer in chunk.language_model.decoder.layers]
+
+
+def test_new_layers_differ_on_all_stages(mcore, tmp_path):
+    cut = Parallel(pipeline_model_parallel_size=2)
+    config = tiny_runs.config(None, tmp_path, parallel=cut, model_config=mcore)
+    layers = [weight for stage in run_ranks(new_layers, cut, 2, config) for weight in stage]
+    assert len(layers) == 4
+    for one, other in itertools.combinations(layers, 2):
+        assert not torch.equal(one, other)

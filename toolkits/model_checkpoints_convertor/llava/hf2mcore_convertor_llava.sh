@@ -54,7 +54,7 @@ esac
 
 REPO=$(CDPATH='' cd -- "$(dirname -- "$0")/../../.." && pwd)
 PYTHON=$REPO/.venv/bin/python
-[ -x "$PYTHON" ] || PYTHON=python
+[ -x "$PYTHON" ] || PYTHON=$(command -v python || echo python3)
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
 
 exec "$PYTHON" "$REPO/toolkits/model_checkpoints_convertor/convert.py" \
