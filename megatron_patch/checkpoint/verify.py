@@ -126,10 +126,11 @@ def _compare(name: str, reference: Tensor, tensor: Tensor) -> Block:
     def product(one: Tensor, other: Tensor) -> float:
         return torch.linalg.vecdot(one, other).double().sum().item()  # one sum in fp32 would be off by a thousandth
 
+    lengths = (product(reference, reference) * product(tensor, tensor)) ** 0.5
     return Block(
         name=name,
         max_abs_difference=(reference - tensor).abs().max().item(),
-        cosine=product(reference, tensor) / (product(reference, reference) * product(tensor, tensor)) ** 0.5,
+        cosine=product(reference, tensor) / max(lengths, 1e-30),
         largest_value=reference.abs().max().item(),
     )
 

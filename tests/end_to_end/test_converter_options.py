@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -166,6 +169,21 @@ def test_pipeline_runs_on_an_export(hf):
     content = [{"type": "image", "image": Image.new("RGB", (40, 30), "red")}, {"type": "text", "text": "What is it?"}]
     (answer,) = ask(text=[{"role": "user", "content": content}], max_new_tokens=3, return_full_text=False)
     assert isinstance(answer["generated_text"], str)
+
+
+@pytest.mark.skipif("TRANSFORMERS_4" not in os.environ, reason="TRANSFORMERS_4 names no folder with transformers 4.57")
+def test_transformers_4_opens_an_export(hf):
+    """In a process of its own. The folder: `pip install --target FOLDER transformers==4.57.*`, without its torch."""
+    script = (
+        "import sys, transformers as t; assert t.__version__.startswith('4.'), t.__version__\n"
+        "model, info = t.LlavaForConditionalGeneration.from_pretrained(sys.argv[1], output_loading_info=True)\n"
+        "assert not any(info.values()), info\n"
+        "assert model.config.text_config.rope_theta == 500000.0\n"
+        "assert t.AutoProcessor.from_pretrained(sys.argv[1]).tokenizer('<image>').input_ids == [300]\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.environ["TRANSFORMERS_4"]}
+    result = subprocess.run([sys.executable, "-c", script, hf], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_model_card(hf, mistral, clip):

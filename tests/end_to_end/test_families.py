@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from megatron_patch.checkpoint import resume
@@ -17,6 +19,7 @@ from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.config import Config, Parallel
 from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.families.llava import hub_name, parts, read_config
+from megatron_patch.model.llava import language_config
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.optimizer import build_scheduler
 from megatron_patch.training.step import batch_runner, train_step
@@ -99,6 +102,30 @@ def test_logits_equal_transformers(source, imported, tmp_path):
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(source).eval()(TEXT).logits
     assert (found - expected).abs().max() <= 1e-5
+
+
+def test_stock_megatron_core_loads_the_shards(imported, tmp_path):
+    """GPTModel with the local spec, every key of it and no other."""
+    (keys,) = run_ranks(load_in_stock_model, Parallel(), 1, imported)
+    assert "output_layer._extra_state" in keys
+
+
+def load_in_stock_model(folder: Path) -> list[str]:
+    llava = read_config(folder)
+    sizes = llava.language
+    model = GPTModel(
+        language_config(tiny_runs.config(folder, folder), sizes),
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=sizes.padded_vocab_size(1),
+        max_sequence_length=128,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=sizes.share_embeddings_and_output_weights,
+    )
+    shard = torch.load(folder / "release" / "mp_rank_00" / "model_optim_rng.pt", weights_only=True)["model"]
+    prefix = "language_model."
+    ours = {name.removeprefix(prefix): value for name, value in shard.items() if name.startswith(prefix)}
+    model.load_state_dict(ours, strict=True)
+    return list(ours)
 
 
 def test_trained_and_exported_logits_equal_transformers(imported, tmp_path):
