@@ -331,8 +331,6 @@ class Optimizer:
         if self.optimizer_offload != "false":
             raise ValueError(f"--optimizer-offload {self.optimizer_offload}: not supported yet; use false")
         require_finite(self)
-        if self.lr <= 0:
-            raise ValueError(f"--lr {self.lr}: expected a number above 0")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 or more, less than 1")
@@ -340,7 +338,7 @@ class Optimizer:
             raise ValueError(f"--adam-eps {self.adam_eps}: expected a number above 0")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"--min-lr {self.min_lr}: expected a number from 0 to --lr {self.lr}")
-        require_not_negative(self, "lr_warmup_iters", "weight_decay", "clip_grad")
+        require_not_negative(self, "lr", "lr_warmup_iters", "weight_decay", "clip_grad")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -141,7 +141,7 @@ def _check_same_training(config: Config, checkpoint: Path) -> None:
         if saved[part][name] != now[part][name]:
             raise ValueError(
                 f"{checkpoint}: saved with --{name.replace('_', '-')} {str(saved[part][name]).lower()}, which keeps "
-                f"other optimizer states; resume with the same, or give this folder as --pretrained-checkpoint of a new run"
+                f"other optimizer states; resume with the same, or begin a new run with it as --pretrained-checkpoint"
             )
 
 

@@ -21,7 +21,7 @@ from megatron_patch.checkpoint.reader import Reader
 from megatron_patch.config import Checkpoint, Config, Data, Llava, Model, Optimizer, Training
 from megatron_patch.families.layout import pad_vocab
 from megatron_patch.families.llava import hub_name
-from megatron_patch.model.llava import LlavaModel
+from megatron_patch.model.llava import LlavaModel, find_image_rows
 
 Load = Callable[[str], Tensor]
 See = Callable[[str, Tensor], None]
@@ -185,7 +185,8 @@ def _run_mcore(llava: Llava, weight: Load, input_ids: Tensor, pixels: Tensor, se
     Watch(see).output("vision_projection", model.vision_projection)  # [n, patches, h] on both sides
     watch.layers("language_model", language.decoder.layers)
     watch.output("language_model.final_layernorm", language.decoder.final_layernorm)
-    logits = model(input_ids, pixels)[..., : llava.language.vocab_size]
+    image_rows = find_image_rows(input_ids, llava.image_token_id)
+    logits = model(input_ids, image_rows, pixels)[..., : llava.language.vocab_size]
     see("logits", logits)
     return logits
 

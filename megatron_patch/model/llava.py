@@ -143,6 +143,12 @@ class LlavaModel(MegatronModule):
             self.vision_model.requires_grad_(False)
 
 
+def find_image_rows(input_ids: Tensor, image_token_id: int) -> Tensor:
+    """Which of a batch's patches lies at each position of `input_ids` [b, s], counted on over samples; -1: a word."""
+    is_image = input_ids == image_token_id
+    return torch.where(is_image, is_image.flatten().cumsum(0).view_as(is_image) - 1, -1)
+
+
 class _LanguageModel(GPTModel):
     """GPTModel that projects to the vocabulary only where there is a label, and whose padding rows are no words."""
 

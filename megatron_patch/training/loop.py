@@ -101,7 +101,7 @@ def start_or_resume(
 def load_checkpoint(
     config: Config, checkpoint: Path, chunks: list[LlavaModel], optimizer: MegatronOptimizer
 ) -> Progress:
-    """`resume.load`, with damaged files as one ValueError: torch, pickle and megatron.core raise all kinds of others."""
+    """`resume.load`, with damaged files as one ValueError: torch and megatron.core raise all kinds of others."""
     try:
         return resume.load(config, checkpoint, chunks, optimizer)
     except ValueError:

@@ -23,7 +23,7 @@ from megatron_patch.config import Config, Llava, Parallel
 from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.data.task_encoder import Batch
 from megatron_patch.data.tokenize import IGNORE
-from megatron_patch.model.llava import DTYPES
+from megatron_patch.model.llava import DTYPES, find_image_rows
 
 Schedule = Callable[..., list[dict[str, Tensor]]]
 
@@ -143,10 +143,9 @@ def cut_text(batch: Batch, image_token_id: int, cut: Parallel) -> dict[str, Tens
     `input_ids`; `image_rows`: the number of the patch, of all the batch's, that lies at a position, -1 for words;
     `labels`. Padded on the right to a length that the ranks can share; in zigzag order, as the attention expects.
     """
-    is_image = batch.input_ids == image_token_id  # [b, s]
-    image_rows = torch.where(is_image, is_image.flatten().cumsum(0).view_as(is_image) - 1, -1)
+    image_rows = find_image_rows(batch.input_ids, image_token_id)
     text = {"input_ids": (batch.input_ids, 0), "image_rows": (image_rows, -1), "labels": (batch.labels, IGNORE)}
-    padding = -is_image.shape[1] % cut.sequence_multiple
+    padding = -image_rows.shape[1] % cut.sequence_multiple
     padded = {name: F.pad(tensor, (0, padding), value=value) for name, (tensor, value) in text.items()}
     return get_batch_on_this_cp_rank(padded)
 
