@@ -240,6 +240,7 @@ def test_a_tied_source_that_holds_another_output_layer(tmp_path, capsys, clip):
 def test_options_that_do_not_fit(tmp_path, capsys, request, flags, message):
     named = ("hf", "mistral", "clip", "mcore")
     flags = {key: request.getfixturevalue(value) if value in named else value for key, value in flags.items()}
+    capsys.readouterr()  # what the fixtures said
     with contextlib.suppress(SystemExit):
         assert run(tmp_path / "x", **flags) == 1
     said = capsys.readouterr().err
