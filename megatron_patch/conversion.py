@@ -57,8 +57,8 @@ class Conversion:
     """Chat template that is written beside the weights; auto: the language model family's own, or the one there is."""
 
     add_tokens: str | None = None
-    """Tokens for the tokenizer besides <image>, separated by commas, or neva for those that NeMo's NeVA adds. Their
-    rows in embedding and output layer are the mean of the others."""
+    """Tokens for the tokenizer besides <image>, separated by commas, or neva for those that NeMo's NeVA adds. Embedding
+    and output layer get rows up to the last one's id, the mean of the others; an export keeps them."""
 
     parts: Literal["false", "true", "projector"] = "false"
     """With --mg2hf true. true: write language_model/, vision_tower/ and mm_projector.bin beside the LLaVA; projector:
@@ -88,6 +88,8 @@ class Conversion:
             if given:
                 needed = str(not self.mg2hf).lower()
                 raise ValueError(f"{flag(name)} {getattr(self, name)}: is for --mg2hf {needed}; leave it out")
+        if self.parts == "projector" and self.verify == "true":
+            raise ValueError("--verify true: there is no whole model to verify with --parts projector; leave one out")
         _ = self.parallel  # refuses sizes below 1, also where they are not used
 
     @property

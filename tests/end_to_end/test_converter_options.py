@@ -224,6 +224,11 @@ def test_a_tied_source_that_holds_another_output_layer(tmp_path, capsys, clip):
             "x: no such file; exp",
         ),
         ({"source_llm_ckpt_path": "mcore", "add_tokens": "neva"}, "--add-tokens neva: is for an import"),
+        ({"source_llm_ckpt_path": "mcore", "verify": "true"}, "--verify true: is for conversions from and to Hugging"),
+        (
+            {"source_llm_ckpt_path": "mcore", "mg2hf": "true", "parts": "projector", "verify": "true"},
+            "--verify true: there is no whole model to verify",
+        ),
         ({"source_llm_ckpt_path": "mcore", "mg2hf": "true", "projector": "x"}, "--projector x: is for --mg2hf false"),
         ({"source_llm_ckpt_path": "mistral", "parts": "true"}, "--parts true: is for --mg2hf true"),
         (
@@ -235,6 +240,7 @@ def test_a_tied_source_that_holds_another_output_layer(tmp_path, capsys, clip):
 def test_options_that_do_not_fit(tmp_path, capsys, request, flags, message):
     named = ("hf", "mistral", "clip", "mcore")
     flags = {key: request.getfixturevalue(value) if value in named else value for key, value in flags.items()}
+    capsys.readouterr()  # what the fixtures said
     with contextlib.suppress(SystemExit):
         assert run(tmp_path / "x", **flags) == 1
     said = capsys.readouterr().err

@@ -87,6 +87,8 @@ def reshard(conversion: Conversion) -> None:
             raise ValueError(
                 f"{flag(name)} {getattr(conversion, name)}: is for an import from Hugging Face; leave it out"
             )
+    if conversion.verify == "true":
+        raise ValueError("--verify true: is for conversions from and to Hugging Face; a cut is checked by its manifest")
     carriers, _, llava = _described_checkpoint(conversion)
     llava.check_parallel(conversion.parallel)
     check_target(conversion.target_ckpt_path)

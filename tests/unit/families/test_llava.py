@@ -129,6 +129,38 @@ def test_what_the_network_does_not_have_is_refused(changes, message):
         families.describe_language_model(changed(MISTRAL, **changes))
 
 
+def published(kind, hidden, ffn, layers, heads, groups, vocab, **more):
+    sizes = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocab}
+    return {"model_type": kind, **sizes, "num_attention_heads": heads, "num_key_value_heads": groups, **more}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "parameters"),
+    [
+        ("7B", published("llama", 4096, 11008, 32, 32, 32, 32000, pretraining_tp=1), 6_738_415_616),  # Vicuna, Llama 2
+        ("8B", published("llama", 4096, 14336, 32, 32, 8, 128256, rope_scaling=LLAMA3), 8_030_261_248),  # Llama 3.1
+        ("1B", published("llama", 2048, 8192, 16, 32, 8, 128256, tie_word_embeddings=True), 1_235_814_400),  # 3.2
+        ("7B", published("qwen2", 3584, 18944, 28, 28, 4, 152064, use_sliding_window=False), 7_615_616_512),  # Qwen2.5
+        ("0.5B", published("qwen2", 896, 4864, 24, 14, 2, 151936, tie_word_embeddings=True), 494_032_768),
+    ],
+)
+def test_sizes_of_published_models(name, config, parameters):
+    llava = families.describe({**LLAVA, "text_config": config})
+    assert llava.language.num_parameters == parameters
+    llava.check_model_size(name)
+
+
+def test_a_llava_of_the_hub_leaves_most_to_defaults():
+    text = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
+    tower = {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096}
+    tower |= {"num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768}
+    config = {"model_type": "llava", "text_config": text, "vision_config": tower, "image_token_index": 32000}
+    llava = families.describe({**config, "ignore_index": -100, "projector_hidden_act": "gelu", "vocab_size": 32064})
+    assert (llava.image_token_id, llava.language.vocab_size, llava.language.num_layers) == (32000, 32064, 32)
+    assert (llava.vision.num_layers, llava.vision.num_image_tokens) == (23, 576)
+    assert families.describe_vision_model({**tower, "image_size": 224}).num_image_tokens == 256
+
+
 def test_vision_half_of_a_whole_clip():
     whole = CLIPConfig(vision_config=VISION_SIZES).to_dict()
     sizes = families.describe_vision_model(whole)
