@@ -19,7 +19,7 @@ from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.config import Config, Parallel
 from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.families.llava import hub_name, parts, read_config
-from megatron_patch.model.llava import language_config
+from megatron_patch.model.llava import find_image_rows, language_config
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.optimizer import build_scheduler
 from megatron_patch.training.step import batch_runner, train_step
@@ -72,23 +72,24 @@ def test_round_trip_is_bit_exact(source, clip, tmp_path, tp, pp):
 def train(config: Config, steps: int) -> list[float]:
     """Losses of some steps, everything trained; then a checkpoint is saved."""
     llava = read_config(config.model.description)
-    model, wrapped, optimizer, _, _ = start_or_resume(config, llava)
+    chunks, wrapped, optimizer, _, _ = start_or_resume(config, llava)
     scheduler = build_scheduler(optimizer, config, 0)
-    batches, run = itertools.cycle(tiny_runs.batches(llava, 2)), batch_runner(config)
+    batches, run = itertools.cycle(tiny_runs.batches(llava, 2)), batch_runner(config, llava)
     losses = []
     for _ in range(steps):
         scheduler.step(1)
         losses.append(train_step(wrapped, optimizer, batches, run).totals.loss)
-    resume.save(config, model, optimizer, Progress(steps, steps * 4), None)
+    resume.save(config, chunks, optimizer, Progress(steps, steps * 4), None)
     return losses
 
 
 def logits(config: Config, input_ids: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
     """[b, s, vocabulary] of the run's last checkpoint, or of the weights that it starts from."""
     llava = read_config(config.model.description)
-    model, *_ = start_or_resume(config, llava)
+    (model,), *_ = start_or_resume(config, llava)
+    image_rows = find_image_rows(input_ids, llava.image_token_id)
     with torch.no_grad():
-        return model.eval()(input_ids, pictures)[..., : llava.language.vocab_size]
+        return model.eval()(input_ids, image_rows, pictures)[..., : llava.language.vocab_size]
 
 
 def pixels(config: Config, batch) -> torch.Tensor:
