@@ -66,6 +66,9 @@ class Run:
     seconds: float
     peak_mb: int
 
+    def __str__(self) -> str:
+        return f"{self.seconds:.1f} s"
+
 
 @dataclass
 class Table:
@@ -89,8 +92,7 @@ class Table:
         head = (
             f"{'':34} {'GB':>6} {'s':>8} {'cp+fsync':>8} {'ratio':>6} {'GB/s':>6} {'RSS MB':>6}   each run | each copy"
         )
-        load = " ".join(f"{value:.1f}" for value in os.getloadavg())
-        end = f"load average at the end: {load}; {os.cpu_count()} cores, {platform.machine()}"
+        end = f"at the end {load()}; {os.cpu_count()} cores, {platform.machine()}"
         return "\n".join([head, *(row for _, row in self.rows), end])
 
 
@@ -106,7 +108,6 @@ def measure(folder: Path, options: argparse.Namespace, depth: int, table: Table)
             sources = [language, tower]
             if number % 2:
                 copies.append(copied(sources, folder / "copy"))
-            print(f"TP{tp} PP{pp}, run {number + 1}", flush=True)
             there.append(run([sys.executable, CONVERT, *flags(language, tower, shards, tp, pp)], language, tower))
             back.append(run([sys.executable, CONVERT, *flags(shards, None, exported, "1", "1")], shards))
             if number == 0:
@@ -115,6 +116,7 @@ def measure(folder: Path, options: argparse.Namespace, depth: int, table: Table)
             shutil.rmtree(exported)
             if not number % 2:
                 copies.append(copied(sources, folder / "copy"))
+            print(f"TP{tp} PP{pp}: {there[-1]}, back {back[-1]}, copy {copies[-1]:.1f} s, {load()}", flush=True)
         size = folder_size(language) + folder_size(tower)
         table.add(f"{options.size} to TP{tp} PP{pp}", size, there, copies)
         table.add(f"{options.size} from TP{tp} PP{pp} back", size, back, copies)
@@ -193,6 +195,11 @@ def copied(sources: list[Path], target: Path) -> float:
     seconds = time.perf_counter() - started
     shutil.rmtree(target)
     return seconds
+
+
+def load() -> str:
+    """How much else the machine had to do in the last minute."""
+    return f"load average {os.getloadavg()[0]:.1f}"
 
 
 def forget(*folders: Path) -> None:
