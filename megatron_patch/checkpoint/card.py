@@ -25,7 +25,7 @@ def model_card(llava: Llava, record: dict[str, Any], precision: str, parity: dic
         "Language model": record.get("language_model", "not recorded"),
         "Vision tower": record.get("vision_tower", "not recorded"),
         "Projector at the start": record.get("projector", "not recorded"),
-        "Sizes of the language model": f"{language.family}, {language.num_parameters / 1e9:.2f} billion parameters, "
+        "Sizes of the language model": f"{language.family}, {language.num_parameters / 1e6:,.0f} million parameters, "
         f"{language.num_layers} layers of {language.hidden_size}, {language.num_attention_heads} heads in "
         f"{language.num_query_groups} groups, vocabulary {language.vocab_size}"
         + (", tied embeddings" if language.share_embeddings_and_output_weights else ""),

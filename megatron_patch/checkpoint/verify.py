@@ -98,7 +98,7 @@ def verify(
     input_ids, pixels = input_ids.to(device), fixed_picture(llava.vision.img_size).to(device)
 
     def weights(reader: Reader) -> Load:
-        return lambda name: reader[name].to(device, dtype).float()
+        return lambda name: reader[name].to(device, dtype)
 
     expected: dict[str, Tensor] = {}
     blocks = []
@@ -145,7 +145,7 @@ def _run_hf(llava: Llava, hf_config: dict[str, Any], weight: Load, input_ids: Te
 
     def load(name: str) -> Tensor:
         name = hub_name(llava, name)
-        return weight(EMBED_TOKENS if tied and name == LM_HEAD else name)
+        return weight(EMBED_TOKENS if tied and name == LM_HEAD else name).float()
 
     stream_weights(model, load)
     modules = {name.removeprefix("model."): module for name, module in model.named_modules()}
@@ -175,7 +175,7 @@ def _run_mcore(llava: Llava, weight: Load, input_ids: Tensor, pixels: Tensor, se
     def load(name: str) -> Tensor:
         tensor = weight(name)
         is_table = name.endswith(("word_embeddings.weight", "output_layer.weight"))
-        return pad_vocab(tensor, padded_vocab_size) if is_table else tensor
+        return (pad_vocab(tensor, padded_vocab_size) if is_table else tensor).float()
 
     # The output layer of a tied model takes the embedding where it lies.
     stays = language.embedding.word_embeddings if llava.language.share_embeddings_and_output_weights else None
