@@ -236,7 +236,7 @@ def changed(position: int, value: object) -> tuple:
         (changed(6, "true"), "latest_checkpointed_iteration.txt: missing; expected the folder of a Megatron-Core"),
         (changed(7, "fp8"), "--precision fp8: weights are kept as bf16, fp16 or fp32"),
         (changed(7, "int4"), "--precision 'int4': expected one of bf16, fp16, fp32"),
-        ((*PUBLISHED, "--sed", 7), "'--sed': no such flag; did you mean --seed?"),
+        ((*PUBLISHED, "--sed", 7), "--sed: no such flag; did you mean --seed?"),
     ],
 )
 def test_a_mistake_is_one_line_at_once(elsewhere, arguments, message):
