@@ -173,11 +173,6 @@ class Model:
                 "--pretrained-checkpoint none: then --model-config is needed, a folder with the LLaVA's config.json, "
                 "tokenizer and processor, which give the new model's sizes"
             )
-        if self.pretrained_checkpoint is None and (self.freeze_lm or self.freeze_vit):
-            raise ValueError(
-                "--pretrained-checkpoint none: new weights are random and would stay so where they are frozen; "
-                "give --freeze-lm false --freeze-vit false"
-            )
         require_positive(self, "decoder_seq_length")
 
     @property
@@ -441,6 +436,11 @@ class Config:
         """Raise ValueError for whatever cannot work with this model. Nothing is started before."""
         llava.check_model_size(self.model.model_size)
         llava.check_parallel(self.parallel)
+        if self.model.pretrained_checkpoint is None and (self.model.freeze_lm or self.model.freeze_vit):
+            raise ValueError(
+                "--pretrained-checkpoint none: new weights are random and would stay so where they are frozen; "
+                "give --freeze-lm false --freeze-vit false"
+            )
         tokens = llava.vision.num_image_tokens
         if self.model.seq_length not in (None, tokens):
             raise ValueError(

@@ -190,8 +190,11 @@ def test_a_signal_saves_and_the_run_goes_on(photos, mcore, tmp_path, number, cod
     ],
 )
 def test_mistakes_are_one_line_within_two_seconds(mcore, tmp_path, changed, flags, said):
+    dataset = tmp_path / "dataset"
+    (dataset / ".nv-meta").mkdir(parents=True)
+    (dataset / ".nv-meta" / "dataset.yaml").touch()
     arguments = train_arguments(
-        tmp_path / "out", **{"PRETRAIN_CHECKPOINT_PATH": mcore, "DATASET_PATH": mcore, **changed}
+        tmp_path / "out", **{"PRETRAIN_CHECKPOINT_PATH": mcore, "DATASET_PATH": dataset, **changed}
     )
     start = time.monotonic()
     result = call("sh", TRAIN, *arguments, *flags, cwd=tmp_path)
