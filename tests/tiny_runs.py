@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_patch.config import Checkpoint, Config, Data, Llava, Model, Optimizer, Parallel, Training
+from megatron_patch.config import Checkpoint, Config, Data, Model, Optimizer, Parallel, Training
 from megatron_patch.data.task_encoder import Batch
+from megatron_patch.sizes import Llava
 
 
 def config(mcore: Path, output: Path, *, parallel: Parallel | None = None, **changed) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-from megatron_patch.config import Llava
+from megatron_patch.sizes import Llava
 
 PACKAGES = ("megatron-core", "transformers", "torch", "safetensors")
 

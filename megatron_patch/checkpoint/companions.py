@@ -13,8 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.config import LanguageModel, Llava, VisionModel
 from megatron_patch.families.llava import LANGUAGE_FAMILIES, LLAMA3_ROPE, VISION_FAMILIES, vision_config
+from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "config.json"

@@ -24,11 +24,11 @@ from megatron_patch.checkpoint.reader import Reader, Views
 from megatron_patch.checkpoint.stream import BUFFER, convert, read
 from megatron_patch.checkpoint.torch_dist import TorchDistReader
 from megatron_patch.checkpoint.view import View
-from megatron_patch.config import Llava
 from megatron_patch.families.family import Weight
 from megatron_patch.families.layout import hf_shapes, merge, pad_vocab, shard, split
 from megatron_patch.families.llava import pipeline_copies, read_config
 from megatron_patch.families.llava import rows as llava_rows
+from megatron_patch.sizes import Llava
 
 T = TypeVar("T", Tensor, View)
 LANGUAGE_LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)(\..*)")

@@ -14,8 +14,8 @@ from megatron_patch.checkpoint.convert import append_mean_rows, new_projector
 from megatron_patch.checkpoint.hf import HfReader, load_safetensors
 from megatron_patch.checkpoint.mm_projector import read_mm_projector
 from megatron_patch.checkpoint.reader import InMemory, Joined, Reader, Views
-from megatron_patch.config import Llava
 from megatron_patch.families.llava import hub_name, parts, rows, unused_names
+from megatron_patch.sizes import Llava
 
 EMBED_TOKENS = "language_model.model.embed_tokens.weight"
 LM_HEAD = "language_model.lm_head.weight"

@@ -15,8 +15,8 @@ from megatron_patch.checkpoint.hf import FILES, HfReader
 from megatron_patch.checkpoint.mp_rank import rank_files
 from megatron_patch.checkpoint.reader import open_torch_file
 from megatron_patch.checkpoint.torch_dist import model_tensors, read_metadata
-from megatron_patch.config import LanguageModel, VisionModel
 from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
+from megatron_patch.sizes import LanguageModel, VisionModel
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from megatron_patch.checkpoint.reader import Reader
-from megatron_patch.config import Checkpoint, Config, Data, Llava, Model, Optimizer, Training
+from megatron_patch.config import Checkpoint, Config, Data, Model, Optimizer, Training
 from megatron_patch.families.layout import pad_vocab
 from megatron_patch.families.llava import hub_name
 from megatron_patch.model.llava import LlavaModel, find_image_rows
+from megatron_patch.sizes import Llava
 
 Load = Callable[[str], Tensor]
 See = Callable[[str, Tensor], None]

@@ -17,8 +17,9 @@ from megatron.energon import SavableDataLoader, WorkerConfig, load_dataset
 from megatron.energon.errors import FatalSampleError
 from megatron.energon.metadataset.loader_interface import LoadedDatasetList
 
-from megatron_patch.config import Config, Llava
+from megatron_patch.config import Config
 from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
+from megatron_patch.sizes import Llava
 
 logger = logging.getLogger(__name__)
 

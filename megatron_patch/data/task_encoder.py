@@ -13,9 +13,10 @@ from megatron.energon.flavors import PinMemoryMixin
 from torch import Tensor
 from webdataset.autodecode import Decoder
 
-from megatron_patch.config import Config, Llava
+from megatron_patch.config import Config
 from megatron_patch.data.image import load_pixels, read_image_settings
 from megatron_patch.data.tokenize import IGNORE, IMAGE, encode, format_name, load_tokenizer, prompt_format
+from megatron_patch.sizes import Llava
 
 MULTIPLE = 8
 """Batches are padded to a multiple of this many positions."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.config import LanguageModel, Llava, VisionModel
 from megatron_patch.families.clip import CLIP
 from megatron_patch.families.family import Family, Weight
 from megatron_patch.families.llama import LLAMA
@@ -21,6 +20,7 @@ from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.families.projector import PROJECTOR
 from megatron_patch.families.qwen2 import QWEN2
 from megatron_patch.families.shapes import language_dims, projector_dims, vision_dims
+from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 
 LANGUAGE_FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2)}
 VISION_FAMILIES = {family.name: family for family in (CLIP,)}

@@ -18,8 +18,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_patch.config import Config, LanguageModel, Llava, VisionModel
+from megatron_patch.config import Config
 from megatron_patch.model.specs import block_spec, norm, projector_submodules
+from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

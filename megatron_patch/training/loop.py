@@ -19,13 +19,14 @@ from megatron_patch.checkpoint import resume
 from megatron_patch.checkpoint.companions import CHAT_TEMPLATE, TRACKER, copy_companions
 from megatron_patch.checkpoint.convert import Stage, load_rank
 from megatron_patch.checkpoint.resume import Progress
-from megatron_patch.config import Config, Llava
+from megatron_patch.config import Config
 from megatron_patch.data.loader import restore_position, save_position, train_loader, valid_loader
 from megatron_patch.data.tokenize import chat_template, format_name
 from megatron_patch.families.llava import read_config
 from megatron_patch.families.transformer_engine import to_transformer_engine_name
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.model.specs import uses_transformer_engine
+from megatron_patch.sizes import Llava
 from megatron_patch.training.log import logger
 from megatron_patch.training.metrics import Metrics
 from megatron_patch.training.optimizer import build_optimizer, build_scheduler, wrap

@@ -19,11 +19,12 @@ from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from torch import Tensor
 
 from megatron_patch import parallel
-from megatron_patch.config import Config, Llava, Parallel
+from megatron_patch.config import Config, Parallel
 from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.data.task_encoder import Batch
 from megatron_patch.data.tokenize import IGNORE
 from megatron_patch.model.llava import DTYPES, find_image_rows
+from megatron_patch.sizes import Llava
 
 Schedule = Callable[..., list[dict[str, Tensor]]]
 

@@ -82,8 +82,9 @@ def test_captions_survive_the_tokenizer(tmp_path):
 def test_the_small_models_can_be_cut_in_two(tmp_path):
     import quickstart_make as make
 
-    from megatron_patch.config import Llava, Parallel
+    from megatron_patch.config import Parallel
     from megatron_patch.families.llava import describe_language_model, describe_vision_model
+    from megatron_patch.sizes import Llava
 
     make.save_language_model(tmp_path / "llm", seed=1)
     make.save_vision_tower(tmp_path / "clip", seed=1)
@@ -92,7 +93,7 @@ def test_the_small_models_can_be_cut_in_two(tmp_path):
         vision=describe_vision_model(json.loads((tmp_path / "clip" / "config.json").read_text())),
         image_token_id=0,
     )
-    llava.check_parallel(Parallel(tensor_model_parallel_size=2, pipeline_model_parallel_size=2))
+    Parallel(tensor_model_parallel_size=2, pipeline_model_parallel_size=2).check(llava)
     assert llava.language.num_query_groups < llava.language.num_attention_heads
     assert llava.vision.num_image_tokens == 16
 

@@ -12,20 +12,22 @@ PACKAGE = ROOT / "megatron_patch"
 
 # Folder or file -> what of this package it may import, besides itself.
 ALLOWED = {
-    "config.py": (),
+    "checks.py": (),
+    "sizes.py": (),
+    "config.py": ("checks", "sizes"),
     "arguments.py": (),
     "conversion.py": ("config", "arguments"),
     "parallel.py": ("config",),
     "launch.py": ("config", "families", "checkpoint"),
     "patches": (),
-    "families": ("config",),
-    "model": ("config",),
-    "checkpoint": ("config", "families", "model"),
-    "data": ("config",),
-    "training": ("config", "families", "model", "checkpoint", "data", "parallel"),
+    "families": ("sizes",),
+    "model": ("config", "sizes"),
+    "checkpoint": ("config", "sizes", "families", "model"),
+    "data": ("config", "sizes"),
+    "training": ("config", "sizes", "families", "model", "checkpoint", "data", "parallel"),
     "__init__.py": ("patches",),
 }
-WITHOUT_MEGATRON_CORE = ("config.py", "arguments.py", "conversion.py", "launch.py", "families", "data")
+WITHOUT_MEGATRON_CORE = ("config.py", "sizes.py", "arguments.py", "conversion.py", "launch.py", "families", "data")
 MEGATRON_CORE_IN_CHECKPOINT = ("resume.py", "torch_dist.py")
 FILES = sorted(PACKAGE.rglob("*.py"))
 

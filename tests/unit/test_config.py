@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch.config import Data, LanguageModel, Llava, Parallel, VisionModel
+from megatron_patch.config import Data, Parallel
+from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 from tests.tiny_runs import config
 
 MISTRAL_7B = LanguageModel(
@@ -70,7 +71,7 @@ def test_model_size_does_not_fit(size, said):
 )
 def test_parallel_sizes_do_not_fit(sizes, said):
     with pytest.raises(ValueError, match=said):
-        LLAVA.check_parallel(Parallel(**sizes))
+        Parallel(**sizes).check(LLAVA)
 
 
 def test_batch_sizes():

@@ -20,9 +20,10 @@ from tqdm import tqdm
 from megatron_patch.arguments import flag, parse
 from megatron_patch.checkpoint import companions
 from megatron_patch.checkpoint.output import check_target, written_aside
-from megatron_patch.config import Llava, Parallel
+from megatron_patch.config import Parallel
 from megatron_patch.conversion import DTYPES, Conversion
 from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
+from megatron_patch.sizes import Llava
 
 if TYPE_CHECKING:
     from megatron_patch.checkpoint.reader import Reader
@@ -55,7 +56,7 @@ def import_hf(conversion: Conversion) -> None:
     """Hugging Face's language model and CLIP, or a whole LLaVA -> Megatron-Core shards."""
     config, llava = _describe_sources(conversion)
     llava.check_model_size(conversion.model_size)
-    llava.check_parallel(conversion.parallel)
+    conversion.parallel.check(llava)
     check_target(conversion.target_ckpt_path)
 
     import torch
@@ -90,7 +91,7 @@ def reshard(conversion: Conversion) -> None:
     if conversion.verify == "true":
         raise ValueError("--verify true: is for conversions from and to Hugging Face; a cut is checked by its manifest")
     carriers, _, llava = _described_checkpoint(conversion)
-    llava.check_parallel(conversion.parallel)
+    conversion.parallel.check(llava)
     check_target(conversion.target_ckpt_path)
 
     import torch

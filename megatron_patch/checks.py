@@ -1,0 +1,39 @@
+"""Checks that settings have in common; each error is one line that names the flag. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+
+
+def require_finite(settings: object) -> None:
+    """Raise ValueError for the first field that is infinite or no number."""
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{setting.name.replace('_', '-')} {value}: expected a finite number")
+
+
+def require_positive(settings: object, *names: str) -> None:
+    """Raise ValueError for the first of these fields that is less than 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 1 or more")
+
+
+def require_not_negative(settings: object, *names: str) -> None:
+    """Raise ValueError for the first of these fields that is less than 0."""
+    for name in names:
+        if getattr(settings, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 0 or more")
+
+
+def divisors(number: int) -> list[int]:
+    """The numbers that divide `number`, from 1 up."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def listing(items: list[int]) -> str:
+    """`[1, 2, 4]` -> "1, 2 or 4"."""
+    *head, last = map(str, items)
+    return f"{', '.join(head)} or {last}" if head else last
