@@ -106,7 +106,8 @@ def _values(kind: Any) -> str:
 
 
 def _is_optional(kind: Any) -> bool:
-    return isinstance(kind, types.UnionType) and type(None) in typing.get_args(kind)
+    # `Literal[...] | None` is a typing.Union, `int | None` a types.UnionType.
+    return typing.get_origin(kind) in (types.UnionType, typing.Union) and type(None) in typing.get_args(kind)
 
 
 def _without_none(kind: Any) -> Any:

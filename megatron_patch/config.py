@@ -134,6 +134,11 @@ class Parallel:
                 f"{chunks} does not divide; use {listing(divisors(layers // stages))}"
             )
 
+    def num_layers_per_chunk(self, llava: Llava) -> int:
+        """Layers of the language model that stand together: of a stage, or of one of its virtual stages."""
+        chunks = self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
+        return llava.language.num_layers // chunks
+
     @property
     def uses_sequence_parallel(self) -> bool:
         """Whether activations between layers are cut along the sequence over the tensor-parallel ranks."""
@@ -261,7 +266,13 @@ class Training:
     """Iterations in all; a resumed run counts the ones before."""
 
     recompute: Literal["none", "sel", "full", "offload", "true", "false"] = "none"
-    """Activations recomputed in the backward pass: sel (true) only attention's, full every layer's, none (false)."""
+    """Activations recomputed in the backward pass: sel (true) only attention's, full whole layers', none (false)."""
+
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With full. uniform (none): all layers, in runs of recompute-num-layers; block: each stage's first so many."""
+
+    recompute_num_layers: int | None = None
+    """With full: layers of the language model per run or block; none: 1. A trained vision tower recomputes each."""
 
     seed: int = 1234
     """Seed of new weights and of the order of samples."""
@@ -284,12 +295,28 @@ class Training:
     def __post_init__(self) -> None:
         if self.recompute == "offload":
             raise ValueError("--recompute offload: not supported yet; use sel, full or none")
+        for name in ("recompute_method", "recompute_num_layers"):
+            if getattr(self, name) is not None and self.recompute != "full":
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: needs --recompute full; use none")
+        if self.recompute_num_layers is not None:
+            require_positive(self, "recompute_num_layers")
         require_positive(self, "train_iters", "log_interval", "eval_interval", "distributed_timeout_minutes")
         require_not_negative(self, "eval_iters")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"--seed {self.seed}: expected 0 to {2**31 - 1}")
         if self.exit_duration_in_mins is not None:
             require_positive(self, "exit_duration_in_mins")
+
+    def check(self, num_layers: int) -> None:
+        """Raise ValueError when the `num_layers` that stand together cannot be recomputed like this."""
+        count = self.recompute_num_layers or 1
+        if self.recompute_method == "block" and count > num_layers:
+            raise ValueError(f"--recompute-num-layers {count}: a stage has {num_layers} layers; use 1 to {num_layers}")
+        if self.recompute_method != "block" and num_layers % count:
+            raise ValueError(
+                f"--recompute-num-layers {count}: a stage has {num_layers} layers, which {count} does not divide; "
+                f"use {listing(divisors(num_layers))}"
+            )
 
     @property
     def recompute_granularity(self) -> Literal["selective", "full"] | None:
@@ -353,6 +380,7 @@ class Config:
         """Raise ValueError for whatever cannot work with this model. Nothing is started before."""
         llava.check_model_size(self.model.model_size)
         self.parallel.check(llava)
+        self.training.check(self.parallel.num_layers_per_chunk(llava))
         if self.model.pretrained_checkpoint is None and (self.model.freeze_lm or self.model.freeze_vit):
             raise ValueError(
                 "--pretrained-checkpoint none: new weights are random and would stay so where they are frozen; "

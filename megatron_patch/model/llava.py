@@ -216,7 +216,7 @@ def language_config(config: Config, sizes: LanguageModel) -> TransformerConfig:
         variable_seq_lengths=config.parallel.pipeline_model_parallel_size > 1,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
-        **_recompute(config),
+        **_recompute(config, config.training.recompute_method, config.training.recompute_num_layers),
         **_common(config),
     )
 
@@ -285,8 +285,9 @@ def _keep(weight: Tensor) -> Tensor:
     return weight
 
 
-def _recompute(config: Config) -> dict:
+def _recompute(config: Config, method: str | None = None, num_layers: int | None = None) -> dict:
     granularity = config.training.recompute_granularity
     if granularity == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        how = {"recompute_method": method or "uniform", "recompute_num_layers": num_layers or 1}
+        return {"recompute_granularity": "full", **how}
     return {"recompute_granularity": granularity}

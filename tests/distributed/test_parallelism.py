@@ -86,9 +86,13 @@ def test_losses_equal_one_process(mcore, tmp_path, one_process, world_size, size
             assert grad_norm == pytest.approx(expected_norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("recompute", ["sel", "full"])
-def test_recomputing_changes_nothing(mcore, tmp_path, one_process, recompute):
-    (reports,) = run(mcore, tmp_path, changed={"recompute": recompute}.items())
+@pytest.mark.parametrize(
+    ("recompute", "method", "num_layers"),
+    [("sel", None, None), ("full", None, None), ("full", "uniform", 2), ("full", "block", 3)],
+)
+def test_recomputing_changes_nothing(mcore, tmp_path, one_process, recompute, method, num_layers):
+    changed = {"recompute": recompute, "recompute_method": method, "recompute_num_layers": num_layers}
+    (reports,) = run(mcore, tmp_path, changed=changed.items())
     assert [loss for loss, _ in reports] == pytest.approx([loss for loss, _ in one_process], abs=1e-5)
 
 

@@ -20,8 +20,8 @@ FLAGS = """
 --data-path --valid-data-path --micro-batch-size --global-batch-size --num-workers --shuffle-buffer-size
 --prompt-format
 --lr --min-lr --lr-warmup-iters --weight-decay --adam-beta1 --adam-beta2 --adam-eps --clip-grad --optimizer-offload
---train-iters --recompute --seed --log-interval --eval-interval --eval-iters --exit-duration-in-mins
---distributed-timeout-minutes
+--train-iters --recompute --recompute-method --recompute-num-layers
+--seed --log-interval --eval-interval --eval-iters --exit-duration-in-mins --distributed-timeout-minutes
 --output --save-interval --keep-checkpoints
 """.split()
 
@@ -71,6 +71,9 @@ def test_a_later_flag_wins():
         ("--sequence-parallel true", "--sequence-parallel true: needs --tensor-model-parallel-size of 2 or more"),
         ("--virtual-pipeline-model-parallel-size 2", "needs --pipeline-model-parallel-size of 2 or more"),
         ("--recompute offload", "--recompute offload: not supported yet"),
+        ("--recompute-method none --recompute-num-layers 2", "--recompute-num-layers 2: needs --recompute full"),
+        ("--recompute sel --recompute-method block", "--recompute-method block: needs --recompute full; use none"),
+        ("--recompute-method some", "--recompute-method 'some': expected one of uniform, block"),
         ("--optimizer-offload auto", "--optimizer-offload auto: not supported yet"),
         ("--data-path mock", "dataset mock: not supported yet"),
         ("--min-lr 1", "--min-lr 1.0: expected a number from 0 to --lr 0.001"),

@@ -106,6 +106,21 @@ def test_sequence_lengths_do_not_fit(changed, said):
         config(Path("weights"), Path("out"), **{"decoder_seq_length": 1024, **changed}).check(LLAVA)
 
 
+@pytest.mark.parametrize(
+    ("method", "count", "said"),
+    [
+        (None, 3, "a stage has 8 layers, which 3 does not divide; use 1, 2, 4 or 8"),
+        ("block", 9, "a stage has 8 layers; use 1 to 8"),
+    ],
+)
+def test_layers_to_recompute_do_not_fit(method, count, said):
+    cut = Parallel(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    settings = {"decoder_seq_length": 1024, "recompute": "full", "recompute_method": method}
+    config(Path("weights"), Path("out"), parallel=cut, **settings, recompute_num_layers=8).check(LLAVA)
+    with pytest.raises(ValueError, match=said):
+        config(Path("weights"), Path("out"), parallel=cut, **settings, recompute_num_layers=count).check(LLAVA)
+
+
 def test_past_the_sliding_window_is_refused():
     llava = replace(LLAVA, language=replace(MISTRAL_7B, sliding_window=1024))
     config(Path("weights"), Path("out"), decoder_seq_length=1024).check(llava)
