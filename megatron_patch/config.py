@@ -266,7 +266,7 @@ class Training:
     """Iterations in all; a resumed run counts the ones before."""
 
     recompute: Literal["none", "sel", "full", "offload", "true", "false"] = "none"
-    """Activations recomputed in the backward pass: sel (true) only attention's, full whole layers', none (false)."""
+    """Activations: sel (true) recomputes attention's, full whole layers; offload: kept on the CPU; none (false)."""
 
     recompute_method: Literal["uniform", "block"] | None = None
     """With full. uniform (none): all layers, in runs of recompute-num-layers; block: each stage's first so many."""
@@ -293,8 +293,6 @@ class Training:
     """Minutes after which a rank that waits for another gives up."""
 
     def __post_init__(self) -> None:
-        if self.recompute == "offload":
-            raise ValueError("--recompute offload: not supported yet; use sel, full or none")
         for name in ("recompute_method", "recompute_num_layers"):
             if getattr(self, name) is not None and self.recompute != "full":
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: needs --recompute full; use none")
@@ -320,7 +318,7 @@ class Training:
 
     @property
     def recompute_granularity(self) -> Literal["selective", "full"] | None:
-        """The setting in megatron.core's words."""
+        """The setting in megatron.core's words; None where nothing is recomputed."""
         return {"sel": "selective", "true": "selective", "full": "full"}.get(self.recompute)
 
 

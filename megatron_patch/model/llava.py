@@ -6,6 +6,8 @@ puts the projected embeddings where the placeholders are.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
@@ -19,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_patch.config import Config
+from megatron_patch.model.offload import ActivationOffload
 from megatron_patch.model.specs import block_spec, norm, projector_submodules
 from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 
@@ -49,6 +52,7 @@ class LlavaModel(MegatronModule):
         self.pre_process = pre_process
         self.post_process = post_process
         self.share_embeddings_and_output_weights = llava.language.share_embeddings_and_output_weights
+        self.offloads_activations = config.training.recompute == "offload"
         self.model_type = ModelType.encoder_or_decoder  # the schedules ask for it
 
         if pre_process:
@@ -108,10 +112,11 @@ class LlavaModel(MegatronModule):
             Last stage: fp32 losses [number of labels], or without labels this rank's logits [b, s, vocabulary / TP].
             Other stages: hidden states [s, b, h], of s this rank's part under sequence parallelism.
         """
-        embeddings = self._embed(input_ids, image_rows, pixel_values) if self.pre_process else None
-        return self.language_model(
-            input_ids=input_ids, position_ids=None, attention_mask=None, decoder_input=embeddings, labels=labels
-        )
+        with ActivationOffload(self) if self.offloads_activations else contextlib.nullcontext():
+            embeddings = self._embed(input_ids, image_rows, pixel_values) if self.pre_process else None
+            return self.language_model(
+                input_ids=input_ids, position_ids=None, attention_mask=None, decoder_input=embeddings, labels=labels
+            )
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Take the hidden states [s, b, h] of the previous pipeline stage."""

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 
 from megatron_patch.config import Config, Parallel
 from megatron_patch.families.llava import read_config
+from megatron_patch.model import offload
 from megatron_patch.training.loop import build_model, start_or_resume
 from megatron_patch.training.optimizer import build_scheduler
 from megatron_patch.training.step import batch_runner, train_step
@@ -37,10 +38,17 @@ def train(config: Config) -> list[tuple[float, float]]:
     return reports
 
 
-def run(mcore, tmp_path, world_size=1, changed=(), **sizes):
+def train_with_everything_offloaded(config: Config) -> list[tuple[float, float]]:
+    """The same with no activation too small to be moved."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offload, "SMALLEST", 0)
+        return train(config)
+
+
+def run(mcore, tmp_path, world_size=1, changed=(), function=train, **sizes):
     cut = Parallel(**sizes)
     config = tiny_runs.config(mcore, tmp_path, parallel=cut, **dict(changed))
-    return run_ranks(train, cut, world_size, config)
+    return run_ranks(function, cut, world_size, config)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +102,13 @@ def test_recomputing_changes_nothing(mcore, tmp_path, one_process, recompute, me
     changed = {"recompute": recompute, "recompute_method": method, "recompute_num_layers": num_layers}
     (reports,) = run(mcore, tmp_path, changed=changed.items())
     assert [loss for loss, _ in reports] == pytest.approx([loss for loss, _ in one_process], abs=1e-5)
+
+
+@pytest.mark.parametrize(("world_size", "sizes"), [(1, {}), (2, {"pipeline_model_parallel_size": 2})], ids=["1", "PP2"])
+def test_offloading_activations_changes_nothing(mcore, tmp_path, one_process, world_size, sizes):
+    changed = {"recompute": "offload"}.items()
+    for reports in run(mcore, tmp_path, world_size, changed, train_with_everything_offloaded, **sizes):
+        assert [loss for loss, _ in reports] == pytest.approx([loss for loss, _ in one_process], abs=1e-5)
 
 
 def test_frozen_stage_without_trained_weights(mcore, tmp_path):
