@@ -28,17 +28,18 @@ def config(mcore: Path, output: Path, *, parallel: Parallel | None = None, **cha
 
 
 def batches(llava: Llava, count: int, seed: int = 0) -> list[Batch]:
-    """Micro batches of two samples with one picture each, texts of different lengths, padded on the right."""
+    """Micro batches of two samples, padded on the right: one picture in each, or in every other batch two and none."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.full((llava.vision.num_image_tokens,), llava.image_token_id)
     made = []
     for index in range(count):
-        input_ids = torch.zeros(2, 48, dtype=torch.int64)
-        labels = torch.full((2, 48), -100)
+        input_ids = torch.zeros(2, 60, dtype=torch.int64)
+        labels = torch.full((2, 60), -100)
         for row in range(2):
             before, answer = 3 + row, 9 + (5 * index + 7 * row) % 11
             words = torch.randint(5, llava.language.vocab_size, (before + 2 + answer,), generator=generator)
-            text = torch.cat([words[:before], image, words[before:]])
+            pictures = 1 if index % 2 == 0 else 2 - 2 * row
+            text = torch.cat([words[:before], *pictures * [image], words[before:]])
             input_ids[row, : len(text) - 1] = text[:-1]
             labels[row, len(text) - 1 - answer : len(text) - 1] = text[-answer:]
         size = llava.vision.img_size
