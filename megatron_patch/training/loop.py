@@ -30,6 +30,7 @@ from megatron_patch.sizes import Llava
 from megatron_patch.training.log import logger
 from megatron_patch.training.metrics import Metrics
 from megatron_patch.training.optimizer import build_optimizer, build_scheduler, wrap
+from megatron_patch.training.params_norm import params_norm
 from megatron_patch.training.step import Totals, batch_runner, train_step
 from megatron_patch.training.stopping import Stop
 
@@ -45,7 +46,8 @@ def train(config: Config) -> int:
     scheduler = build_scheduler(optimizer, config, progress.iteration)
     loader, batches = open_data(config, llava, checkpoint)
     run_batch = batch_runner(config, llava)
-    metrics = Metrics(config, first_iteration=progress.iteration + 1, is_writer=dist.get_rank() == 0)
+    world_size, is_writer = dist.get_world_size(), dist.get_rank() == 0
+    metrics = Metrics(config, llava, first_iteration=progress.iteration + 1, world_size=world_size, is_writer=is_writer)
     if progress.iteration >= config.training.train_iters:
         logger.info(f"nothing to do: {progress.iteration} of {config.training.train_iters} iterations are done")
 
@@ -53,7 +55,13 @@ def train(config: Config) -> int:
         scheduler.step(1)
         step = train_step(wrapped, optimizer, batches, run_batch)
         progress = Progress(iteration, progress.consumed_samples + step.totals.num_samples)
-        metrics.log(iteration, step, optimizer.param_groups[0]["lr"], progress.consumed_samples)
+        metrics.log(
+            iteration,
+            step,
+            learning_rate=optimizer.param_groups[0]["lr"],
+            params_norm=params_norm(chunks),
+            consumed_samples=progress.consumed_samples,
+        )
 
         stops = stop.due()
         if config.validates and not stops and is_due(iteration, config.training.eval_interval, config):

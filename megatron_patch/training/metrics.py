@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
 import statistics
 import time
 from collections import deque
 from datetime import timedelta
+from pathlib import Path
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_patch.config import Config
+from megatron_patch.sizes import Llava
+from megatron_patch.training.flops import megatron_lm_flops, step_flops
 from megatron_patch.training.log import logger
 from megatron_patch.training.step import Step, Totals
 
 SPIKE = 10
 """A loss so many times the median of the last 20 is reported."""
+LONG_WAIT = 0.05
+"""Part of an iteration that may be spent waiting for data; more is said in the log line."""
 
 
 class Metrics:
     """Rank 0's log and TensorBoard; on other ranks it does nothing.
 
-    Scalars carry Megatron-LM's names. `first_iteration` is the first that this process computes: points that a killed
-    run wrote at or behind it are dropped, so that a resumed curve has no double points.
+    Scalars carry Megatron-LM's names where it has them. `first_iteration` is the first that this process computes:
+    points that a killed run wrote at or behind it are dropped, so that a resumed curve has no double points. (So there
+    are no curves `vs samples`: those would be dropped by a number of samples.)
     """
 
-    def __init__(self, config: Config, first_iteration: int, is_writer: bool) -> None:
+    def __init__(self, config: Config, llava: Llava, *, first_iteration: int, world_size: int, is_writer: bool) -> None:
         self.config = config
+        self.llava = llava
+        self.world_size = world_size
         self.is_writer = is_writer
         self.steps: list[Step] = []
         self.first_iteration = first_iteration
@@ -36,29 +47,40 @@ class Metrics:
         if is_writer:
             self.lines = (config.checkpoint.output / "log" / "metrics.jsonl").open("a", buffering=1)
             self.board = SummaryWriter(config.checkpoint.output / "tensorboard", purge_step=first_iteration)
+            settings = json.dumps(dataclasses.asdict(config), default=str, indent=2)
+            self.board.add_text("config", f"```json\n{settings}\n```", first_iteration)
 
-    def log(self, iteration: int, step: Step, learning_rate: float, consumed_samples: int) -> None:
+    def log(
+        self, iteration: int, step: Step, *, learning_rate: float, params_norm: float, consumed_samples: int
+    ) -> None:
         """Record an iteration (counted from 1) and, at the end of an interval, print its line."""
         if not self.is_writer:
             return
+        totals = step.totals
         values = {
-            "lm loss": step.totals.loss,
+            "lm loss": totals.loss,
             "learning-rate": learning_rate,
             "loss-scale": step.loss_scale,
-            "batch-size": step.totals.num_samples,
+            "params-norm": params_norm,
+            "batch-size": totals.num_samples,
             "iteration-time": step.seconds,
-            "samples-per-second": step.totals.num_samples / step.seconds,
-            "tokens-per-second": step.totals.num_tokens / step.seconds,
+            "batch-generator-time": totals.data_seconds,
+            "data-wait-percent": 100 * totals.data_seconds / step.seconds,
+            "throughput": self._tflops_per_second([step]),
+            "throughput-megatron-lm": megatron_lm_flops(self.llava, totals) / step.seconds / self.world_size / 1e12,
+            "samples-per-second": totals.num_samples / step.seconds,
+            "tokens-per-second": totals.num_tokens / step.seconds,
             "consumed-samples": consumed_samples,
+            **memory(),
         }
         if step.grad_norm is not None:
             values["grad-norm"] = step.grad_norm
         self._record(iteration, values)
-        self._report_spike(iteration, step.totals.loss)
+        self._report_spike(iteration, totals.loss)
         self.steps.append(step)
         last = self.config.training.train_iters
         if iteration % self.config.training.log_interval == 0 or iteration == last:
-            logger.info(self._line(iteration, learning_rate, consumed_samples))
+            logger.info(self._line(iteration, learning_rate))
             self.steps.clear()
 
     def log_validation(self, iteration: int, totals: Totals) -> None:
@@ -88,22 +110,41 @@ class Metrics:
             logger.warning(f"iteration {iteration}: loss {loss:.4f} is more than {SPIKE} times the usual one")
         self.usual.append(loss)
 
-    def _line(self, iteration: int, learning_rate: float, consumed_samples: int) -> str:
+    def _tflops_per_second(self, steps: list[Step]) -> float:
+        """What each device computed per second, in 1e12 operations; see `flops.step_flops`."""
+        flops = sum(sum(step_flops(self.llava, self.config.model, step.totals).values()) for step in steps)
+        return flops / sum(step.seconds for step in steps) / self.world_size / 1e12
+
+    def _line(self, iteration: int, learning_rate: float) -> str:
+        """The interval's mean loss and speed, the last step's gradient norm, in less than 200 characters."""
         totals = Totals.mean([step.totals for step in self.steps])
         seconds = sum(step.seconds for step in self.steps)
-        norm = self.steps[-1].grad_norm
-        left = self.config.training.train_iters - iteration
+        norm, last = self.steps[-1].grad_norm, self.config.training.train_iters
         pace = (time.monotonic() - self.start) / (iteration - self.first_iteration + 1)
+        wait = totals.data_seconds / seconds
         return " | ".join(
             (
-                f"iteration {iteration:8d}/{self.config.training.train_iters:8d}",
+                f"iteration {iteration:{len(str(last))}d}/{last}",
                 f"lm loss: {totals.loss:.6f}",
-                f"learning rate: {learning_rate:.6E}",
+                f"lr: {learning_rate:.4E}",
                 f"grad norm: {'overflow' if norm is None else f'{norm:.4f}'}",
-                f"time per iteration (ms): {1000 * seconds / len(self.steps):.1f}",
-                f"samples/s: {totals.num_samples / seconds:.1f}",
-                f"tokens/s: {totals.num_tokens / seconds:.1f}",
-                f"consumed samples: {consumed_samples}",
-                f"time left: {timedelta(seconds=round(left * pace))}",
+                f"ms/iteration: {1000 * seconds / len(self.steps):.1f}",
+                f"TFLOP/s: {self._tflops_per_second(self.steps):.3g}",
+                f"tokens/s: {totals.num_tokens / seconds:.0f}",
+                *([f"data wait: {wait:.1%}"] if wait > LONG_WAIT else []),
+                f"time left: {timedelta(seconds=round((last - iteration) * pace))}",
             )
         )
+
+
+def memory() -> dict[str, int]:
+    """Bytes in use by rank 0: on its GPU as torch counts them, without one its process's in main memory (Linux)."""
+    if torch.cuda.is_available():
+        stats = torch.cuda.memory_stats()
+        return {
+            "mem-reserved-bytes": stats["reserved_bytes.all.current"],
+            "mem-allocated-bytes": stats["allocated_bytes.all.current"],
+            "mem-max-allocated-bytes": stats["allocated_bytes.all.peak"],
+        }
+    statm = Path("/proc/self/statm")
+    return {"mem-rss-bytes": int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")} if statm.exists() else {}

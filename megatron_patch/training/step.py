@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.distributed as dist
@@ -25,32 +25,29 @@ from megatron_patch.data.task_encoder import Batch
 from megatron_patch.data.tokenize import IGNORE
 from megatron_patch.model.llava import DTYPES, find_image_rows
 from megatron_patch.sizes import Llava
+from megatron_patch.training.flops import Work
 
 Schedule = Callable[..., list[dict[str, Tensor]]]
 
 
-@dataclass(frozen=True)
-class Totals:
+@dataclass(frozen=True, kw_only=True)
+class Totals(Work):
     """What one global batch gave, over all ranks and micro batches."""
 
     loss: float
     """Sum of the learned tokens' losses / their number."""
-
-    num_labels: int
     num_samples: int
     num_tokens: int
     """Positions up to the last learned one of every sample: the padding behind it is not counted."""
+    data_seconds: float = field(compare=False)
+    """How long the rank that waited longest for its micro batches waited for them."""
 
     @staticmethod
     def mean(totals: list[Totals]) -> Totals:
         """Several global batches as one."""
-        num_labels = sum(total.num_labels for total in totals)
-        return Totals(
-            loss=sum(total.loss * total.num_labels for total in totals) / max(num_labels, 1),
-            num_labels=num_labels,
-            num_samples=sum(total.num_samples for total in totals),
-            num_tokens=sum(total.num_tokens for total in totals),
-        )
+        sums = {part.name: sum(getattr(total, part.name) for total in totals) for part in fields(Totals)}
+        loss = sum(total.loss * total.num_labels for total in totals) / max(sums["num_labels"], 1)
+        return Totals(**{**sums, "loss": loss})
 
 
 @dataclass(frozen=True)
@@ -120,6 +117,7 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
 
     def run(chunks: list[DistributedDataParallel], batches: Iterator[Batch], forward_only: bool) -> Totals:
         keys.clear()
+        batches = TimedIterator(batches)
         reports = schedule(
             forward_step_func=forward_step,
             # Only one chunk of a rank takes batches: the first of the pipeline, or the last.
@@ -133,7 +131,7 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
         for samples, report in zip(keys, reports, strict=True):
             if not report["totals"][0].isfinite():
                 raise FloatingPointError(f"the loss of samples {', '.join(samples)} is {report['totals'][0].item()}")
-        return _total(reports)
+        return _total(reports, batches.seconds)
 
     return run
 
@@ -151,6 +149,20 @@ def cut_text(batch: Batch, image_token_id: int, cut: Parallel) -> dict[str, Tens
     return get_batch_on_this_cp_rank(padded)
 
 
+class TimedIterator:
+    """An iterator that adds up how long it was waited for."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches = batches
+        self.seconds = 0.0
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        batch = next(self.batches)
+        self.seconds += time.perf_counter() - start
+        return batch
+
+
 def _next_batch(batches: Iterator[Batch]) -> Batch:
     """The next micro batch, read by tensor-parallel rank 0 and handed to the others."""
     group = parallel_state.get_tensor_model_parallel_group()
@@ -165,31 +177,34 @@ def _no_losses(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     raise AssertionError("losses are the last stage's")
 
 
+COUNTS = ("num_labels", "num_samples", "num_tokens", "num_positions", "num_pairs", "num_pictures")
+"""What the last stage counts, by its name in `Totals`."""
+
+
 def _sum_losses(batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """megatron.core's loss function on the last stage: (sum, number of learned tokens, what is reported)."""
     total = losses.sum()
     is_label = batch.labels != IGNORE  # [b, s]
-    length = is_label.shape[1]
+    size, length = is_label.shape
     padding = is_label.flip(1).int().argmax(dim=1)  # [b], positions behind the last label
     # Context-parallel ranks have losses of their own and samples in common.
     is_first = parallel_state.get_context_parallel_rank() == 0
-    counts = [losses.numel(), is_first * is_label.shape[0], is_first * int((length - padding).sum())]
-    report = torch.tensor(counts, dtype=torch.float64, device=losses.device)
-    return total, report[0].int(), {"totals": torch.cat([total.detach().double().view(1), report])}
+    of_samples = (size, int((length - padding).sum()), size * length, size * length**2, len(batch.pixels))
+    counts = [losses.numel(), *(is_first * count for count in of_samples)]
+    report = torch.cat([total.detach().double().view(1), torch.tensor(counts, device=losses.device)])  # fp64
+    return total, report[1].int(), {"totals": report}
 
 
-def _total(reports: list[dict[str, Tensor]]) -> Totals:
+def _total(reports: list[dict[str, Tensor]], data_seconds: float) -> Totals:
     """Add up what the last stages' reports say, on every rank."""
-    totals = torch.zeros(4, dtype=torch.float64, device=parallel.device())
+    totals = torch.zeros(1 + len(COUNTS), dtype=torch.float64, device=parallel.device())
     # Tensor-parallel ranks hold the same report: one of them speaks.
     if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
         for report in reports:
             totals += report["totals"]
     dist.all_reduce(totals)
-    loss, num_labels, num_samples, num_tokens = totals.tolist()
-    return Totals(
-        loss=loss / max(num_labels, 1),
-        num_labels=int(num_labels),
-        num_samples=int(num_samples),
-        num_tokens=int(num_tokens),
-    )
+    longest = torch.tensor(data_seconds, dtype=torch.float64, device=parallel.device())
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    loss, *counts = totals.tolist()
+    counts = dict(zip(COUNTS, map(int, counts), strict=True))
+    return Totals(loss=loss / max(counts["num_labels"], 1), data_seconds=longest.item(), **counts)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import torch
 
 from megatron_patch.config import Parallel
 from megatron_patch.data.task_encoder import Batch
-from megatron_patch.training.step import Totals, cut_text
+from megatron_patch.training.step import COUNTS, TimedIterator, Totals, cut_text
 
 IMAGE = 9
 
@@ -38,7 +39,23 @@ def test_sequences_are_padded_to_what_ranks_can_share():
     assert Parallel(tensor_model_parallel_size=2).sequence_multiple == 2
 
 
+def totals(loss: float, count: int) -> Totals:
+    counts = dict.fromkeys(COUNTS, count)
+    return Totals(loss=loss, data_seconds=count / 10, **counts)
+
+
 def test_mean_of_totals_weighs_by_labels():
-    one = Totals(loss=1.0, num_labels=10, num_samples=1, num_tokens=20)
-    other = Totals(loss=4.0, num_labels=30, num_samples=2, num_tokens=40)
-    assert Totals.mean([one, other]) == Totals(loss=3.25, num_labels=40, num_samples=3, num_tokens=60)
+    mean = Totals.mean([totals(1.0, 10), totals(4.0, 30)])
+    assert mean == totals(3.25, 40)
+    assert mean.data_seconds == 4.0
+
+
+def test_the_wait_for_batches_is_measured():
+    def slow():
+        for batch in "ab":
+            time.sleep(0.05)
+            yield batch
+
+    batches = TimedIterator(slow())
+    assert [next(batches), next(batches)] == ["a", "b"]
+    assert 0.1 <= batches.seconds < 0.2

@@ -1,0 +1,77 @@
+"""Floating-point operations of a training step, counted from the model's sizes. Plain arithmetic.
+
+Counted are matrix products alone, 2 m n k for [m, k] x [k, n], as in Megatron-LM's num_floating_point_operations
+(megatron/training/training.py) and in the appendix of PaLM (arXiv:2204.02311). Norms, activations, softmax, embedding
+and optimizer are left out, and so is recomputation: the same work done twice is no more work. What ranks do alike (the
+vision tower on context-parallel ranks) counts once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_patch.config import Model
+from megatron_patch.sizes import Llava
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a global batch holds, summed over its micro batches."""
+
+    num_positions: int
+    """b x s, padding included."""
+    num_pairs: int
+    """b x s x s: what attention compares."""
+    num_pictures: int
+    num_labels: int
+
+
+def step_flops(llava: Llava, model: Model, work: Work) -> dict[str, float]:
+    """Part of the model -> what a step computes there: forward, and the gradients that are asked for.
+
+    A trained matrix costs its forward pass three times (output, input's gradient, weight's gradient), a frozen one in
+    front of something trained twice, a frozen one behind nothing trained once. Words are predicted at labels alone.
+    """
+    language = 2 if model.freeze_lm else 3
+    vision = 1 if model.freeze_vit else 3
+    times = {
+        "vision patches": 1 if model.freeze_vit else 2,  # pixels need no gradient
+        "vision layers": vision,
+        "projector": 3,
+        "language layers": language,
+        "language attention": 3,  # no weights: both of its inputs need gradients
+        "vocabulary": language,
+    }
+    share = 0.5 if model.use_flash_attn else 1.0  # the unfused attention computes what it then masks
+    forward = forward_flops(llava, work, num_predicted=work.num_labels, attention_share=share)
+    return {part: times[part] * flops for part, flops in forward.items()}
+
+
+def megatron_lm_flops(llava: Llava, work: Work) -> float:
+    """Megatron-LM's convention: three times the forward pass, predicting at every position, as if all were trained."""
+    return 3 * sum(forward_flops(llava, work, num_predicted=work.num_positions, attention_share=0.5).values())
+
+
+def forward_flops(llava: Llava, work: Work, *, num_predicted: int, attention_share: float) -> dict[str, float]:
+    """Part of the model -> operations of one forward pass.
+
+    `num_predicted`: positions at which words are predicted. `attention_share`: part of all pairs that causal attention
+    computes; half of them by convention.
+    """
+    vision, language = llava.vision, llava.language
+    patches = work.num_pictures * vision.num_image_tokens
+    length = vision.num_image_tokens + 1  # with the class token
+    heads = language.num_attention_heads * language.kv_channels
+    groups = language.num_query_groups * language.kv_channels
+    # Attention: scores, and their sum over the values, 2 operations each per pair and channel.
+    vision_layer = 2 * vision.hidden_size * (4 * vision.hidden_size + 2 * vision.ffn_hidden_size)
+    vision_layer += 4 * length * vision.hidden_size
+    language_layer = 2 * language.hidden_size * (2 * heads + 2 * groups + 3 * language.ffn_hidden_size)
+    return {
+        "vision patches": patches * 2 * 3 * vision.patch_dim**2 * vision.hidden_size,
+        "vision layers": work.num_pictures * length * vision.num_layers * vision_layer,
+        "projector": patches * 2 * language.hidden_size * (vision.hidden_size + language.hidden_size),
+        "language layers": work.num_positions * language.num_layers * language_layer,
+        "language attention": attention_share * work.num_pairs * language.num_layers * 4 * heads,
+        "vocabulary": num_predicted * 2 * language.hidden_size * language.padded_vocab_size(1),
+    }

@@ -1,0 +1,64 @@
+"""What is counted from the sizes is what torch counts while the tiny model computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_patch import parallel
+from megatron_patch.config import Parallel
+from megatron_patch.families.llava import read_config
+from megatron_patch.sizes import LanguageModel, Llava, VisionModel
+from megatron_patch.training.flops import Work, megatron_lm_flops, step_flops
+from megatron_patch.training.loop import start_or_resume
+from megatron_patch.training.step import batch_runner, train_step
+from tests import tiny_runs
+
+VISION = VisionModel(
+    family="clip",
+    num_layers=23,
+    hidden_size=1024,
+    ffn_hidden_size=4096,
+    num_attention_heads=16,
+    layernorm_epsilon=1e-5,
+    patch_dim=14,
+    img_size=336,
+)
+
+
+@pytest.mark.parametrize("freeze_lm", [False, True])
+@pytest.mark.parametrize("freeze_vit", [False, True])
+def test_flops_are_those_that_torch_counts(mcore, tmp_path, freeze_lm, freeze_vit):
+    config = tiny_runs.config(mcore, tmp_path, freeze_lm=freeze_lm, freeze_vit=freeze_vit, use_flash_attn=False)
+    llava = read_config(mcore)
+    parallel.start(Parallel(), seed=1, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    _, wrapped, optimizer, _, _ = start_or_resume(config, llava)
+    with FlopCounterMode(display=False) as counter:
+        step = train_step(wrapped, optimizer, iter(tiny_runs.batches(llava, 2)), batch_runner(config, llava))
+    parallel.stop()
+    assert step.totals == replace(step.totals, num_positions=4 * 48, num_pairs=4 * 48**2, num_pictures=4)
+    assert sum(step_flops(llava, config.model, step.totals).values()) == counter.get_total_flops()
+
+
+def test_the_convention_is_megatron_lms():
+    """Its formula for a dense model with grouped queries and SwiGLU, at Mistral-7B's sizes, two texts of 1,000."""
+    h, f, layers, v, s, q, kv = 4096, 14336, 32, 32768, 1000, 32 * 128, 8 * 128
+    layer = h * (q + 2 * kv) + q * s / 2 * 2 + q * h + 3 * h * f
+    language = LanguageModel(
+        family="mistral",
+        num_layers=layers,
+        hidden_size=h,
+        ffn_hidden_size=f,
+        num_attention_heads=32,
+        num_query_groups=8,
+        kv_channels=128,
+        layernorm_epsilon=1e-5,
+        vocab_size=v,
+        rotary_base=1e6,
+        max_position_embeddings=32768,
+    )
+    work = Work(num_positions=2 * s, num_pairs=2 * s**2, num_pictures=0, num_labels=60)
+    llava = Llava(language=language, vision=VISION, image_token_id=0)
+    assert megatron_lm_flops(llava, work) == 2 * s * 3 * 2 * (layers * layer + h * v)

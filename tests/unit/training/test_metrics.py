@@ -1,0 +1,104 @@
+"""What a run writes down, read back: TensorBoard, metrics.jsonl, the progress line."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_patch.families.llava import read_config
+from megatron_patch.training.flops import megatron_lm_flops, step_flops
+from megatron_patch.training.metrics import Metrics
+from megatron_patch.training.step import Step, Totals
+from tests import tiny_runs
+
+TOTALS = Totals(
+    loss=2.0,
+    num_labels=40,
+    num_samples=4,
+    num_tokens=180,
+    num_positions=192,
+    num_pairs=4 * 48**2,
+    num_pictures=4,
+    data_seconds=0.1,
+)
+STEP = Step(totals=TOTALS, grad_norm=0.5, loss_scale=1.0, seconds=0.8)
+
+
+@pytest.fixture
+def run(mcore, tmp_path):
+    """A function (first iteration, number of iterations, step) that logs them as a process would."""
+    (tmp_path / "log").mkdir()
+
+    def log(first: int, count: int, step: Step = STEP, **changed):
+        config = tiny_runs.config(mcore, tmp_path, **changed)
+        metrics = Metrics(config, read_config(mcore), first_iteration=first, world_size=2, is_writer=True)
+        for iteration in range(first, first + count):
+            metrics.log(iteration, step, learning_rate=1e-3, params_norm=7.0, consumed_samples=4 * iteration)
+        metrics.log_validation(first + count - 1, TOTALS)
+        metrics.flush()
+        return config
+
+    return log
+
+
+def read(folder):
+    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    board.Reload()
+    return board
+
+
+def test_scalars_have_megatron_lms_names(run, mcore, tmp_path):
+    config = run(1, 3)
+    flops = sum(step_flops(read_config(mcore), config.model, TOTALS).values())
+    expected = {
+        "lm loss": 2.0,
+        "learning-rate": 1e-3,
+        "loss-scale": 1.0,
+        "grad-norm": 0.5,
+        "params-norm": 7.0,
+        "batch-size": 4,
+        "iteration-time": 0.8,
+        "batch-generator-time": 0.1,
+        "data-wait-percent": 12.5,
+        "throughput": flops / 0.8 / 2 / 1e12,
+        "throughput-megatron-lm": megatron_lm_flops(read_config(mcore), TOTALS) / 0.8 / 2 / 1e12,
+        "samples-per-second": 5.0,
+        "tokens-per-second": 225.0,
+        "consumed-samples": 12,
+        "lm loss validation": 2.0,
+        "lm loss validation ppl": 7.389056,
+    }
+    board = read(tmp_path)
+    last = {name: board.Scalars(name)[-1] for name in board.Tags()["scalars"]}
+    assert 50e6 < last.pop("mem-rss-bytes").value < 50e9
+    assert {name: event.value for name, event in last.items()} == pytest.approx(expected)
+    assert {event.step for event in last.values()} == {3}
+    lines = [json.loads(line) for line in (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()]
+    assert {name for line in lines for name in line} == {"iteration", "mem-rss-bytes", *expected}
+
+
+def test_a_resumed_run_replaces_what_a_killed_one_wrote(run, tmp_path):
+    run(1, 5)
+    run(4, 3, replace(STEP, totals=replace(TOTALS, loss=1.0)), seed=5)
+    board = read(tmp_path)
+    assert [(e.step, e.value) for e in board.Scalars("lm loss")] == [(1, 2), (2, 2), (3, 2), (4, 1), (5, 1), (6, 1)]
+    settings = {event.step: event.tensor_proto.string_val[0].decode() for event in board.Tensors("config/text_summary")}
+    assert settings.keys() == {1, 4}
+    for step, seed in ((1, 1234), (4, 5)):
+        assert json.loads(settings[step].removeprefix("```json").removesuffix("```"))["training"]["seed"] == seed
+
+
+@pytest.mark.parametrize("wait", [0.039, 0.041])
+def test_the_line_is_short_and_says_when_data_is_late(run, caplog, monkeypatch, wait):
+    monkeypatch.setattr(logging.getLogger("megatron_patch"), "propagate", True)
+    totals = replace(TOTALS, num_tokens=98_765_432, data_seconds=wait)
+    with caplog.at_level(logging.INFO):
+        run(198_000, 1, replace(STEP, totals=totals, grad_norm=12345.678), train_iters=1_000_000)
+    line = caplog.messages[0]
+    assert line.startswith("iteration  198000/1000000 | lm loss: 2.000000 | lr: 1.0000E-03 | grad norm: 12345.6780 | ")
+    assert ("data wait: 5.1%" in line) == (wait > 0.04)
+    assert len(line) < 200
