@@ -38,7 +38,7 @@ def test_flops_are_those_that_torch_counts(mcore, tmp_path, freeze_lm, freeze_vi
     with FlopCounterMode(display=False) as counter:
         step = train_step(wrapped, optimizer, iter(tiny_runs.batches(llava, 2)), batch_runner(config, llava))
     parallel.stop()
-    assert step.totals == replace(step.totals, num_positions=4 * 48, num_pairs=4 * 48**2, num_pictures=4)
+    assert step.totals == replace(step.totals, num_positions=4 * 60, num_pairs=4 * 60**2, num_pictures=4)
     assert sum(step_flops(llava, config.model, step.totals).values()) == counter.get_total_flops()
 
 
