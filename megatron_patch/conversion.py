@@ -44,6 +44,10 @@ class Conversion:
     pipeline_model_parallel_size: int = 1
     """Stages that share the layers of the shards written."""
 
+    ckpt_format: Literal["torch", "torch_dist"] = "torch"
+    """With --mg2hf false: what is written. torch: a file for each rank (mp_rank shards); torch_dist: megatron.core's
+    distributed checkpoint, which has no cut and is loaded at any parallel sizes."""
+
     mg2hf: bool = False
     """Direction; false: Hugging Face to Megatron-Core, true: Megatron-Core to Hugging Face."""
 
@@ -84,12 +88,16 @@ class Conversion:
             raise ValueError(f"--max-shard-size {self.max_shard_size}: expected a size such as 500MB or 5GB")
         for_export, for_import = {"parts": self.parts != "false"}, {"projector": self.projector is not None}
         for_import["add_tokens"] = self.add_tokens is not None
+        for_import["ckpt_format"] = self.ckpt_format != "torch"
         for name, given in (for_import if self.mg2hf else for_export).items():
             if given:
                 needed = str(not self.mg2hf).lower()
                 raise ValueError(f"{flag(name)} {getattr(self, name)}: is for --mg2hf {needed}; leave it out")
         if self.parts == "projector" and self.verify == "true":
             raise ValueError("--verify true: there is no whole model to verify with --parts projector; leave one out")
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if self.ckpt_format == "torch_dist" and getattr(self, name) > 1:
+                raise ValueError(f"{flag(name)} {getattr(self, name)}: a torch_dist checkpoint is not cut; use 1")
         _ = self.parallel  # refuses sizes below 1, also where they are not used
 
     @property

@@ -23,6 +23,7 @@ from megatron_patch.checkpoint.mp_rank import MpRankReader
 from megatron_patch.checkpoint.reader import Reader, Views
 from megatron_patch.checkpoint.stream import BUFFER, convert, read
 from megatron_patch.checkpoint.torch_dist import TorchDistReader
+from megatron_patch.checkpoint.torch_dist_writer import write_torch_dist
 from megatron_patch.checkpoint.view import View
 from megatron_patch.families.family import Weight
 from megatron_patch.families.layout import hf_shapes, merge, pad_vocab, shard, split
@@ -31,6 +32,7 @@ from megatron_patch.families.llava import rows as llava_rows
 from megatron_patch.sizes import Llava
 
 T = TypeVar("T", Tensor, View)
+RELEASE = "release"
 LANGUAGE_LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)(\..*)")
 
 
@@ -252,7 +254,8 @@ def open_mcore(folder: Path, llava: Llava, check: bool = True) -> Reader:
                 f"{llava.language.vocab_size}; describe the model by the checkpoint's own config.json"
             )
     rows = llava_rows(llava)
-    reader = TorchDistReader(target, rows) if (target / ".metadata").is_file() else MpRankReader(target, rows, check)
+    kind = TorchDistReader if (target / ".metadata").is_file() else MpRankReader
+    reader = kind(target, rows, check)
     reader = _without_copies(reader, pipeline_copies(llava))
     check_mcore(rows, reader)
     return reader
@@ -313,11 +316,31 @@ def write_shards(
             views = {name: view for name, (_, view) in planned.items()}
             weights = {name: weight for name, (weight, _) in planned.items()}
             ranks.append(mp_rank.Rank(tp_rank, pp_rank, views, weights, {**args, **sizes}))
-    mp_rank.write_ranks(folder / "release", ranks, tp_size, pp_size, source, progress)
+    mp_rank.write_ranks(folder / RELEASE, ranks, tp_size, pp_size, source, progress)
+    _write_tracker(folder)
+
+
+def write_dist(
+    folder: Path,
+    mcore: Reader,
+    llava: Llava,
+    *,
+    args: dict,
+    source: Sequence[dict] = (),
+    progress: Callable[[int], object] = lambda num_bytes: None,
+) -> None:
+    """Write `folder`/release as a torch_dist checkpoint, then the tracker file. Arguments: as `write_shards`."""
+    whole = rank_views(mcore, llava, even_stage(llava.language.num_layers, 0, 1), 0, 1)
+    common = {"args": args, "checkpoint_version": mp_rank.CHECKPOINT_VERSION, "iteration": 0}
+    write_torch_dist(folder / RELEASE, whole, common, source, progress)
+    _write_tracker(folder)
+
+
+def _write_tracker(folder: Path) -> None:
     sync_tree(folder)
     disk.reached("shards synced")
     tracker = folder / f"{TRACKER}.partial"
-    tracker.write_text("release\n")
+    tracker.write_text(f"{RELEASE}\n")
     sync(tracker)
     disk.reached("tracker written")
     tracker.rename(folder / TRACKER)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from megatron_patch.checkpoint.digest import RunDigest
+from megatron_patch.checkpoint.stream import Target
 from megatron_patch.checkpoint.torch_zip import frame
 
 FILE = "manifest.json"
@@ -47,7 +48,7 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class RankRecord:
-    """One rank's file."""
+    """One file: a rank's, or one of a torch_dist checkpoint."""
 
     file: str
     size: int
@@ -55,6 +56,31 @@ class RankRecord:
     """Of all bytes that are no tensor's."""
 
     tensors: dict[str, TensorRecord]
+
+
+def tensor_record(
+    target: Target, whole: str, axis: int | None = None, ranges: Sequence[list[int]] = ()
+) -> TensorRecord:
+    """What is said of a tensor that was written."""
+    view = target.view
+    return TensorRecord(
+        dtype=dtype_name(view.dtype),
+        shape=list(view.shape),
+        whole=whole,
+        axis=axis,
+        ranges=list(ranges),
+        rows=list(target.runs),
+        sha256=target.digests,
+    )
+
+
+def file_record(
+    folder: Path, name: str, targets: Sequence[Target] = (), tensors: Mapping[str, TensorRecord] | None = None
+) -> RankRecord:
+    """What is said of the file `folder`/`name`. `targets`: its tensors, whose records are `tensors`."""
+    path = folder / name
+    places = [(target.offset, target.view.nbytes) for target in targets]
+    return RankRecord(name, path.stat().st_size, frame_digest(path, places), dict(tensors or {}))
 
 
 def write(folder: Path, ranks: dict[str, RankRecord], sizes: dict[str, int], source: Sequence[dict[str, Any]]) -> None:

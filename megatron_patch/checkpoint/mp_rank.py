@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_patch.checkpoint import disk, manifest
+from megatron_patch.checkpoint.disk import OutputFile
 from megatron_patch.checkpoint.reader import Reader, existing_file, open_torch_file, stored_view
 from megatron_patch.checkpoint.stream import Target, copy, read
-from megatron_patch.checkpoint.torch_zip import Stored, TorchFile
+from megatron_patch.checkpoint.torch_zip import Stored, TorchArchive
 from megatron_patch.checkpoint.view import View
 from megatron_patch.families.family import Weight
 from megatron_patch.families.layout import check_replicas, ranges, runs, unshard
@@ -118,32 +119,35 @@ def write_ranks(
     `source`: what the manifest says about where they come from. `progress` is called with the number of bytes of each
     piece that is written. Raises ValueError and OSError as `stream.copy` does.
     """
-    files: dict[str, TorchFile] = {}
-    targets: dict[str, list[Target]] = {}
+    files: list[OutputFile] = []
+    archives: list[TorchArchive] = []
+    targets: list[list[Target]] = []
     try:
         for rank in ranks:
-            name = rank_name(rank.tp_rank, rank.pp_rank, pp_size)
-            path = folder / name / FILE
+            path = folder / rank_name(rank.tp_rank, rank.pp_rank, pp_size) / FILE
             path.parent.mkdir(parents=True)
-            files[name] = file = TorchFile(path, _content(rank))
-            targets[name] = [
-                Target(f"{path}: {key}", view, file.file, file.offsets[key], runs(rank.weights[key], view.rows), True)
-                for key, view in rank.views.items()
-            ]
-        copy([target for some in targets.values() for target in some], progress)
-        for rank, (name, file) in zip(ranks, files.items(), strict=True):
+            files.append(file := OutputFile(path))
+            archives.append(archive := TorchArchive(file, _content(rank)))
+            file.resize(archive.end)
+            targets.append(
+                [
+                    Target(f"{path}: {key}", view, file, offset, runs(rank.weights[key], view.rows), True)
+                    for (key, view), offset in zip(rank.views.items(), archive.offsets, strict=True)
+                ]
+            )
+        copy([target for some in targets for target in some], progress)
+        for file, archive, some in zip(files, archives, targets, strict=True):
             disk.reached("weights written")
-            file.finish(dict(zip(rank.views, (target.crc for target in targets[name]), strict=True)))
+            file.sync()
+            archive.finish([target.crc for target in some])
+            file.sync()
             disk.reached("file finished")
     finally:
-        for file in files.values():
+        for file in files:
             file.close()
-    records = {
-        name: _record(folder, name, rank, file, targets[name], tp_size)
-        for rank, (name, file) in zip(ranks, files.items(), strict=True)
-    }
+    records = [_record(folder, *of_rank, tp_size, pp_size) for of_rank in zip(ranks, targets, strict=True)]
     sizes = {"tensor_model_parallel_size": tp_size, "pipeline_model_parallel_size": pp_size}
-    manifest.write(folder, records, sizes, source)
+    manifest.write(folder, {record.file.split("/")[0]: record for record in records}, sizes, source)
     disk.reached("manifest written")
 
 
@@ -159,11 +163,9 @@ def _content(rank: Rank) -> dict[str, Any]:
     }
 
 
-def _record(
-    folder: Path, name: str, rank: Rank, file: TorchFile, targets: Sequence[Target], tp_size: int
-) -> manifest.RankRecord:
+def _record(folder: Path, rank: Rank, targets: Sequence[Target], tp_size: int, pp_size: int) -> manifest.RankRecord:
     """What the manifest says of one rank's file."""
-    path = folder / name / FILE
+    name = f"{rank_name(rank.tp_rank, rank.pp_rank, pp_size)}/{FILE}"
     tensors = {}
     for target, (key, view) in zip(targets, rank.views.items(), strict=True):
         weight = rank.weights[key]
@@ -171,17 +173,8 @@ def _record(
         if weight.axis is not None:
             length = view.shape[weight.axis] * tp_size
             cut = [list(part) for part in ranges(weight, length, rank.tp_rank, tp_size)]
-        tensors[key] = manifest.TensorRecord(
-            dtype=manifest.dtype_name(view.dtype),
-            shape=list(view.shape),
-            whole=weight.mcore,
-            axis=weight.axis,
-            ranges=cut,
-            rows=list(target.runs),
-            sha256=target.digests,
-        )
-    places = [(file.offsets[key], view.nbytes) for key, view in rank.views.items()]
-    return manifest.RankRecord(f"{name}/{FILE}", path.stat().st_size, manifest.frame_digest(path, places), tensors)
+        tensors[key] = manifest.tensor_record(target, weight.mcore, weight.axis, cut)
+    return manifest.file_record(folder, name, targets, tensors)
 
 
 def rank_name(tp_rank: int, pp_rank: int, pp_size: int) -> str:

@@ -75,9 +75,11 @@ def _stored(path: Path) -> Stored:
 def _megatron_core(folder: Path) -> Stored:
     if (folder / ".metadata").is_file():
         metadata = read_metadata(folder / ".metadata")
-        tensors = [(stored.properties.dtype, tuple(stored.size)) for stored in model_tensors(metadata).values()]
-        others = len(metadata.state_dict_metadata) - len(tensors)
+        model = model_tensors(metadata)
+        tensors = [(stored.properties.dtype, tuple(stored.size)) for stored in model.values()]
+        others = sum("_extra_state" not in key for key in metadata.state_dict_metadata.keys() - model.keys())
         notes = {"beside the model": f"{others} entries of optimizer and progress"} if others else {}
+        notes["manifest"] = _manifest(folder)
         return Stored("Megatron-Core, torch_dist", tensors, sorted(folder.glob("*.distcp")), notes)
     stages = rank_files(folder)
     files = [file for ranks in stages for file in ranks]

@@ -12,12 +12,14 @@ import math
 import pickle
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_patch.checkpoint import manifest
 from megatron_patch.checkpoint.reader import Reader, existing_file, reason, stored_view
 from megatron_patch.checkpoint.torch_zip import Stored, describe
 from megatron_patch.checkpoint.view import View
@@ -51,14 +53,21 @@ ADMITTED = {
 class TorchDistReader(Reader):
     """Whole, unpadded tensors under the local spec's names and global layer indices.
 
-    Optimizer states and other objects beside the model are left out. `rows` is the model's table. Raises ValueError or
-    FileNotFoundError, one line that names the file, for a checkpoint that is incomplete, damaged or carries code.
+    Optimizer states and other objects beside the model are left out. `rows` is the model's table. `check`: compare what
+    is read with `manifest.json`, where there is one. Raises ValueError or FileNotFoundError, one line that names the
+    file, for a checkpoint that is incomplete, damaged or carries code.
     """
 
-    def __init__(self, folder: Path, rows: Iterable[Weight]) -> None:
+    def __init__(self, folder: Path, rows: Iterable[Weight], check: bool = True) -> None:
         self.folder = Path(folder)
         self.source = str(folder)
         self.rows = {weight.mcore: weight for weight in rows}
+        records = (manifest.read(self.folder) if check else None) or {}
+        for record in records.values():
+            path = existing_file(self.folder, record.file, f"{manifest.FILE} names it; copy the checkpoint again")
+            manifest.check_size(path, record)
+            if not record.tensors:
+                manifest.check_rank(path, record, {})
         self.metadata = read_metadata(existing_file(self.folder, ".metadata", "expected a torch_dist checkpoint"))
         # Name -> the stored key and the layer to take of it (None: all of it).
         self.place: dict[str, tuple[str, int | None]] = {}
@@ -68,6 +77,11 @@ class TorchDistReader(Reader):
                     self.place[to_local_name(key.replace(LAYERS, f"{LAYERS}{layer}."))] = (key, layer)
             else:
                 self.place[to_local_name(key)] = (key, None)
+        # Key and offsets of a block -> (rows, sha256) of its runs.
+        self.digests: dict[tuple[str, torch.Size], list[tuple[int, str]]] = {}
+        for record in records.values():
+            if record.tensors:
+                self._check_tensors(record)
 
     def view(self, name: str) -> View:
         """Where one tensor's values lie."""
@@ -83,9 +97,10 @@ class TorchDistReader(Reader):
             target, source = _overlap(start, wanted, tuple(block.offsets), tuple(block.sizes))
             if target is None:
                 continue
-            whole = self._block(key, block.offsets, block.sizes)
+            whole = self._block(key, block.offsets, block.sizes, layer is not None)
             if layer is not None:
-                whole = _layer(whole, source[0].start)
+                rows = block.sizes[1]
+                whole = whole.narrow(0, source[0].start * rows, rows)
                 target, source = target[1:], source[1:]
             part = _narrowed(whole, source)
             column = target[1].start if len(target) > 1 else 0
@@ -110,8 +125,35 @@ class TorchDistReader(Reader):
             return (min(shape[0], weight.shape[0]), *shape[1:])
         return shape
 
-    def _block(self, key: str, offsets: torch.Size, sizes: torch.Size) -> View:
-        """The plan of one block."""
+    def _check_tensors(self, record: manifest.RankRecord) -> None:
+        """Compare a file of blocks with its record, and keep the digests for when they are read."""
+        found = {}
+        for name in record.tensors.keys() & self.place.keys():
+            key, layer = self.place[name]
+            size = self.metadata.state_dict_metadata[key].size
+            sizes = size if layer is None else torch.Size((1, *size[1:]))
+            offsets = torch.Size((layer or 0, *(0 for _ in size[1:])))
+            _, stored = self._stored(key, offsets, sizes)
+            shape = list(sizes if layer is None else sizes[1:])
+            found[name] = (
+                manifest.dtype_name(stored.dtype),
+                shape,
+                stored.offset,
+                math.prod(shape) * stored.dtype.itemsize,
+            )
+            runs = zip(record.tensors[name].rows, record.tensors[name].sha256, strict=True)
+            self.digests[key, offsets] = list(runs)
+        manifest.check_rank(self.folder / record.file, record, found)
+
+    def _block(self, key: str, offsets: torch.Size, sizes: torch.Size, is_stacked: bool) -> View:
+        """The plan of one block; of stacked layers, the rows of one after the other's."""
+        path, stored = self._stored(key, offsets, sizes)
+        if is_stacked:
+            stored = replace(stored, shape=(sizes[0] * sizes[1], *sizes[2:]))
+        return stored_view(path, f"{key} at {list(offsets)}", stored, self.digests.get((key, offsets), ()))
+
+    def _stored(self, key: str, offsets: torch.Size, sizes: torch.Size) -> tuple[Path, Stored]:
+        """Where one block lies."""
         where = self.metadata.storage_data.get(MetadataIndex(key, offsets))
         if where is None:
             raise ValueError(f"{self.folder}/.metadata: does not say where the block of {key} at {list(offsets)} lies")
@@ -127,7 +169,7 @@ class TorchDistReader(Reader):
         if not isinstance(block, Stored) or block.shape != tuple(sizes):
             shape = list(getattr(block, "shape", ()))
             raise ValueError(f"{path}: {key} at {list(offsets)} has shape {shape}, expected {list(sizes)}")
-        return stored_view(path, f"{key} at {list(offsets)}", block)
+        return path, block
 
 
 class Window(io.RawIOBase):
@@ -166,12 +208,6 @@ def _beside(parts: list[View]) -> View:
     return View.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
-def _layer(block: View, layer: int) -> View:
-    """One layer of a block of stacked layers [layers, ...]."""
-    _, *shape = block.shape
-    return block.reshape(block.shape[0] * shape[0], *shape[1:]).narrow(0, layer * shape[0], shape[0])
-
-
 def _narrowed(block: View, box: tuple[slice, ...]) -> View:
     """A box of a block."""
     for axis, part in enumerate(box):
@@ -186,11 +222,11 @@ def model_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
     return {k: v for k, v in entries if isinstance(v, TensorStorageMetadata) and not k.startswith("optimizer.")}
 
 
-def stored_key(name: str) -> str:
-    """The key under which megatron.core saves a parameter: norms fused, the layer's index turned into an axis."""
+def stored_key(name: str) -> tuple[str, int | None]:
+    """The key under which megatron.core saves a parameter, norms fused; and its index along the axis of layers."""
     name = to_transformer_engine_name(name)
     match = LAYER.fullmatch(name)
-    return f"{match[1]}{match[3]}" if match else name
+    return (f"{match[1]}{match[3]}", int(match[2])) if match else (name, None)
 
 
 def read_metadata(path: Path) -> Metadata:

@@ -7,7 +7,6 @@ stands as (storage's key, type, shape), and `data/KEY`, the bytes. So a tensor o
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import struct
 import zipfile
@@ -15,7 +14,6 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -126,41 +124,47 @@ class _Unpickler(pickle.Unpickler):
         return Stored(offset + first * dtype.itemsize, dtype, tuple(shape))
 
 
-class TorchFile:
-    """Writes a file that torch.load(weights_only=True, mmap=True) reads, its tensors' bytes in any order.
+class TorchArchive:
+    """Writes what torch.load(weights_only=True) reads, the bytes of its tensors in any order.
 
-    The place of every tensor is known at once, and begins at a multiple of 4096 bytes for direct I/O. What makes an
-    archive of it, the directory at its end, comes last: a file that was not finished does not load.
+    It is a file of its own (then mmap=True reads it too) or a piece of one, as in a `.distcp` file. The place of every
+    tensor is known at once, and begins at a multiple of 4096 bytes for direct I/O. What makes an archive of it, the
+    directory at its end, comes last: one that was not finished does not load.
     """
 
-    def __init__(self, path: Path, content: dict[str, Any]) -> None:
-        """`content`: plain values, and meta tensors for those to be written."""
-        self.file = OutputFile(path)
+    def __init__(self, file: OutputFile, content: Any, start: int = 0) -> None:
+        """`content`: plain values, and meta tensors for those to be written. `start`: a multiple of 4096."""
+        self.file = file
+        self.start = start
         self.entries: list[_Entry] = []
-        self.end = 0
-        self.tensors: dict[str, _Entry] = {}
-        self.offsets: dict[str, int] = {}
-        """Where the bytes of each tensor of `content["model"]` go."""
-        pickled, storages = _pickle(content)
+        self.tensors: list[_Entry] = []
+        self.offsets: list[int] = []
+        """Where in `file` the bytes of each tensor go, in the order in which they stand in `content`."""
+        self.end = start
+        """End of the tensors, where the directory begins."""
+        pickled, sizes = _pickle(content)
         self._record("archive/data.pkl", pickled)
         self._record("archive/byteorder", b"little")
-        for key, (name, size) in enumerate(storages):
-            self.tensors[name], self.offsets[name] = self._begin(f"archive/data/{key}", size)
+        for key, size in enumerate(sizes):
+            entry, offset = self._begin(f"archive/data/{key}", size)
+            self.tensors.append(entry)
+            self.offsets.append(offset)
         self._record("archive/version", b"3\n")
-        self.file.resize(self.end)
 
-    def finish(self, crcs: dict[str, int]) -> None:
-        """Complete the file with the CRC32 of every tensor, and have it on the disk."""
-        for name, entry in self.tensors.items():
-            entry.crc = crcs[name]
-            self.file.write(entry.header + CRC_IN_LOCAL, struct.pack("<I", entry.crc))
-        self.file.sync()
-        self.file.write(self.end, _directory(self.entries, self.end))
-        self.file.sync()
+    @property
+    def size(self) -> int:
+        """Bytes of the whole archive."""
+        return self.end - self.start + len(self._directory())
 
-    def close(self) -> None:
-        """Let go of the file."""
-        self.file.close()
+    def finish(self, crcs: Sequence[int]) -> None:
+        """Complete it with the CRC32 of every tensor."""
+        for entry, crc in zip(self.tensors, crcs, strict=True):
+            entry.crc = crc
+            self.file.write(self.start + entry.header + CRC_IN_LOCAL, struct.pack("<I", crc))
+        self.file.write(self.end, self._directory())
+
+    def _directory(self) -> bytes:
+        return _directory(self.entries, self.end - self.start)
 
     def _record(self, name: str, data: bytes) -> None:
         entry, offset = self._begin(name, len(data), zlib.crc32(data))
@@ -169,7 +173,7 @@ class TorchFile:
 
     def _begin(self, name: str, size: int, crc: int = 0) -> tuple[_Entry, int]:
         """A record's header, with filling so that the data after it begins at a block. Returns where that is."""
-        entry = _Entry(name.encode(), self.end, size, crc)
+        entry = _Entry(name.encode(), self.end - self.start, size, crc)
         sizes = struct.pack("<HHQQ", 1, 16, size, size)
         filling = -(self.end + LOCAL.size + len(entry.name) + len(sizes) + 4) % BLOCK
         extra = sizes + struct.pack("<2sH", b"FB", filling) + b"Z" * filling  # as torch fills
@@ -212,7 +216,7 @@ class _Pickler(pickle.Pickler):
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, protocol=2)
-        self.count = 0
+        self.sizes: list[int] = []
 
     def persistent_id(self, value: Any) -> tuple | None:
         if isinstance(value, _Storage):
@@ -222,19 +226,19 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return NotImplemented
-        storage = _Storage(str(self.count), value.dtype, value.numel())
-        self.count += 1
+        storage = _Storage(str(len(self.sizes)), value.dtype, value.numel())
+        self.sizes.append(value.nbytes)
         shape = tuple(value.shape)
         stride = torch.empty(shape, device="meta").stride()
         return torch._utils._rebuild_tensor_v2, (storage, 0, shape, stride, False, OrderedDict())
 
 
-def _pickle(content: dict[str, Any]) -> tuple[bytes, list[tuple[str, int]]]:
-    """The pickle, and the (name, bytes) of its storages in the order of their keys."""
+def _pickle(content: Any) -> tuple[bytes, list[int]]:
+    """The pickle, and the bytes of each of its storages in the order of their keys."""
     buffer = io.BytesIO()
-    _Pickler(buffer).dump(content)
-    model = content["model"].items()
-    return buffer.getvalue(), [(name, value.nbytes) for name, value in model if isinstance(value, torch.Tensor)]
+    pickler = _Pickler(buffer)
+    pickler.dump(content)
+    return buffer.getvalue(), pickler.sizes
 
 
 def frame(size: int, tensors: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -245,8 +249,3 @@ def frame(size: int, tensors: Sequence[tuple[int, int]]) -> list[tuple[int, int]
             gaps.append((end, offset - end))
         end = max(end, offset + length)
     return gaps
-
-
-def file_size(file: IO[bytes]) -> int:
-    """Bytes of an open file."""
-    return os.fstat(file.fileno()).st_size

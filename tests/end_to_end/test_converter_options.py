@@ -230,6 +230,11 @@ def test_a_tied_source_that_holds_another_output_layer(tmp_path, capsys, clip):
             "--verify true: there is no whole model to verify",
         ),
         ({"source_llm_ckpt_path": "mcore", "mg2hf": "true", "projector": "x"}, "--projector x: is for --mg2hf false"),
+        ({"source_llm_ckpt_path": "mcore", "mg2hf": "true", "ckpt_format": "torch_dist"}, "is for --mg2hf false"),
+        (
+            {"source_llm_ckpt_path": "mcore", "ckpt_format": "torch_dist", "tensor_model_parallel_size": 2},
+            "--tensor-model-parallel-size 2: a torch_dist checkpoint is not cut; use 1",
+        ),
         ({"source_llm_ckpt_path": "mistral", "parts": "true"}, "--parts true: is for --mg2hf true"),
         (
             {"source_llm_ckpt_path": "mcore", "mg2hf": "true", "max_shard_size": "5"},

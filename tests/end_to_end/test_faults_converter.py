@@ -115,6 +115,22 @@ def test_killed_while_importing(tmp_path, mistral, clip, mcore, point):
     assert all(found[name] == reference[name] for name in reference)
 
 
+@pytest.mark.parametrize("point", ["bytes written", "weights written", "file finished", "tracker written"])
+def test_killed_while_writing_torch_dist(tmp_path, mcore, point):
+    target = tmp_path / "target"
+    arguments = _words(source_llm_ckpt_path=mcore, target_ckpt_path=target, precision="fp32", ckpt_format="torch_dist")
+    killed(point, arguments)
+    partial = tmp_path / ".target.partial"
+    assert list(tmp_path.iterdir()) == [partial]
+    if point != "tracker written":
+        (partial / "latest_checkpointed_iteration.txt").write_text("release")
+    with pytest.raises((ValueError, OSError)):
+        open_mcore(partial, read_config(mcore))
+    assert main(arguments) == 0
+    found, expected = (open_mcore(folder, read_config(mcore)) for folder in (target, mcore))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("point", EXPORT_POINTS)
 def test_killed_while_exporting(tmp_path, mcore, hf, point):
     target = tmp_path / "target"

@@ -42,6 +42,20 @@ def test_any_cut_to_any_other(tmp_path, mistral, clip, mcore, cut):
     assert {path.name for path in back.iterdir()} == beside
 
 
+def test_torch_dist_as_target_and_source(tmp_path, mistral, clip, mcore, hf):
+    """From Hugging Face and from shards the same file; from it the same shards, the same export, and itself again."""
+    imported = convert(mistral, tmp_path / "imported", 1, 1, clip, ckpt_format="torch_dist")
+    resharded = convert(mcore, tmp_path / "resharded", 1, 1, ckpt_format="torch_dist")
+    again = convert(resharded, tmp_path / "again", 1, 1, ckpt_format="torch_dist")
+    data = [(folder / "release" / "__0_0.distcp").read_bytes() for folder in (imported, resharded, again)]
+    assert data[0] == data[1] == data[2]
+    assert shards(convert(resharded, tmp_path / "shards", 2, 1)) == shards(mcore)
+    exported = convert(imported, tmp_path / "hf", 1, 1, mg2hf="true")
+    assert (exported / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
+    beside = {path.name for path in mcore.iterdir()}
+    assert {path.name for path in imported.iterdir()} == beside
+
+
 def test_another_type(tmp_path, mistral, clip, mcore):
     imported = convert(mistral, tmp_path / "imported", 1, 1, clip, precision="bf16")
     assert shards(convert(mcore, tmp_path / "ours", 1, 1, precision="bf16")) == shards(imported)

@@ -75,7 +75,7 @@ def import_hf(conversion: Conversion) -> None:
         source = with_rows(sources.reader, llava, llava.language.vocab_size)
         mcore = to_mcore(rows(llava), source, sources.unused, dtype)
         save_tensors({name: source[name] for name in sources.unused}, folder / companions.UNUSED)
-        _write_shards(conversion, folder, mcore, llava, sources.files)
+        _write_mcore(conversion, folder, mcore, llava, sources.files)
         if conversion.verifies(num_bytes):
             _verify(conversion, folder, llava, source, open_mcore(folder, llava))
     print(_wrote(conversion))
@@ -106,7 +106,7 @@ def reshard(conversion: Conversion) -> None:
     with written_aside(conversion.target_ckpt_path, _num_bytes(conversion, llava)) as folder:
         for source in reversed(carriers):
             companions.copy_companions(source, folder)
-        _write_shards(conversion, folder, mcore, llava, [path for path in files if path is not None])
+        _write_mcore(conversion, folder, mcore, llava, [path for path in files if path is not None])
     print(_wrote(conversion))
 
 
@@ -180,27 +180,27 @@ def _num_bytes(conversion: Conversion, llava: Llava) -> int:
     return num_bytes_written(llava, sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size, dtype)
 
 
-def _write_shards(conversion: Conversion, folder: Path, mcore: Reader, llava: Llava, files: list[Path]) -> None:
+def _write_mcore(conversion: Conversion, folder: Path, mcore: Reader, llava: Llava, files: list[Path]) -> None:
     """`files`: where the weights come from."""
-    from megatron_patch.checkpoint.convert import write_shards
+    from megatron_patch.checkpoint.convert import write_dist, write_shards
     from megatron_patch.checkpoint.manifest import identity
 
-    with _progress(_num_bytes(conversion, llava)) as bar:
-        write_shards(
-            folder,
-            mcore,
-            llava,
+    write = write_dist
+    if conversion.ckpt_format == "torch":
+        write = partial(
+            write_shards,
             tp_size=conversion.tensor_model_parallel_size,
             pp_size=conversion.pipeline_model_parallel_size,
-            args=_args(conversion, llava),
-            source=identity(files),
-            progress=bar.update,
         )
+    with _progress(_num_bytes(conversion, llava)) as bar:
+        write(folder, mcore, llava, args=_args(conversion, llava), source=identity(files), progress=bar.update)
 
 
 def _wrote(conversion: Conversion) -> str:
-    sizes = f"TP {conversion.tensor_model_parallel_size} x PP {conversion.pipeline_model_parallel_size}"
-    return f"wrote {conversion.target_ckpt_path}: {sizes}, {conversion.precision}"
+    what = f"TP {conversion.tensor_model_parallel_size} x PP {conversion.pipeline_model_parallel_size}"
+    if conversion.ckpt_format != "torch":
+        what = conversion.ckpt_format
+    return f"wrote {conversion.target_ckpt_path}: {what}, {conversion.precision}"
 
 
 def _described_checkpoint(conversion: Conversion) -> tuple[list[Path], dict[str, Any], Llava]:

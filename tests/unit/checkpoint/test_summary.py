@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
 from megatron_patch.checkpoint import disk, summary
 from megatron_patch.checkpoint.summary import summarize
+from toolkits.model_checkpoints_convertor.convert import main as convert
 from toolkits.model_checkpoints_convertor.inspect_checkpoint import main
 
 
@@ -35,6 +37,21 @@ def test_shards(mcore, tmp_path):
     copy = shutil.copytree(mcore, tmp_path / "copy")
     (copy / "release" / "manifest.json").unlink()
     assert summarize(copy)["manifest"].startswith("none")
+
+
+@pytest.fixture(scope="module")
+def dist(mcore, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("dist") / "dist"
+    flags = {"source-llm-ckpt-path": mcore, "target-ckpt-path": target, "ckpt-format": "torch_dist"}
+    assert convert([f"--{name}={value}" for name, value in flags.items()]) == 0
+    return target
+
+
+def test_torch_dist(dist):
+    facts = summarize(dist)
+    assert facts["format"] == "Megatron-Core, torch_dist"
+    assert "mp_rank_00/model_optim_rng.pt" in facts["manifest"]
+    assert "beside the model" not in facts
 
 
 def test_hugging_face(mistral, clip, hf):

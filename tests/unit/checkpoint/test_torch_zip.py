@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_patch.checkpoint.disk import OutputFile
 from megatron_patch.checkpoint.reader import open_torch_file, stored_view
 from megatron_patch.checkpoint.stream import Target, copy, read
-from megatron_patch.checkpoint.torch_zip import Stored, TorchFile, describe
+from megatron_patch.checkpoint.torch_zip import Stored, TorchArchive, describe
 from megatron_patch.checkpoint.view import View
 
 TENSORS = {
@@ -26,16 +27,18 @@ TENSORS = {
 PLAIN = {"version": 3.0, "args": {"eps": 1e-5, "name": "ä", "sizes": [1, 2]}}
 
 
-def write(path: Path, finish: bool = True) -> None:
+def write(path: Path, finish: bool = True, start: int = 0) -> None:
     model = {name: torch.empty_like(tensor, device="meta") for name, tensor in TENSORS.items()}
-    file = TorchFile(path, {"model": {**model, "_extra_state": None}, **PLAIN})
+    file = OutputFile(path)
+    archive = TorchArchive(file, {"model": {**model, "_extra_state": None}, **PLAIN}, start)
     targets = [
-        Target(name, View.of_tensor(tensor, name), file.file, file.offsets[name], has_crc=True)
-        for name, tensor in TENSORS.items()
+        Target(name, View.of_tensor(tensor, name), file, offset, has_crc=True)
+        for (name, tensor), offset in zip(TENSORS.items(), archive.offsets, strict=True)
     ]
     copy(target for target in targets if target.view.nbytes)
     if finish:
-        file.finish({target.name: target.crc for target in targets})
+        archive.finish([target.crc for target in targets])
+        assert path.stat().st_size == start + archive.size
     file.close()
 
 
@@ -97,11 +100,13 @@ def test_tensors_that_are_no_byte_range_are_mapped(tmp_path):
     assert torch.equal(read({"x": stored_view(tmp_path / "file.pt", "x", found)})["x"], tensor.T)
 
 
-def test_an_archive_within_a_file(tmp_path):
-    buffer = io.BytesIO()
-    torch.save(torch.arange(5.0), buffer)
-    stored = describe(buffer, start=100)
-    data = b"x" * 100 + buffer.getvalue()
-    assert torch.equal(
-        torch.frombuffer(bytearray(data[stored.offset : stored.offset + 20]), dtype=torch.float32), torch.arange(5.0)
-    )
+@pytest.mark.parametrize("start", [0, 8192])
+def test_an_archive_within_a_file(tmp_path, start):
+    """As in a .distcp file: torch reads the piece, and `describe` says where in the file its tensors lie."""
+    write(tmp_path / "file", start=start)
+    data = (tmp_path / "file").read_bytes()
+    assert not any(data[:start])
+    assert torch.equal(torch.load(io.BytesIO(data[start:]), weights_only=True)["model"]["deep"], TENSORS["deep"])
+    stored = describe(io.BytesIO(data[start:]), start)["model"]["matrix"]
+    matrix = torch.frombuffer(bytearray(data[stored.offset :][: TENSORS["matrix"].nbytes]), dtype=torch.float32)
+    assert torch.equal(matrix.view(stored.shape), TENSORS["matrix"])
