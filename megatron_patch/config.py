@@ -92,6 +92,12 @@ class Parallel:
     use_distributed_optimizer: bool = True
     """Cut the optimizer's states over the data-parallel ranks (ZeRO-1)."""
 
+    overlap_grad_reduce: bool = False
+    """Add up gradients over the data-parallel ranks in pieces, while the backward pass goes on."""
+
+    overlap_param_gather: bool = False
+    """Gather the weights that data-parallel ranks have stepped in pieces, while the next forward pass goes on."""
+
     def __post_init__(self) -> None:
         require_positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
         require_positive(self, "virtual_pipeline_model_parallel_size")
@@ -101,6 +107,11 @@ class Parallel:
             raise ValueError(
                 f"--virtual-pipeline-model-parallel-size {self.virtual_pipeline_model_parallel_size}: needs "
                 f"--pipeline-model-parallel-size of 2 or more; use 1"
+            )
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise ValueError(
+                "--overlap-param-gather true: needs --use-distributed-optimizer true and --overlap-grad-reduce true; "
+                "use false"
             )
 
     def check(self, llava: Llava) -> None:

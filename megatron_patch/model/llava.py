@@ -131,16 +131,22 @@ class LlavaModel(MegatronModule):
         words = input_ids.masked_fill(is_image, 0)  # `<image>` may lie past the table
         text = self.language_model.embedding(words, position_ids=None)  # [s, b, h]
         if pixel_values.shape[0] == 0:
-            # A text without pictures trains like any other: the projector takes part with a gradient of zero.
-            mixed = text + 0 * sum(parameter.sum() for parameter in self.vision_projection.parameters())
+            # A text without pictures trains like any other. All that is trained takes part, with a gradient of zero and
+            # in the usual order, since ranks add up gradients together as they come.
+            blank = pixel_values.new_zeros(1, *pixel_values.shape[1:])
+            mixed = text + (0 * self._see(blank)).sum().to(text.dtype)
         else:
-            features = self.vision_model(pixel_values)[:, self.vision_model.class_token_len :]  # [n, patches, h_vision]
-            images = self.vision_projection(features).flatten(0, 1).to(text.dtype)  # [n * patches, h]
+            images = self._see(pixel_values).to(text.dtype)  # [n * patches, h]
             patches = images[image_rows.clamp(min=0)].transpose(0, 1)  # [s, b, h]
             mixed = torch.where(is_image.transpose(0, 1).unsqueeze(-1), patches, text)
         if self.config.sequence_parallel:
             mixed = tensor_parallel.scatter_to_sequence_parallel_region(mixed)
         return mixed.contiguous()
+
+    def _see(self, pixel_values: Tensor) -> Tensor:
+        """[n, 3, h, w] -> what stands for the pictures in the text [n * patches, h]."""
+        features = self.vision_model(pixel_values)[:, self.vision_model.class_token_len :]  # [n, patches, h_vision]
+        return self.vision_projection(features).flatten(0, 1)
 
     def _freeze(self, config: Config) -> None:
         if config.model.freeze_lm:

@@ -29,7 +29,7 @@ from megatron_patch.model.specs import uses_transformer_engine
 from megatron_patch.sizes import Llava
 from megatron_patch.training.log import logger
 from megatron_patch.training.metrics import Metrics
-from megatron_patch.training.optimizer import build_optimizer, build_scheduler, wrap
+from megatron_patch.training.optimizer import build_optimizer, build_scheduler, gather_weights, wrap
 from megatron_patch.training.params_norm import params_norm
 from megatron_patch.training.step import Totals, batch_runner, train_step
 from megatron_patch.training.stopping import Stop
@@ -68,6 +68,7 @@ def train(config: Config) -> int:
             metrics.log_validation(iteration, validate(config, llava, wrapped, run_batch))
         if stops or is_due(iteration, config.checkpoint.save_interval, config):
             metrics.flush()
+            gather_weights(wrapped, config)
             position = save_position(loader) if writes_position() else None
             logger.info(f"saved {resume.save(config, chunks, optimizer, progress, position)}")
         if stops:

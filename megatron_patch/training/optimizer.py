@@ -19,9 +19,12 @@ LOSS_SCALE_WINDOW = 1000
 def wrap(chunks: list[LlavaModel], config: Config) -> list[DistributedDataParallel]:
     """The model in its precision, its gradients in fp32 and reduced over the data-parallel ranks."""
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.use_distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(
             chunk.config,
             ddp_config,
@@ -31,6 +34,18 @@ def wrap(chunks: list[LlavaModel], config: Config) -> list[DistributedDataParall
         )
         for index, chunk in enumerate(chunks)
     ]
+    if config.parallel.overlap_grad_reduce:
+        # Gradients are sent only when the last micro batch has added its own.
+        no_syncs = [chunk.no_sync for chunk in wrapped]
+        wrapped[0].config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+    return wrapped
+
+
+def gather_weights(chunks: list[DistributedDataParallel], config: Config) -> None:
+    """Make this rank's weights whole after a step: with `overlap_param_gather` that waits for the next forward pass."""
+    if config.parallel.overlap_param_gather:
+        for chunk in chunks:
+            chunk.start_param_sync(force_sync=True)
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:

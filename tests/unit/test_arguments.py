@@ -17,6 +17,7 @@ FLAGS = """
 --precision --use-flash-attn --transformer-impl
 --tensor-model-parallel-size --pipeline-model-parallel-size --virtual-pipeline-model-parallel-size
 --context-parallel-size --sequence-parallel --env --use-distributed-optimizer
+--overlap-grad-reduce --overlap-param-gather
 --data-path --valid-data-path --micro-batch-size --global-batch-size --num-workers --shuffle-buffer-size
 --prompt-format
 --lr --min-lr --lr-warmup-iters --weight-decay --adam-beta1 --adam-beta2 --adam-eps --clip-grad --optimizer-offload
@@ -69,6 +70,7 @@ def test_a_later_flag_wins():
             "--use-flash-attn false: megatron.core's unfused attention",
         ),
         ("--sequence-parallel true", "--sequence-parallel true: needs --tensor-model-parallel-size of 2 or more"),
+        ("--overlap-param-gather true", "needs --use-distributed-optimizer true and --overlap-grad-reduce true"),
         ("--virtual-pipeline-model-parallel-size 2", "needs --pipeline-model-parallel-size of 2 or more"),
         ("--recompute offload --recompute-num-layers 2", "--recompute-num-layers 2: needs --recompute full"),
         ("--recompute sel --recompute-method block", "--recompute-method block: needs --recompute full; use none"),

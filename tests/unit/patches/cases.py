@@ -126,6 +126,18 @@ def no_process_for_results() -> None:
     assert not multiprocessing.active_children()
 
 
+def states_of_several_buckets() -> None:
+    """What is saved of an optimizer is what it has."""
+    model, optimizer = _optimizer(overlap_grad_reduce=True, bucket_size=1)
+    _train(model, optimizer)
+    inner = optimizer.chained_optimizers[0].optimizer
+    expected = [state["exp_avg"].normal_().clone() for state in inner.state.values()]
+    assert len(model.buffers[0].buckets) == len(expected) > 2
+    _save_and_load(model, optimizer)
+    for state, before in zip(inner.state.values(), expected, strict=True):
+        assert torch.equal(state["exp_avg"], before)
+
+
 def _start() -> None:
     from megatron_patch import parallel
     from megatron_patch.config import Parallel
@@ -134,7 +146,7 @@ def _start() -> None:
     parallel.start(Parallel(), seed=1, init_method=store, rank=0, world_size=1)
 
 
-def _wrapped_model():
+def _wrapped_model(**ddp):
     """A small language model wrapped for data parallelism."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
@@ -144,14 +156,14 @@ def _wrapped_model():
     _start()
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, calculate_per_token_loss=True)
     model = GPTModel(config, get_gpt_layer_local_spec(), vocab_size=16, max_sequence_length=8)
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, **ddp)
     return DistributedDataParallel(config, ddp_config, model)
 
 
-def _optimizer():
+def _optimizer(**ddp):
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    model = _wrapped_model()
+    model = _wrapped_model(**ddp)
     return model, get_megatron_optimizer(OptimizerConfig(lr=0.1, use_distributed_optimizer=True), [model])
 
 
