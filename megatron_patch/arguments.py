@@ -18,21 +18,30 @@ from typing import Any, Literal, NoReturn, TypeVar
 T = TypeVar("T")
 
 
-def parse(config_class: type[T], argv: Sequence[str]) -> T:
-    """Build `config_class` from `--flag value` pairs. A mistake is one line on stderr and exit code 2."""
+def parse(config_class: type[T], argv: Sequence[str], *, positional: str | None = None) -> T:
+    """Build `config_class` from `--flag value` pairs. A mistake is one line on stderr and exit code 2.
+
+    `positional`: a setting that is given without its flag. Beside it, a bool's flag takes no value and means true.
+    """
     parser = _Parser(description=inspect.getdoc(config_class), allow_abbrev=False, formatter_class=_Formatter)
     for owner, setting, kind in walk(config_class):
         group = next((g for g in parser._action_groups if g.title == owner.__name__), None)
         group = group or parser.add_argument_group(owner.__name__, inspect.getdoc(owner))
-        group.add_argument(
-            flag(setting.name),
-            dest=setting.name,
-            type=_reader(kind),
-            required=_required(setting),
-            default=argparse.SUPPRESS,
-            metavar=_values(kind),
-            help=f"{_help_texts(owner)[setting.name]} {_default_text(setting)}",
-        )
+        help_text = f"{_help_texts(owner)[setting.name]} {_default_text(setting)}"
+        if setting.name == positional:
+            group.add_argument(setting.name, metavar=setting.name.upper(), type=_reader(kind), help=help_text)
+        elif positional and kind is bool:
+            group.add_argument(flag(setting.name), action="store_true", default=argparse.SUPPRESS, help=help_text)
+        else:
+            group.add_argument(
+                flag(setting.name),
+                dest=setting.name,
+                type=_reader(kind),
+                required=_required(setting),
+                default=argparse.SUPPRESS,
+                metavar=_values(kind),
+                help=help_text,
+            )
     given = vars(parser.parse_args(argv))
     try:
         return _build(config_class, given)

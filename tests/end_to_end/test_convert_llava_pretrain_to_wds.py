@@ -28,7 +28,10 @@ def test_real_photographs_from_another_folder(tmp_path):
     assert result.returncode != 0  # relative to where it is called
     result = run("LLaVA Pretrain", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "LLaVA Pretrain/wds: 240 given = 240 written + 0 rejected\n"
+    assert result.stdout == (
+        "10 shards of VQASample, 26.2 MB; 240 pictures of 107.1 kB, the largest 611.7 kB\n"
+        "LLaVA Pretrain/wds: 240 given = 240 written + 0 rejected\n"
+    )
     meta = folder / "wds" / ".nv-meta"
     prepared = {name: (meta / name).read_text() for name in ("dataset.yaml", "split.yaml", ".info.json")}
 
@@ -64,15 +67,18 @@ def test_rejected_samples_are_counted_and_named(tmp_path):
     result = run(tmp_path, "--max-rejected-share", "0.05")
     assert result.returncode == 0, result.stderr
     assert f"30 given = 29 written + 1 rejected ({tmp_path}/wds.rejected.tsv)" in result.stdout
-    assert (tmp_path / "wds.rejected.tsv").read_text() == "\"000007\"\timage 'nowhere.jpg': missing\n"
+    assert (tmp_path / "wds.rejected.tsv").read_text() == "7\t\"000007\"\timage 'nowhere.jpg': missing\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "why"),
     [
         ((), 2, "DIR"),
-        (("a", "b"), 2, "unrecognized arguments: b"),
-        (("a", "--max-rejected-share", "2"), 2, "--max-rejected-share"),
+        (("a", "b"), 2, "b: no such flag"),
+        (("a", "--max-rejected-share", "2"), 2, "--max-rejected-share 2.0: expected a share from 0 to 1"),
+        (("a", "--part", "3/2"), 2, "--part 3/2: expected i/n with 1 <= i <= n, such as 2/8"),
+        (("a", "--part", "1/2", "--overwrite"), 2, "--part 1/2: does not go with --overwrite"),
+        (("a", "--validate", "all"), 2, "--validate 'all': expected one of none, header, full"),
         (("no such folder",), 1, "no such folder: no such folder"),
         ((".",), 1, "blip_laion_cc_sbu_558k.json: missing"),
     ],

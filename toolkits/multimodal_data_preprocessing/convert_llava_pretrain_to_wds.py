@@ -1,61 +1,52 @@
-"""Turn the LLaVA-Pretrain folder into an energon dataset: DIR/wds, tar shards with jpg and json, ready to train on.
-
-DIR holds blip_laion_cc_sbu_558k.json and the images, unzipped or as images.zip. Samples that cannot be used are listed
-in DIR/wds.rejected.tsv, one line each: id, why.
-"""
+"""Turn LLaVA's json and pictures into an energon dataset: `python convert_llava_pretrain_to_wds.py --help`."""
 
 from __future__ import annotations
 
-import argparse
+import signal
 import sys
-from pathlib import Path
-from typing import NoReturn
 
-from megatron_patch.data.webdataset import convert
+from megatron_patch.arguments import parse
+from megatron_patch.data.webdataset import Report, Settings, convert
 
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit code 2."""
-        print(f"error: {message}; --help lists what is allowed", file=sys.stderr)
-        sys.exit(2)
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    if not 0 <= (value := float(text)) <= 1:
-        raise ValueError
-    return value
+MAX_SHOWN = 10
+"""Rejected samples that a dry run prints."""
 
 
 def main() -> int:
     """Exit code 0, or 1 with one line on stderr."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("dir", metavar="DIR", type=Path, help="the LLaVA-Pretrain folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing DIR/wds")
-    parser.add_argument("--no-prepare", action="store_true", help="leave `energon prepare` to you")
-    parser.add_argument(
-        "--max-rejected-share",
-        type=share,
-        default=0.01,
-        help="part of the samples, 0 to 1, that may be unusable before it is an error (default: %(default)s)",
-    )
-    given = parser.parse_args()
+    settings = parse(Settings, sys.argv[1:], positional="dir")
+    # As Ctrl-C does: what was begun is left in order, and the processes end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        report = convert(
-            given.dir,
-            overwrite=given.overwrite,
-            prepare=not given.no_prepare,
-            max_rejected_share=given.max_rejected_share,
-        )
+        report = convert(settings)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    where = f" ({report.quarantine})" if report.rejected else ""
-    print(f"{given.dir / 'wds'}: {report.given} given = {report.written} written + {report.rejected} rejected{where}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        return 130
+    print(_describe(settings, report))
     return 0
+
+
+def _describe(settings: Settings, report: Report) -> str:
+    """Last the line that counts: given = written + rejected."""
+    output = settings.output or f"{settings.dir}/wds"
+    if settings.dry_run:
+        where = "".join(f"\n  position {line[0]}, id {line[1]}: {line[2]}" for line in report.rejected[:MAX_SHOWN])
+        output = f"{output} (dry run)"
+    else:
+        where = f" ({report.quarantine})" if report.rejected and settings.part is None else ""
+    size = sum(record.size for record in report.records)
+    pictures = sum(record.pictures for record in report.records)
+    mean = sum(record.picture_bytes for record in report.records) / max(1, pictures)
+    largest = max(record.largest_picture for record in report.records)
+    part = f" (part {settings.part} of {report.num_shards})" if settings.part else ""
+    return (
+        f"{len(report.records)} shards{part} of {'VQASample' if report.is_pairs else 'conversations'}, "
+        f"{size / 1e6:,.1f} MB; {pictures} pictures of {mean / 1e3:.1f} kB, the largest {largest / 1e3:.1f} kB\n"
+        f"{output}: {report.given} given = {report.written} written + {len(report.rejected)} rejected{where}"
+    )
 
 
 if __name__ == "__main__":

@@ -9,19 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from megatron_patch.config import (
-    Checkpoint,
-    Config,
-    Data,
-    LanguageModel,
-    Llava,
-    Model,
-    Optimizer,
-    Training,
-    VisionModel,
-)
+from megatron_patch.config import Checkpoint, Config, Data, Model, Optimizer, Training
 from megatron_patch.data.tokenize import install_tokenizer
-from megatron_patch.data.webdataset import ANNOTATIONS
+from megatron_patch.data.webdataset import ANNOTATIONS, Report, Settings, convert
+from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 from tests.tiny import save_tokenizer
 
 PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "photos_llava_pretrain"
@@ -115,3 +106,8 @@ def copy_photos(target: Path) -> Path:
     for folder in (target, *target.iterdir()):
         folder.chmod(0o755 if folder.is_dir() else 0o644)
     return target
+
+
+def convert_folder(folder: Path, **settings) -> Report:
+    """`folder`/wds from what is in `folder`, in this process."""
+    return convert(Settings(dir=str(folder), **{"workers": 1, **settings}))

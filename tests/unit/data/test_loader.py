@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from megatron_patch.data.loader import restore_position, save_position, train_loader, valid_loader
-from megatron_patch.data.webdataset import convert
-from tests.unit.data.samples import describe, settings, write_pretrain
+from tests.unit.data.samples import convert_folder, describe, settings, write_pretrain
 
 COUNT = 60  # 6 samples in each of 10 shards: 54 to train on, 6 to validate
 
@@ -26,7 +25,7 @@ def model(tmp_path_factory):
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("a dataset")
     write_pretrain(folder / "raw", COUNT)
-    convert(folder / "raw")
+    convert_folder(folder / "raw")
     return folder / "raw" / "wds"
 
 
@@ -165,7 +164,7 @@ def test_position_in_another_dataset_is_refused_and_a_moved_one_is_the_same(mode
     shutil.copytree(dataset, tmp_path / "moved")
     restore_position(build(model, tmp_path / "moved"), position)
     write_pretrain(tmp_path / "raw", COUNT + 10)
-    convert(tmp_path / "raw")
+    convert_folder(tmp_path / "raw")
     with pytest.raises(ValueError, match="position in the data: dataset was"):
         restore_position(build(model, tmp_path / "raw" / "wds"), position)
 

@@ -1,0 +1,134 @@
+"""From LLaVA's json and pictures to tar shards that energon reads. Imports nothing heavy before it has to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_patch.data.webdataset.output import LocalOutput, NoOutput, Record, write_manifest, write_text
+from megatron_patch.data.webdataset.pictures import Pictures, open_roots
+from megatron_patch.data.webdataset.prepare import prepare_energon
+from megatron_patch.data.webdataset.progress import Progress
+from megatron_patch.data.webdataset.samples import Samples, find_annotations
+from megatron_patch.data.webdataset.settings import Settings
+from megatron_patch.data.webdataset.shards import Job, TooManyRejected
+from megatron_patch.data.webdataset.workers import run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What became of the samples: given = written + rejected."""
+
+    records: list[Record]
+    """The shards', in their order."""
+    num_shards: int
+    """Of the whole output; `records` are fewer with --part."""
+    is_pairs: bool
+    """VQASample, else conversations."""
+    quarantine: Path
+    """File with one line per rejected sample: position in the json, id, why."""
+
+    @property
+    def given(self) -> int:
+        """Samples in the json, those of other parts apart."""
+        return sum(record.given for record in self.records)
+
+    @property
+    def written(self) -> int:
+        """Samples in the shards."""
+        return sum(record.written for record in self.records)
+
+    @property
+    def rejected(self) -> list[tuple[int, str, str]]:
+        """Position in the json, id, why."""
+        return [line for record in self.records for line in record.rejected]
+
+
+def convert(settings: Settings) -> Report:
+    """Write the shards that `settings` describe, or those of one part.
+
+    Their bytes depend on nothing but the input and `validate`: not on the number of processes or parts. A shard is
+    there when it is whole, and is recorded; a run that was ended goes on behind the last one. The folder appears under
+    its name when all shards are there. Raises ValueError or OSError in one line: missing input, an existing output
+    (unless `overwrite`), more rejected samples than allowed.
+    """
+    source = Path(settings.dir)
+    annotations = Path(settings.annotations) if settings.annotations else find_annotations(source)
+    samples = Samples(annotations, annotations.read_bytes(), settings.max_rejected_share)
+    pictures = Pictures(open_roots(_roots(settings, source)), settings.validate)
+    output = (NoOutput if settings.dry_run else LocalOutput)(Path(settings.output or source / "wds"))
+    index, count = settings.share_of_shards
+    job = Job(samples, pictures, output, int(settings.max_rejected_share * len(samples)))
+    plan = {
+        "annotations": annotations.name,
+        "sha256 of the annotations": samples.digest,
+        "samples": len(samples),
+        "sample type": "VQASample" if samples.is_pairs else "conversations",
+        "keys": "id" if samples.has_id_keys else "position",
+        "validate": settings.validate,
+    }
+    output.begin(plan, settings.overwrite)
+    records = _write_shards(job, range(index, job.num_shards, count), settings)
+    report = Report(records=records, num_shards=job.num_shards, is_pairs=samples.is_pairs, quarantine=output.quarantine)
+    if not settings.dry_run and settings.part is None:
+        _finish(output, report, plan, prepare=not settings.no_prepare)
+    return report
+
+
+def _roots(settings: Settings, source: Path) -> list[Path]:
+    if settings.images is not None:
+        return [Path(path.strip()) for path in settings.images.split(",") if path.strip()]
+    usual = (source, source / "images", source / "images.zip")
+    return [path for path in usual if path.exists()]
+
+
+def _write_shards(job: Job, shards: range, settings: Settings) -> list[Record]:
+    records: list[Record] = []
+    progress = Progress(sum(len(job.positions(shard)) for shard in shards))
+    answers = run(job.write, shards, settings.num_workers)
+    try:
+        for answer in answers:
+            if isinstance(answer, int):
+                progress.add(answer)
+                continue
+            records.append(answer)
+            if sum(len(record.rejected) for record in records) > job.max_rejected:
+                raise TooManyRejected([])
+    except TooManyRejected as error:
+        _stop(job, [*error.args[0], *(line for record in records for line in record.rejected)], settings)
+    finally:
+        answers.close()
+        progress.close()
+    return sorted(records, key=lambda record: record.shard)
+
+
+def _stop(job: Job, rejected: list[tuple[int, str, str]], settings: Settings) -> None:
+    rejected.sort()
+    where = "" if settings.dry_run else f"{job.output.quarantine}: "
+    if not settings.dry_run:
+        _write_quarantine(job.output.quarantine, rejected)
+    raise ValueError(
+        f"{where}{len(rejected)} samples rejected, more than --max-rejected-share {settings.max_rejected_share} "
+        f"allows; the last one: {rejected[-1][2]}"
+    ) from None
+
+
+def _finish(output: LocalOutput, report: Report, plan: dict, *, prepare: bool) -> None:
+    counts = {record.shard: record.written for record in report.records if record.written}
+    if len(counts) < 2:
+        raise ValueError(f"{output.path}: {report.written} usable samples; a train and a val split need at least 2")
+    _write_quarantine(output.quarantine, report.rejected)
+    write_manifest(output.partial, plan, report.records)
+    if prepare:
+        prepare_energon(output.partial, counts, is_pairs=report.is_pairs)
+    output.show()
+
+
+def _write_quarantine(path: Path, rejected: Iterable[tuple[int, str, str]]) -> None:
+    """A line for each; no file where there is none."""
+    lines = [f"{position}\t{name}\t{why}\n" for position, name, why in rejected]
+    if lines:
+        write_text(path, "".join(lines))
+    else:
+        path.unlink(missing_ok=True)

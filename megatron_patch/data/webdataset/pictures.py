@@ -1,0 +1,191 @@
+"""Reads pictures by the names that the json gives them, from folders and zip archives.
+
+Names that lead out of the given folders are refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from megatron_patch.data.webdataset.formats import check_decodes, check_header, check_present
+from megatron_patch.data.webdataset.samples import Rejected
+from megatron_patch.data.webdataset.settings import Validation
+
+MAX_BYTES = 256 * 1024**2
+"""Bytes that an encoded picture may have."""
+
+# A link is followed by hand, and nothing waits at a pipe.
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
+
+class Root(Protocol):
+    """Where names of pictures begin."""
+
+    def read(self, name: str) -> bytes | None:
+        """The picture's bytes; None when it is not here. Raises Rejected, or OSError."""
+
+
+class Pictures:
+    """Pictures by name, from the first root that has them."""
+
+    def __init__(self, roots: Sequence[Root], validate: Validation) -> None:
+        self._roots = roots
+        self._check = {"none": check_present, "header": check_header, "full": check_decodes}[validate]
+
+    def read(self, name: str) -> bytes:
+        """A picture as it is. Raises Rejected when it is missing, damaged, or outside of the roots."""
+        try:
+            data = self._find(name)
+            self._check(data)
+        except Rejected as error:
+            raise Rejected(f"image {_short(name)}: {error}") from None
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+            raise Rejected(f"image {_short(name)}: {why}") from error
+        return data
+
+    def _find(self, name: str) -> bytes:
+        for root in self._roots:
+            data = root.read(name)
+            if data is not None:
+                return data
+        raise Rejected("missing")
+
+
+class FolderRoot:
+    """A folder. `allowed`: real paths of all roots, which links may lead to."""
+
+    def __init__(self, path: str, allowed: Sequence[str]) -> None:
+        self._path = os.path.realpath(path)
+        self._allowed = tuple(os.path.join(folder, "") for folder in allowed)
+        self._folders: dict[str, str | None] = {}
+
+    def read(self, name: str) -> bytes | None:
+        """See `Root`."""
+        parent, _, base = name.rpartition("/")
+        try:
+            folder = self._folders[parent]
+        except KeyError:
+            folder = self._folders[parent] = self._resolve(name, parent)
+        if folder is None:
+            return None
+        if base in ("", ".", ".."):
+            raise Rejected("not a file's name")
+        try:
+            descriptor = os.open(folder + base, _FLAGS)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                return None
+            if error.errno != errno.ELOOP:
+                raise
+            descriptor = os.open(self._follow(folder + base), _FLAGS)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise Rejected("not a file")
+            if status.st_size > MAX_BYTES:
+                raise Rejected(f"{status.st_size} bytes, more than {MAX_BYTES} are refused")
+            return os.read(descriptor, status.st_size)
+        finally:
+            os.close(descriptor)
+
+    def _resolve(self, name: str, parent: str) -> str | None:
+        """The real folder, with a slash at its end, of a name's part before the last slash; None: there is none."""
+        if name.startswith("/") or ".." in parent.split("/"):
+            raise Rejected("leads out of the folder")
+        path = os.path.join(self._path, parent)
+        return os.path.join(self._follow(path), "") if os.path.isdir(path) else None
+
+    def _follow(self, path: str) -> str:
+        real = os.path.realpath(path)
+        if not os.path.join(real, "").startswith(self._allowed):
+            raise Rejected("a link that leads out of the folder; name its target with --images if it is meant")
+        return real
+
+
+class _Member(NamedTuple):
+    offset: int
+    stored: int
+    size: int
+    crc32: int
+    method: int
+    is_encrypted: bool
+
+
+class ZipRoot:
+    """A zip archive. It is opened once: processes that are forked share its table and read at their own places."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self._members = {
+                    info.filename: _Member(
+                        info.header_offset,
+                        info.compress_size,
+                        info.file_size,
+                        info.CRC,
+                        info.compress_type,
+                        bool(info.flag_bits & 1),
+                    )
+                    for info in archive.infolist()
+                }
+        except (zipfile.BadZipFile, NotImplementedError) as error:
+            raise ValueError(f"{path}: not a whole zip archive: {error}; download it again") from None
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, name: str) -> bytes | None:
+        """See `Root`."""
+        member = self._members.get(name)
+        if member is None:
+            return None
+        if member.is_encrypted or member.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise Rejected("encrypted, or packed in a way other than stored and deflated")
+        if max(member.size, member.stored) > MAX_BYTES:
+            raise Rejected(f"{member.size} bytes, more than {MAX_BYTES} are refused")
+        data = self._read_stored(name, member)
+        if member.method == zipfile.ZIP_DEFLATED:
+            try:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.size + 1)
+            except zlib.error as error:
+                raise Rejected(f"damaged in the archive: {error}") from None
+        if len(data) != member.size or zlib.crc32(data) != member.crc32:
+            raise Rejected("damaged in the archive: wrong CRC-32")
+        return data
+
+    def _read_stored(self, name: str, member: _Member) -> bytes:
+        """The member's bytes as they lie there, behind its own header, whose length is only written in itself."""
+        guess = 30 + len(name.encode()) + 64
+        data = os.pread(self._descriptor, guess + member.stored, member.offset)
+        if len(data) < 30 or not data.startswith(b"PK\x03\x04"):
+            raise Rejected("damaged in the archive: no header")
+        begin = 30 + sum(struct.unpack_from("<HH", data, 26))
+        if begin <= guess:
+            return data[begin : begin + member.stored]
+        return os.pread(self._descriptor, member.stored, member.offset + begin)
+
+
+def _short(name: str) -> str:
+    text = repr(name)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def open_roots(paths: Sequence[Path]) -> list[Root]:
+    """A root for each folder or zip archive. Raises ValueError for what is neither."""
+    allowed = [os.path.realpath(path) for path in paths if path.is_dir()]
+    roots: list[Root] = []
+    for path in paths:
+        if path.is_dir():
+            roots.append(FolderRoot(str(path), allowed))
+        elif path.is_file():
+            roots.append(ZipRoot(str(path)))
+        else:
+            raise ValueError(f"{path}: neither a folder nor a zip archive; expected pictures in it")
+    return roots

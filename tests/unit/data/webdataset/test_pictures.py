@@ -1,0 +1,80 @@
+"""Where pictures may come from, and that nothing comes from anywhere else."""
+
+import zipfile
+
+import pytest
+
+from megatron_patch.data.webdataset.pictures import Pictures, open_roots
+from megatron_patch.data.webdataset.samples import Rejected
+from tests.unit.data.samples import jpeg
+
+PICTURE = jpeg((1, 2, 3))
+
+
+def test_several_roots_are_asked_in_their_order(tmp_path):
+    for folder in ("coco", "gqa/images"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "coco" / "a.jpg").write_bytes(PICTURE + b"1")
+    (tmp_path / "gqa" / "images" / "a.jpg").write_bytes(PICTURE + b"2")
+    (tmp_path / "gqa" / "images" / "b.jpg").write_bytes(PICTURE + b"3")
+    with zipfile.ZipFile(tmp_path / "more.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jpg", PICTURE + b"4")
+        archive.writestr("deep/c.jpg", PICTURE + b"5")
+    roots = [tmp_path / "coco", tmp_path / "gqa" / "images", tmp_path / "more.zip"]
+    pictures = Pictures(open_roots(roots), "header")
+    assert [pictures.read(name)[-1:] for name in ("a.jpg", "b.jpg", "./b.jpg", "deep/c.jpg")] == [
+        b"1",
+        b"3",
+        b"3",
+        b"5",
+    ]
+    with pytest.raises(Rejected, match=r"image 'c\.jpg': missing"):
+        pictures.read("c.jpg")
+    with pytest.raises(ValueError, match="nowhere: neither a folder nor a zip archive"):
+        open_roots([tmp_path / "nowhere"])
+
+
+def test_links_lead_only_into_the_given_folders(tmp_path):
+    for folder in ("data/coco", "elsewhere/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "a.jpg").write_bytes(PICTURE)
+    (tmp_path / "data" / "a.jpg").symlink_to(tmp_path / "elsewhere" / "deep" / "a.jpg")
+    (tmp_path / "data" / "inside.jpg").symlink_to("coco/b.jpg")
+    (tmp_path / "data" / "coco" / "b.jpg").write_bytes(PICTURE)
+    (tmp_path / "data" / "folder").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "loop.jpg").symlink_to("loop.jpg")
+    # Begins as the allowed one does.
+    (tmp_path / "data2").mkdir()
+    (tmp_path / "data2" / "a.jpg").write_bytes(PICTURE)
+    (tmp_path / "data" / "near.jpg").symlink_to(tmp_path / "data2" / "a.jpg")
+    alone = Pictures(open_roots([tmp_path / "data"]), "header")
+    assert alone.read("inside.jpg") == PICTURE
+    for name in ("a.jpg", "folder/deep/a.jpg", "near.jpg"):
+        with pytest.raises(Rejected, match="a link that leads out of the folder; name its target with --images"):
+            alone.read(name)
+    with pytest.raises(Rejected, match=r"image 'loop\.jpg'"):
+        alone.read("loop.jpg")
+    both = Pictures(open_roots([tmp_path / "data", tmp_path / "elsewhere"]), "header")
+    assert both.read("a.jpg") == both.read("folder/deep/a.jpg") == PICTURE
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_damage_in_an_archive(method, tmp_path):
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a.jpg", PICTURE)
+        archive.writestr("b.jpg", PICTURE)
+    whole = path.read_bytes()
+    middle = zipfile.ZipFile(path).getinfo("b.jpg").header_offset // 2
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    pictures = Pictures(open_roots([path]), "none")
+    if method == zipfile.ZIP_BZIP2:
+        with pytest.raises(Rejected, match="packed in a way other than stored and deflated"):
+            pictures.read("b.jpg")
+        return
+    assert pictures.read("b.jpg") == PICTURE
+    with pytest.raises(Rejected, match="damaged in the archive"):
+        pictures.read("a.jpg")
+    path.write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match=r"images\.zip: not a whole zip archive: .*; download it again"):
+        open_roots([path])
