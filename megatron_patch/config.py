@@ -116,6 +116,22 @@ class Parallel:
 
     def check(self, llava: Llava) -> None:
         """Raise ValueError when the model cannot be cut like this."""
+        self.check_tensor_parallel(llava)
+        stages, layers = self.pipeline_model_parallel_size, llava.language.num_layers
+        if layers % stages:
+            raise ValueError(
+                f"--pipeline-model-parallel-size {stages}: the language model has {layers} layers, which {stages} does "
+                f"not divide; use {listing(divisors(layers))}"
+            )
+        chunks = self.virtual_pipeline_model_parallel_size
+        if layers // stages % chunks:
+            raise ValueError(
+                f"--virtual-pipeline-model-parallel-size {chunks}: a stage has {layers // stages} layers, which "
+                f"{chunks} does not divide; use {listing(divisors(layers // stages))}"
+            )
+
+    def check_tensor_parallel(self, llava: Llava) -> None:
+        """Raise ValueError when a layer cannot be cut like this."""
         size = self.tensor_model_parallel_size
         cut = (
             ("the language model", "attention heads", llava.language.num_attention_heads),
@@ -132,18 +148,6 @@ class Parallel:
                     f"--tensor-model-parallel-size {size}: {model} has {count} {what}, which {size} does not divide; "
                     f"use {listing(allowed)}"
                 )
-        stages, layers = self.pipeline_model_parallel_size, llava.language.num_layers
-        if layers % stages:
-            raise ValueError(
-                f"--pipeline-model-parallel-size {stages}: the language model has {layers} layers, which {stages} does "
-                f"not divide; use {listing(divisors(layers))}"
-            )
-        chunks = self.virtual_pipeline_model_parallel_size
-        if layers // stages % chunks:
-            raise ValueError(
-                f"--virtual-pipeline-model-parallel-size {chunks}: a stage has {layers // stages} layers, which "
-                f"{chunks} does not divide; use {listing(divisors(layers // stages))}"
-            )
 
     def num_layers_per_chunk(self, llava: Llava) -> int:
         """Layers of the language model that stand together: of a stage, or of one of its virtual stages."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,9 @@ from megatron_patch.config import Parallel, Precision, PromptFormat
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SIZE = r"([1-9][0-9]*)([KMGT])B"
 AUTO_VERIFY_BYTES = 1000**3
+UNEQUAL = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+FOR_EXPORT = ("parts",)
+FOR_IMPORT = ("projector", "add_tokens", "ckpt_format", "virtual_pipeline_model_parallel_size", *UNEQUAL)
 # What NeMo's NeVA adds besides `<image>`.
 NEVA_TOKENS = ("<im_start>", "<im_end>", *(f"<extra_id_{number}>" for number in range(8)))
 
@@ -43,6 +46,15 @@ class Conversion:
 
     pipeline_model_parallel_size: int = 1
     """Stages that share the layers of the shards written."""
+
+    virtual_pipeline_model_parallel_size: int = 1
+    """Virtual stages that each of these holds (interleaved schedule): model0, model1, ... in a shard; 1: model."""
+
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first stage; the others share the rest equally. none: as many as the others."""
+
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last stage; the others share the rest equally. none: as many as the others."""
 
     ckpt_format: Literal["torch", "torch_dist"] = "torch"
     """With --mg2hf false: what is written. torch: a file for each rank (mp_rank shards); torch_dist: megatron.core's
@@ -86,18 +98,17 @@ class Conversion:
             raise ValueError(f"--precision {self.precision}: weights are kept as bf16, fp16 or fp32; use one of these")
         if not re.fullmatch(SIZE, self.max_shard_size):
             raise ValueError(f"--max-shard-size {self.max_shard_size}: expected a size such as 500MB or 5GB")
-        for_export, for_import = {"parts": self.parts != "false"}, {"projector": self.projector is not None}
-        for_import["add_tokens"] = self.add_tokens is not None
-        for_import["ckpt_format"] = self.ckpt_format != "torch"
-        for name, given in (for_import if self.mg2hf else for_export).items():
-            if given:
+        defaults = {setting.name: setting.default for setting in fields(self)}
+        for name in FOR_IMPORT if self.mg2hf else FOR_EXPORT:
+            if getattr(self, name) != defaults[name]:
                 needed = str(not self.mg2hf).lower()
                 raise ValueError(f"{flag(name)} {getattr(self, name)}: is for --mg2hf {needed}; leave it out")
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", *UNEQUAL):
+            given, default = getattr(self, name), defaults[name] or "none"
+            if self.ckpt_format == "torch_dist" and given not in (1, None):
+                raise ValueError(f"{flag(name)} {given}: a torch_dist checkpoint is not cut; use {default}")
         if self.parts == "projector" and self.verify == "true":
             raise ValueError("--verify true: there is no whole model to verify with --parts projector; leave one out")
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            if self.ckpt_format == "torch_dist" and getattr(self, name) > 1:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: a torch_dist checkpoint is not cut; use 1")
         _ = self.parallel  # refuses sizes below 1, also where they are not used
 
     @property
@@ -122,4 +133,5 @@ class Conversion:
         return Parallel(
             tensor_model_parallel_size=self.tensor_model_parallel_size,
             pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=self.virtual_pipeline_model_parallel_size,
         )

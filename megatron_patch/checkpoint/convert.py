@@ -7,9 +7,8 @@ values come from. `stream.py` moves the bytes, so no model is ever whole in memo
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +20,7 @@ from megatron_patch.checkpoint.companions import CONFIG, TRACKER, checkpoint_fol
 from megatron_patch.checkpoint.disk import sync, sync_tree
 from megatron_patch.checkpoint.mp_rank import MpRankReader
 from megatron_patch.checkpoint.reader import Reader, Views
+from megatron_patch.checkpoint.stages import Stage, pipeline_stages
 from megatron_patch.checkpoint.stream import BUFFER, convert, read
 from megatron_patch.checkpoint.torch_dist import TorchDistReader
 from megatron_patch.checkpoint.torch_dist_writer import write_torch_dist
@@ -33,7 +33,6 @@ from megatron_patch.sizes import Llava
 
 T = TypeVar("T", Tensor, View)
 RELEASE = "release"
-LANGUAGE_LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)(\..*)")
 
 
 def to_mcore(
@@ -181,41 +180,6 @@ def check_coverage(expected: dict[str, tuple[int, ...]], reader: Reader, also: S
             )
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What one pipeline stage (or one virtual stage of it) holds of the language model."""
-
-    layers: range
-    """Its layers, by their index in the whole model. Within the stage they count from 0."""
-
-    pre_process: bool
-    """Whether it holds the embedding, the vision tower and the projector."""
-
-    post_process: bool
-    """Whether it holds the final norm and the output layer."""
-
-    def local_name(self, name: str) -> str | None:
-        """A tensor's name within this stage; None when it lies in another one."""
-        match = LANGUAGE_LAYER.fullmatch(name)
-        if match:
-            layer = int(match[2])
-            return f"{match[1]}{layer - self.layers.start}{match[3]}" if layer in self.layers else None
-        first = not name.startswith("language_model.") or name.startswith("language_model.embedding.")
-        return name if (self.pre_process if first else self.post_process) else None
-
-
-def even_stage(num_layers: int, pp_rank: int, pp_size: int) -> Stage:
-    """One of `pp_size` stages of equal length. Raises ValueError when the layers cannot be cut so."""
-    if num_layers % pp_size:
-        raise ValueError(f"{num_layers} layers: not a multiple of {pp_size} pipeline stages")
-    length = num_layers // pp_size
-    return Stage(
-        layers=range(pp_rank * length, (pp_rank + 1) * length),
-        pre_process=pp_rank == 0,
-        post_process=pp_rank == pp_size - 1,
-    )
-
-
 def rank_state_dict(mcore: Reader, llava: Llava, stage: Stage, tp_rank: int, tp_size: int) -> dict[str, Tensor]:
     """One rank's tensors of a whole model: the local spec's names, the stage's layer indices, padded vocabulary."""
     return read({name: view for name, (_, view) in rank_views(mcore, llava, stage, tp_rank, tp_size).items()})
@@ -276,16 +240,12 @@ def _without_copies(reader: Reader, copies: dict[str, str]) -> Reader:
     return Views({name: reader.view(name) for name in reader if name not in found}, reader.source) if found else reader
 
 
-def load_rank(
-    folder: Path, llava: Llava, *, tp_rank: int, tp_size: int, pp_rank: int, pp_size: int, stage: Stage | None = None
-) -> dict[str, Tensor]:
-    """One rank's state dict of the Megatron-Core checkpoint in `folder`, whatever TP and PP it was saved at.
+def load_rank(folder: Path, llava: Llava, stage: Stage, *, tp_rank: int, tp_size: int) -> dict[str, Tensor]:
+    """One rank's state dict of the Megatron-Core checkpoint in `folder`, however that is cut.
 
     Names are the local spec's, layers count from 0 within the stage, the vocabulary is padded for `tp_size`, types are
-    as saved. `stage`: another part of the model than the even cut's (virtual or unequal stages). Raises as
-    `open_mcore` does.
+    as saved. Raises as `open_mcore` does.
     """
-    stage = stage or even_stage(llava.language.num_layers, pp_rank, pp_size)
     return rank_state_dict(open_mcore(folder, llava), llava, stage, tp_rank, tp_size)
 
 
@@ -295,28 +255,30 @@ def write_shards(
     llava: Llava,
     *,
     tp_size: int,
-    pp_size: int,
+    stages: Sequence[Sequence[Stage]],
     args: dict,
-    stages: Sequence[Stage] = (),
     source: Sequence[dict] = (),
     progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> None:
     """Write `folder`/release/mp_rank_* and manifest.json, then the tracker file.
 
-    `stages`: another cut than into `pp_size` equal ones. `args`: plain values about the model, kept in every shard.
-    `source`: what the manifest says about where the weights come from. `progress` is called with the number of bytes
-    of each piece that is written.
+    `stages`: each pipeline rank's, as `pipeline_stages` gives them. `args`: plain values about the model, kept in every
+    shard. `source`: what the manifest says about where the weights come from. `progress` is called with the number of
+    bytes of each piece that is written.
     """
-    sizes = {"tensor_model_parallel_size": tp_size, "pipeline_model_parallel_size": pp_size}
-    ranks = []
-    stages = stages or [even_stage(llava.language.num_layers, pp_rank, pp_size) for pp_rank in range(pp_size)]
-    for pp_rank, stage in enumerate(stages):
-        for tp_rank in range(tp_size):
-            planned = rank_views(mcore, llava, stage, tp_rank, tp_size)
-            views = {name: view for name, (_, view) in planned.items()}
-            weights = {name: weight for name, (weight, _) in planned.items()}
-            ranks.append(mp_rank.Rank(tp_rank, pp_rank, views, weights, {**args, **sizes}))
-    mp_rank.write_ranks(folder / RELEASE, ranks, tp_size, pp_size, source, progress)
+    sizes = {
+        "tensor_model_parallel_size": tp_size,
+        "pipeline_model_parallel_size": len(stages),
+        "virtual_pipeline_model_parallel_size": len(stages[0]) if len(stages[0]) > 1 else None,
+    }
+    ranks = [
+        mp_rank.Rank(
+            tp_rank, pp_rank, [rank_views(mcore, llava, stage, tp_rank, tp_size) for stage in chunks], {**args, **sizes}
+        )
+        for pp_rank, chunks in enumerate(stages)
+        for tp_rank in range(tp_size)
+    ]
+    mp_rank.write_ranks(folder / RELEASE, ranks, sizes, source, progress)
     _write_tracker(folder)
 
 
@@ -330,7 +292,8 @@ def write_dist(
     progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> None:
     """Write `folder`/release as a torch_dist checkpoint, then the tracker file. Arguments: as `write_shards`."""
-    whole = rank_views(mcore, llava, even_stage(llava.language.num_layers, 0, 1), 0, 1)
+    ((stage,),) = pipeline_stages([llava.language.num_layers])
+    whole = rank_views(mcore, llava, stage, tp_rank=0, tp_size=1)
     common = {"args": args, "checkpoint_version": mp_rank.CHECKPOINT_VERSION, "iteration": 0}
     write_torch_dist(folder / RELEASE, whole, common, source, progress)
     _write_tracker(folder)

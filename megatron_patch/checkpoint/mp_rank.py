@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_patch.checkpoint import disk, manifest
 from megatron_patch.checkpoint.disk import OutputFile
 from megatron_patch.checkpoint.reader import Reader, existing_file, open_torch_file, stored_view
+from megatron_patch.checkpoint.stages import LANGUAGE_LAYER
 from megatron_patch.checkpoint.stream import Target, copy, read
 from megatron_patch.checkpoint.torch_zip import Stored, TorchArchive
 from megatron_patch.checkpoint.view import View
@@ -23,7 +24,6 @@ from megatron_patch.families.transformer_engine import to_local_name
 
 FILE = "model_optim_rng.pt"
 CHECKPOINT_VERSION = 3.0
-LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)(\..*)")
 
 # Modules of megatron.core (either spec) whose state dict holds an `_extra_state`, which strict loading asks for.
 WITH_EXTRA_STATE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer")
@@ -46,18 +46,26 @@ class MpRankReader(Reader):
         self.shards: dict[str, list[View]] = {}
         self.compared: set[str] = set()
         records = manifest.read(folder) if check else None
+        files = rank_files(Path(folder), records)
+        loaded = [[_chunks(path, records) for path in paths] for paths in files]
+        count = _num_chunks(files, loaded)
+        # Virtual stages take turns: the first of every pipeline rank, then the second of every one.
         first_layer = 0
-        for paths in rank_files(Path(folder), records):
-            models = [_load_model(path, records) for path in paths]
-            layers = 0
-            for name in models[0]:
-                global_name, layer = _shifted(name, first_layer)
-                layers = max(layers, layer + 1)
-                self.shards[global_name] = [
-                    _shard_of(model, name, path) for model, path in zip(models, paths, strict=True)
-                ]
-            _check_same(models, paths)
-            first_layer += layers
+        for chunk in range(count):
+            for paths, ranks in zip(files, loaded, strict=True):
+                first_layer += self._add_stage(paths, [chunks[chunk] for chunks in ranks], first_layer)
+
+    def _add_stage(self, paths: list[Path], models: Sequence[dict[str, View]], first_layer: int) -> int:
+        """Take in what the ranks of one (virtual) stage hold. Returns how many layers that are."""
+        layers = 0
+        for name in models[0]:
+            global_name, layer = _shifted(name, first_layer)
+            layers = max(layers, layer + 1)
+            if global_name in self.shards:
+                raise ValueError(f"{paths[0]}: holds {name}, which another stage holds too; convert or copy it again")
+            self.shards[global_name] = [_shard_of(model, name, path) for model, path in zip(models, paths, strict=True)]
+        _check_same(models, paths)
+        return layers
 
     def view(self, name: str) -> View:
         """Where one tensor's values lie. Raises ValueError when the shards of a replicated one differ."""
@@ -96,29 +104,35 @@ class Rank:
 
     tp_rank: int
     pp_rank: int
-    views: dict[str, View]
-    """The local spec's names, layers counted within the stage."""
-
-    weights: dict[str, Weight]
-    """The row of each."""
+    chunks: Sequence[dict[str, tuple[Weight, View]]]
+    """Of each of its (virtual) stages the tensors, by the local spec's names, layers counted within the stage."""
 
     args: dict[str, Any]
     """Plain values that describe the model and its cut."""
+
+    @property
+    def tensors(self) -> dict[str, tuple[Weight, View]]:
+        """All of them, in the order of the file, by the manifest's names."""
+        keys = _model_keys(len(self.chunks))
+        return {
+            _prefix(key) + name: it for key, chunk in zip(keys, self.chunks, strict=True) for name, it in chunk.items()
+        }
 
 
 def write_ranks(
     folder: Path,
     ranks: Sequence[Rank],
-    tp_size: int,
-    pp_size: int,
+    sizes: dict[str, int | None],
     source: Sequence[dict[str, Any]] = (),
     progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> None:
     """Write every rank's file into the new folder `folder`, reading each source once, and then the manifest.
 
-    `source`: what the manifest says about where they come from. `progress` is called with the number of bytes of each
-    piece that is written. Raises ValueError and OSError as `stream.copy` does.
+    `sizes`: the parallel sizes, as the manifest says them. `source`: what it says about where the weights come from.
+    `progress` is called with the number of bytes of each piece that is written. Raises ValueError and OSError as
+    `stream.copy` does.
     """
+    tp_size, pp_size = sizes["tensor_model_parallel_size"], sizes["pipeline_model_parallel_size"]
     files: list[OutputFile] = []
     archives: list[TorchArchive] = []
     targets: list[list[Target]] = []
@@ -131,8 +145,8 @@ def write_ranks(
             file.resize(archive.end)
             targets.append(
                 [
-                    Target(f"{path}: {key}", view, file, offset, runs(rank.weights[key], view.rows), True)
-                    for (key, view), offset in zip(rank.views.items(), archive.offsets, strict=True)
+                    Target(f"{path}: {name}", view, file, offset, runs(weight, view.rows), True)
+                    for (name, (weight, view)), offset in zip(rank.tensors.items(), archive.offsets, strict=True)
                 ]
             )
         copy([target for some in targets for target in some], progress)
@@ -146,29 +160,34 @@ def write_ranks(
         for file in files:
             file.close()
     records = [_record(folder, *of_rank, tp_size, pp_size) for of_rank in zip(ranks, targets, strict=True)]
-    sizes = {"tensor_model_parallel_size": tp_size, "pipeline_model_parallel_size": pp_size}
     manifest.write(folder, {record.file.split("/")[0]: record for record in records}, sizes, source)
     disk.reached("manifest written")
 
 
 def _content(rank: Rank) -> dict[str, Any]:
     """What a rank's file holds, with meta tensors."""
-    extra = {f"{module}._extra_state": None for module in _modules_with_extra_state(rank.views)}
-    tensors = {name: torch.empty(view.shape, dtype=view.dtype, device="meta") for name, view in rank.views.items()}
-    return {
-        "model": {**tensors, **extra},
-        "checkpoint_version": CHECKPOINT_VERSION,
-        "iteration": 0,
-        "args": rank.args,
-    }
+    models = {}
+    for key, chunk in zip(_model_keys(len(rank.chunks)), rank.chunks, strict=True):
+        tensors = {name: torch.empty(view.shape, dtype=view.dtype, device="meta") for name, (_, view) in chunk.items()}
+        models[key] = {**tensors, **{f"{module}._extra_state": None for module in _modules_with_extra_state(chunk)}}
+    return {**models, "checkpoint_version": CHECKPOINT_VERSION, "iteration": 0, "args": rank.args}
+
+
+def _model_keys(num_chunks: int) -> list[str]:
+    """Where a rank's file holds its stage, or each of its virtual ones."""
+    return ["model"] if num_chunks == 1 else [f"model{chunk}" for chunk in range(num_chunks)]
+
+
+def _prefix(key: str) -> str:
+    """What precedes the names of a virtual stage in the manifest."""
+    return "" if key == "model" else f"{key}."
 
 
 def _record(folder: Path, rank: Rank, targets: Sequence[Target], tp_size: int, pp_size: int) -> manifest.RankRecord:
     """What the manifest says of one rank's file."""
     name = f"{rank_name(rank.tp_rank, rank.pp_rank, pp_size)}/{FILE}"
     tensors = {}
-    for target, (key, view) in zip(targets, rank.views.items(), strict=True):
-        weight = rank.weights[key]
+    for target, (key, (weight, view)) in zip(targets, rank.tensors.items(), strict=True):
         cut = []
         if weight.axis is not None:
             length = view.shape[weight.axis] * tp_size
@@ -234,12 +253,25 @@ def _check_sizes(files: list[list[Path]]) -> None:
             )
 
 
-def _load_model(path: Path, records: dict[str, manifest.RankRecord] | None) -> dict[str, View]:
-    """A rank's tensors under the local spec's names; `_extra_state` is left out."""
-    content = open_torch_file(path)
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError(f"{path}: has no 'model'; expected a Megatron-Core shard without virtual pipeline stages")
-    values = {name: value for name, value in content["model"].items() if not name.endswith("._extra_state")}
+def model_parts(path: Path, content: Any) -> dict[str, dict[str, Any]]:
+    """What a rank's file holds: `model`, or `model0`, `model1`, ... of virtual stages. Raises ValueError for less."""
+    named = content.items() if isinstance(content, dict) else ()
+    found = {key: part for key, part in named if re.fullmatch(r"model\d*", str(key)) and isinstance(part, dict)}
+    if not found:
+        raise ValueError(f"{path}: has no 'model', nor 'model0', ...; expected a Megatron-Core shard")
+    expected = ["model"] if "model" in found else [f"model{chunk}" for chunk in range(len(found))]
+    if found.keys() != set(expected):
+        raise ValueError(f"{path}: holds {', '.join(found)}; expected 'model', or 'model0' and so on without a gap")
+    return {key: found[key] for key in expected}
+
+
+def _chunks(path: Path, records: dict[str, manifest.RankRecord] | None) -> list[dict[str, View]]:
+    """The tensors of each (virtual) stage in a rank's file, by the local spec's names; `_extra_state` is left out."""
+    parts = {
+        key: {name: value for name, value in part.items() if not name.endswith("._extra_state")}
+        for key, part in model_parts(path, open_torch_file(path)).items()
+    }
+    values = {_prefix(key) + name: value for key, part in parts.items() for name, value in part.items()}
     for name, value in values.items():
         if not isinstance(value, Stored | Tensor):
             raise ValueError(f"{path}: {name} is a {type(value).__name__}; expected a tensor")
@@ -248,9 +280,20 @@ def _load_model(path: Path, records: dict[str, manifest.RankRecord] | None) -> d
         record = records[path.parent.name]
         manifest.check_rank(path, record, {name: _found(path, name, value) for name, value in values.items()})
         digests = {name: list(zip(tensor.rows, tensor.sha256, strict=True)) for name, tensor in record.tensors.items()}
-    return {
-        to_local_name(name): stored_view(path, name, value, digests.get(name, ())) for name, value in values.items()
+    views = {name: stored_view(path, name, value, digests.get(name, ())) for name, value in values.items()}
+    return [{to_local_name(name): views[_prefix(key) + name] for name in part} for key, part in parts.items()]
+
+
+def _num_chunks(files: list[list[Path]], loaded: list[list[list[dict[str, View]]]]) -> int:
+    """How many virtual stages a rank holds. Raises ValueError when ranks differ."""
+    counts = {
+        path: len(chunks) for row, of in zip(files, loaded, strict=True) for path, chunks in zip(row, of, strict=True)
     }
+    (first, expected), *others = counts.items()
+    for path, count in others:
+        if count != expected:
+            raise ValueError(f"{path}: holds {count} virtual stages, {first} {expected}; convert or copy it again")
+    return expected
 
 
 def _found(path: Path, name: str, value: Stored | Tensor) -> tuple[str, list[int], int, int]:
@@ -262,7 +305,7 @@ def _found(path: Path, name: str, value: Stored | Tensor) -> tuple[str, list[int
 
 def _shifted(name: str, first_layer: int) -> tuple[str, int]:
     """A stage's name -> the whole model's; and the layer's index within the stage, -1 outside of the layers."""
-    match = LAYER.fullmatch(name)
+    match = LANGUAGE_LAYER.fullmatch(name)
     if not match:
         return name, -1
     return f"{match[1]}{int(match[2]) + first_layer}{match[3]}", int(match[2])

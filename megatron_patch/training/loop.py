@@ -17,8 +17,9 @@ from megatron.energon import SavableDataLoader
 from megatron_patch import parallel
 from megatron_patch.checkpoint import resume
 from megatron_patch.checkpoint.companions import CHAT_TEMPLATE, TRACKER, copy_companions
-from megatron_patch.checkpoint.convert import Stage, load_rank
+from megatron_patch.checkpoint.convert import load_rank
 from megatron_patch.checkpoint.resume import Progress
+from megatron_patch.checkpoint.stages import Stage
 from megatron_patch.config import Config
 from megatron_patch.data.loader import restore_position, save_position, train_loader, valid_loader
 from megatron_patch.data.tokenize import chat_template, format_name
@@ -148,11 +149,9 @@ def load_pretrained(config: Config, llava: Llava, chunk: LlavaModel) -> None:
     weights = load_rank(
         config.model.pretrained_checkpoint,
         llava,
+        Stage(layers, chunk.pre_process, chunk.post_process),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=config.parallel.tensor_model_parallel_size,
-        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pp_size=config.parallel.pipeline_model_parallel_size,
-        stage=Stage(layers, chunk.pre_process, chunk.post_process),
     )
     if uses_transformer_engine(config.model):
         weights = {to_transformer_engine_name(name): tensor for name, tensor in weights.items()}

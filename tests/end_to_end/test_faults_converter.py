@@ -21,6 +21,7 @@ from megatron_patch.checkpoint import disk, manifest
 from megatron_patch.checkpoint.convert import load_rank, open_mcore
 from megatron_patch.checkpoint.hf import HfReader
 from megatron_patch.checkpoint.output import written_aside
+from megatron_patch.checkpoint.stages import Stage
 from megatron_patch.checkpoint.torch_zip import describe
 from megatron_patch.families.llava import read_config
 from toolkits.model_checkpoints_convertor.convert import main
@@ -245,6 +246,7 @@ def last(events: list[tuple[str, Path]], path: Path, before: int) -> int:
     return max(number for number, event in enumerate(events[:before]) if event == ("fsync", path))
 
 
+WHOLE = Stage(range(4), pre_process=True, post_process=True)
 QKV = "language_model.decoder.layers.1.self_attention.linear_qkv.weight"
 NORM = "language_model.decoder.layers.2.pre_mlp_layernorm.weight"
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
@@ -280,7 +282,7 @@ def change(path: Path, offset: int, new: Callable[[bytes], bytes], length: int =
 def load_all(checkpoint: Path, tp_size: int) -> None:
     """What the ranks of a training would do."""
     for tp_rank in range(tp_size):
-        load_rank(checkpoint, read_config(checkpoint), tp_rank=tp_rank, tp_size=tp_size, pp_rank=0, pp_size=1)
+        load_rank(checkpoint, read_config(checkpoint), WHOLE, tp_rank=tp_rank, tp_size=tp_size)
 
 
 def flip(path: Path, offset: int, bit: int = 0) -> None:
@@ -308,10 +310,10 @@ def test_a_flipped_bit_anywhere_in_a_file(mcore, copy):
     for number, offset in enumerate(range(0, path.stat().st_size, step)):
         flip(path, offset, number % 8)
         with pytest.raises(ValueError, match="mp_rank_01") as error:
-            load_rank(copy, llava, tp_rank=0, tp_size=1, pp_rank=0, pp_size=1)
+            load_rank(copy, llava, WHOLE, tp_rank=0, tp_size=1)
         assert "\n" not in str(error.value)
         flip(path, offset, number % 8)
-    load_rank(copy, llava, tp_rank=0, tp_size=1, pp_rank=0, pp_size=1)
+    load_rank(copy, llava, WHOLE, tp_rank=0, tp_size=1)
 
 
 def test_a_changed_manifest(mcore, copy):

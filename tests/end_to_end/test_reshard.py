@@ -42,6 +42,14 @@ def test_any_cut_to_any_other(tmp_path, mistral, clip, mcore, cut):
     assert {path.name for path in back.iterdir()} == beside
 
 
+def test_virtual_and_unequal_stages_as_target_and_source(tmp_path, mistral, clip, mcore):
+    virtual = convert(mistral, tmp_path / "virtual", 1, 2, clip, virtual_pipeline_model_parallel_size=2)
+    unequal = convert(virtual, tmp_path / "unequal", 2, 2, decoder_last_pipeline_num_layers=1)
+    assert manifest.load(virtual / "release")["virtual_pipeline_model_parallel_size"] == 2
+    assert shards(convert(unequal, tmp_path / "back", 2, 1)) == shards(mcore)
+    assert manifest.read(tmp_path / "back" / "release") == manifest.read(mcore / "release")
+
+
 def test_torch_dist_as_target_and_source(tmp_path, mistral, clip, mcore, hf):
     """From Hugging Face and from shards the same file; from it the same shards, the same export, and itself again."""
     imported = convert(mistral, tmp_path / "imported", 1, 1, clip, ckpt_format="torch_dist")
@@ -61,7 +69,17 @@ def test_another_type(tmp_path, mistral, clip, mcore):
     assert shards(convert(mcore, tmp_path / "ours", 1, 1, precision="bf16")) == shards(imported)
 
 
-def test_a_cut_that_the_model_has_not(tmp_path, capsys, mcore):
-    flags = {"source-llm-ckpt-path": mcore, "target-ckpt-path": tmp_path / "x", "tensor-model-parallel-size": 3}
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        ({"tensor-model-parallel-size": 3}, "3 does not divide"),
+        ({"tensor-model-parallel-size": 3, "decoder-first-pipeline-num-layers": 1}, "3 does not divide"),
+        ({"pipeline-model-parallel-size": 3, "decoder-first-pipeline-num-layers": 3}, "1 are left for 2 of 3 pipeline"),
+        ({"pipeline-model-parallel-size": 4, "virtual-pipeline-model-parallel-size": 2}, "a stage has 1 layers"),
+    ],
+)
+def test_a_cut_that_the_model_has_not(tmp_path, capsys, mcore, cut, message):
+    flags = {"source-llm-ckpt-path": mcore, "target-ckpt-path": tmp_path / "x", **cut}
     assert main([f"--{name}={value}" for name, value in flags.items()]) == 1
-    assert "3 does not divide" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

@@ -22,7 +22,7 @@ ALLOWED = {
     "patches": (),
     "families": ("sizes",),
     "model": ("config", "sizes"),
-    "checkpoint": ("config", "sizes", "families", "model"),
+    "checkpoint": ("checks", "config", "sizes", "families", "model"),
     "data": ("config", "sizes"),
     "training": ("config", "sizes", "families", "model", "checkpoint", "data", "parallel"),
     "__init__.py": ("patches",),

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from megatron_patch.arguments import flag, parse
 from megatron_patch.checkpoint import companions
 from megatron_patch.checkpoint.output import check_target, written_aside
+from megatron_patch.checkpoint.stages import Stage, pipeline_stages, stage_lengths
 from megatron_patch.config import Parallel
 from megatron_patch.conversion import DTYPES, Conversion
 from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
@@ -56,7 +57,7 @@ def import_hf(conversion: Conversion) -> None:
     """Hugging Face's language model and CLIP, or a whole LLaVA -> Megatron-Core shards."""
     config, llava = _describe_sources(conversion)
     llava.check_model_size(conversion.model_size)
-    conversion.parallel.check(llava)
+    _stages(conversion, llava)
     check_target(conversion.target_ckpt_path)
 
     import torch
@@ -91,7 +92,7 @@ def reshard(conversion: Conversion) -> None:
     if conversion.verify == "true":
         raise ValueError("--verify true: is for conversions from and to Hugging Face; a cut is checked by its manifest")
     carriers, _, llava = _described_checkpoint(conversion)
-    conversion.parallel.check(llava)
+    _stages(conversion, llava)
     check_target(conversion.target_ckpt_path)
 
     import torch
@@ -190,10 +191,21 @@ def _write_mcore(conversion: Conversion, folder: Path, mcore: Reader, llava: Lla
         write = partial(
             write_shards,
             tp_size=conversion.tensor_model_parallel_size,
-            pp_size=conversion.pipeline_model_parallel_size,
+            stages=_stages(conversion, llava),
         )
     with _progress(_num_bytes(conversion, llava)) as bar:
         write(folder, mcore, llava, args=_args(conversion, llava), source=identity(files), progress=bar.update)
+
+
+def _stages(conversion: Conversion, llava: Llava) -> list[list[Stage]]:
+    """What each pipeline rank is to hold. Raises ValueError for a cut that the model has not."""
+    first, last = conversion.decoder_first_pipeline_num_layers, conversion.decoder_last_pipeline_num_layers
+    if first is None and last is None:
+        conversion.parallel.check(llava)
+    else:
+        conversion.parallel.check_tensor_parallel(llava)
+    lengths = stage_lengths(llava.language.num_layers, conversion.pipeline_model_parallel_size, first, last)
+    return pipeline_stages(lengths, conversion.virtual_pipeline_model_parallel_size)
 
 
 def _wrote(conversion: Conversion) -> str:

@@ -9,8 +9,9 @@ import torch
 
 from megatron_patch.checkpoint import convert
 from megatron_patch.checkpoint.companions import checkpoint_folder
-from megatron_patch.checkpoint.convert import Stage, even_stage, load_rank, open_mcore, to_hf, to_mcore
+from megatron_patch.checkpoint.convert import load_rank, open_mcore, to_hf, to_mcore
 from megatron_patch.checkpoint.reader import InMemory
+from megatron_patch.checkpoint.stages import Stage, pipeline_stages, stage_lengths
 from megatron_patch.families.layout import hf_shapes
 from megatron_patch.families.llava import parts, read_config, rows, unused_names
 
@@ -37,7 +38,8 @@ def whole(llava, weights):
 
 def write(folder, whole, llava, tp_size, pp_size):
     folder.mkdir()
-    convert.write_shards(folder, whole, llava, tp_size=tp_size, pp_size=pp_size, args={})
+    stages = pipeline_stages(stage_lengths(4, pp_size))
+    convert.write_shards(folder, whole, llava, tp_size=tp_size, stages=stages, args={})
 
 
 @pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4)])
@@ -60,9 +62,8 @@ def test_load_rank_gives_what_was_written_at_that_size(tmp_path, llava, whole, s
         tp_rank, pp_rank = (int(number) for number in (file.parent.name + "_0").split("_")[2:4])
         content = torch.load(file, weights_only=True, mmap=True)
         expected = {name: tensor for name, tensor in content["model"].items() if tensor is not None}
-        loaded = load_rank(
-            tmp_path / "saved", llava, tp_rank=tp_rank, tp_size=tp_size, pp_rank=pp_rank, pp_size=pp_size
-        )
+        (stage,) = pipeline_stages(stage_lengths(4, pp_size))[pp_rank]
+        loaded = load_rank(tmp_path / "saved", llava, stage, tp_rank=tp_rank, tp_size=tp_size)
         assert set(loaded) == set(expected)
         for name, tensor in loaded.items():
             assert torch.equal(tensor, expected[name]), name
@@ -73,7 +74,7 @@ def test_load_rank_gives_what_was_written_at_that_size(tmp_path, llava, whole, s
 def test_stage_of_an_unequal_cut(llava, tmp_path, whole):
     write(tmp_path / "shards", whole, llava, 1, 1)
     stage = Stage(layers=range(1, 4), pre_process=False, post_process=True)
-    part = load_rank(tmp_path / "shards", llava, tp_rank=0, tp_size=1, pp_rank=1, pp_size=2, stage=stage)
+    part = load_rank(tmp_path / "shards", llava, stage, tp_rank=0, tp_size=1)
     layers = {name.removeprefix(LAYER).split(".")[0] for name in part if name.startswith(LAYER)}
     assert layers == {"0", "1", "2"}
     norm = "2.input_layernorm.weight"
@@ -82,27 +83,32 @@ def test_stage_of_an_unequal_cut(llava, tmp_path, whole):
     assert not any(name.startswith(("vision", "language_model.embedding")) for name in part)
 
 
-def test_stages_together_hold_every_tensor_once(llava):
-    names = [row.mcore for row in rows(llava)]
-    stages = [even_stage(4, rank, 2) for rank in range(2)]
-    assert [stage.layers for stage in stages] == [range(2), range(2, 4)]
-    for name in names:
-        assert sum(stage.local_name(name) is not None for stage in stages) == 1
-    assert stages[1].local_name(LAYER + "3.mlp.linear_fc2.weight") == LAYER + "1.mlp.linear_fc2.weight"
-    assert stages[1].local_name("vision_model.decoder.layers.1.mlp.linear_fc2.weight") is None
+CUTS = {
+    "unequal": [[Stage(range(1), True, False)], [Stage(range(1, 4), False, True)]],
+    "virtual": pipeline_stages([2, 2], 2),
+}
 
 
-def test_layers_that_stages_do_not_divide():
-    with pytest.raises(ValueError, match="4 layers: not a multiple of 3 pipeline stages"):
-        even_stage(4, 0, 3)
-
-
-def test_unequal_stages_are_read(tmp_path, llava, weights, whole):
-    """Layers of a stage are counted where they are, not assumed to be the same number everywhere."""
-    stages = [Stage(range(1), True, False), Stage(range(1, 4), False, True)]
-    convert.write_shards(tmp_path, whole, llava, tp_size=2, pp_size=2, args={}, stages=stages)
-    back = to_hf(rows(llava), open_mcore(tmp_path, llava))
+@pytest.mark.parametrize("cut", ["unequal", "virtual"])
+@pytest.mark.parametrize("checked", [True, False])
+def test_unequal_and_virtual_stages_come_back(tmp_path, llava, weights, whole, cut, checked):
+    """Layers are counted where they are, not assumed to be the same number everywhere; virtual stages take turns."""
+    convert.write_shards(tmp_path, whole, llava, tp_size=2, stages=CUTS[cut], args={})
+    back = to_hf(rows(llava), open_mcore(tmp_path, llava, check=checked))
     assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+def test_a_rank_file_of_virtual_stages(tmp_path, llava, whole):
+    """As Megatron-LM saves them: a dict for each, layers counted from 0 in each."""
+    convert.write_shards(tmp_path, whole, llava, tp_size=1, stages=pipeline_stages([2, 2], 2), args={})
+    file = tmp_path / "release" / "mp_rank_00_001" / "model_optim_rng.pt"
+    content = torch.load(file, weights_only=True, mmap=True)
+    assert content["args"]["virtual_pipeline_model_parallel_size"] == 2
+    norm = LAYER + "0.input_layernorm.weight"
+    for key, layer in (("model0", 1), ("model1", 3)):
+        assert torch.equal(content[key][norm], whole[f"{LAYER}{layer}.input_layernorm.weight"])
+        assert not any(name.startswith(LAYER + "1.") for name in content[key])
+    assert "language_model.output_layer.weight" in content["model1"].keys() - content["model0"].keys()
 
 
 LINEAR = "language_model.model.layers.1.mlp.up_proj.weight"

@@ -119,11 +119,33 @@ def object_among_tensors(copy):
     edit(copy, 1, lambda model: model.update({NORM: "text"}))
 
 
-def virtual_stages(copy):
-    path = rank_file(copy, 0)
+def rekeyed(copy, *keys):
+    path = rank_file(copy, 1)
     content = torch.load(path, weights_only=True)
-    content["model0"] = content.pop("model")
-    torch.save(content, path)
+    model = content.pop("model")
+    torch.save({**content, **dict.fromkeys(keys, model)}, path)
+
+
+def no_model(copy):
+    rekeyed(copy, "weights")
+
+
+def virtual_stages_with_a_gap(copy):
+    rekeyed(copy, "model0", "model2")
+
+
+def virtual_stages_in_one_rank(copy):
+    rekeyed(copy, "model0", "model1")
+
+
+def two_stages_with_an_embedding(copy):
+    for rank in range(2):
+        for number in (0, 1):
+            target = rank_file(copy, rank).parent.with_name(f"mp_rank_0{rank}_00{number}")
+            shutil.copytree(rank_file(copy, rank).parent, target)
+            content = torch.load(target / "model_optim_rng.pt", weights_only=True)
+            torch.save({**content, "args": None}, target / "model_optim_rng.pt")
+        shutil.rmtree(rank_file(copy, rank).parent)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +163,13 @@ def virtual_stages(copy):
         (missing_layer, "layers.3.input_layernorm.weight .* missing"),
         (other_shape, rf"{QKV} has shape \[319, 96\], by config.json \[320, 96\] is expected"),
         (object_among_tensors, f"mp_rank_01/model_optim_rng.pt: {NORM} is a str; expected a tensor"),
-        (virtual_stages, "mp_rank_00/model_optim_rng.pt: has no 'model'"),
+        (no_model, "mp_rank_01/model_optim_rng.pt: has no 'model', nor 'model0', ...; expected a Megatron-Core shard"),
+        (virtual_stages_with_a_gap, "mp_rank_01/model_optim_rng.pt: holds model0, model2; expected"),
+        (
+            virtual_stages_in_one_rank,
+            "mp_rank_01/model_optim_rng.pt: holds 2 virtual stages, .*mp_rank_00.* 1; convert",
+        ),
+        (two_stages_with_an_embedding, "mp_rank_00_001/.*: holds .*, which another stage holds"),
     ],
 )
 def test_damage_is_one_line_that_names_it(mcore, copy, damage, message):

@@ -19,6 +19,7 @@ from megatron_patch.checkpoint import companions, resume
 from megatron_patch.checkpoint.convert import load_rank, open_mcore, write_shards
 from megatron_patch.checkpoint.hf import HfReader
 from megatron_patch.checkpoint.resume import Progress
+from megatron_patch.checkpoint.stages import pipeline_stages, stage_lengths
 from megatron_patch.checkpoint.torch_dist import TorchDistReader, stored_key
 from megatron_patch.config import Parallel
 from megatron_patch.families.llava import read_config, rows
@@ -47,6 +48,11 @@ def rank() -> dict[str, int]:
     return {"tp_rank": get_tensor_model_parallel_rank(), "pp_rank": get_pipeline_model_parallel_rank()}
 
 
+def cut_by_us(folder: Path, llava, *, tp_rank: int, pp_rank: int, tp_size: int, pp_size: int = 1):
+    (stage,) = pipeline_stages(stage_lengths(4, pp_size))[pp_rank]
+    return load_rank(folder, llava, stage, tp_rank=tp_rank, tp_size=tp_size)
+
+
 def tensors(model) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items() if value is not None}
 
@@ -62,7 +68,7 @@ def test_what_training_saved_is_read_at_its_own_cut(mcore, trained):
     folder, ranks = trained
     llava = read_config(mcore)
     for cut, held in ranks:
-        loaded = load_rank(folder, llava, **cut, tp_size=2, pp_size=2)
+        loaded = cut_by_us(folder, llava, **cut, tp_size=2, pp_size=2)
         assert set(loaded) == set(held)
         for name, tensor in loaded.items():
             assert torch.equal(tensor, held[name]), name
@@ -92,12 +98,12 @@ def reshard(checkpoint: Path, config):
 
 
 def test_megatron_core_cuts_as_we_do(mcore, trained, tmp_path):
-    """Saved at TP2 x PP2, resharded to TP2 by dist_checkpointing: equal to what load_rank makes of it."""
+    """Saved at TP2 x PP2, resharded to TP2 by dist_checkpointing: equal to our cut of it."""
     folder, _ = trained
     for cut, expected in run_ranks(
         reshard, TP2, 2, folder / "iter_0000001", tiny_runs.config(mcore, tmp_path, parallel=TP2)
     ):
-        loaded = load_rank(folder, read_config(mcore), **cut, tp_size=2, pp_size=1)
+        loaded = cut_by_us(folder, read_config(mcore), **cut, tp_size=2)
         assert set(loaded) == set(expected)
         for name, tensor in loaded.items():
             assert torch.equal(tensor, expected[name]), name
@@ -107,7 +113,7 @@ def test_megatron_core_cuts_the_imported_weights_as_we_do(mcore, tmp_path):
     """Saved by dist_checkpointing at TP1, loaded by it at TP2: equal to our shards of the imported weights."""
     run_ranks(save_whole, ONE, 1, tmp_path, tiny_runs.config(mcore, tmp_path))
     for cut, expected in run_ranks(reshard, TP2, 2, tmp_path, tiny_runs.config(mcore, tmp_path, parallel=TP2)):
-        loaded = load_rank(mcore, read_config(mcore), **cut, tp_size=2, pp_size=1)
+        loaded = cut_by_us(mcore, read_config(mcore), **cut, tp_size=2)
         assert set(loaded) == set(expected)
         for name, tensor in loaded.items():
             assert torch.equal(tensor, expected[name]), name
@@ -140,7 +146,7 @@ def load_strictly(path: Path, config):
 
 def test_stock_megatron_core_loads_a_shard_strictly(mcore, tmp_path):
     llava = read_config(mcore)
-    write_shards(tmp_path, open_mcore(mcore, llava), llava, tp_size=1, pp_size=1, args={})
+    write_shards(tmp_path, open_mcore(mcore, llava), llava, tp_size=1, stages=pipeline_stages([4]), args={})
     path = tmp_path / "release" / "mp_rank_00" / "model_optim_rng.pt"
     (result,) = run_ranks(load_strictly, ONE, 1, path, tiny_runs.config(mcore, tmp_path))
     assert result == "<All keys matched successfully>"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_patch.checkpoint import manifest
-from megatron_patch.checkpoint.convert import load_rank, open_mcore, write_dist
+from megatron_patch.checkpoint.convert import open_mcore, write_dist
 from megatron_patch.checkpoint.torch_dist import read_metadata
 from megatron_patch.checkpoint.torch_dist_writer import COMMON, DATA, FORMAT, METADATA
 from megatron_patch.families.llava import read_config
@@ -18,7 +18,7 @@ from megatron_patch.model.llava import LlavaModel
 from megatron_patch.training.loop import load_pretrained
 from tests import tiny_runs
 from tests.distributed.ranks import run_ranks
-from tests.unit.checkpoint.test_torch_dist import ONE, TP2, rank, reshard, save_whole, tensors
+from tests.unit.checkpoint.test_torch_dist import ONE, TP2, cut_by_us, rank, reshard, save_whole, tensors
 
 QKV = "language_model.decoder.layers.1.self_attention.linear_qkv.weight"
 FC1 = "language_model.decoder.layers.2.mlp.linear_fc1.weight"
@@ -43,7 +43,7 @@ def test_megatron_core_loads_it_as_we_cut_the_shards(mcore, written, tmp_path, p
     size = parallel.tensor_model_parallel_size
     config = tiny_runs.config(mcore, tmp_path, parallel=parallel)
     for cut, held in run_ranks(reshard, parallel, size, written / "release", config):
-        expected = load_rank(mcore, read_config(mcore), **cut, tp_size=size, pp_size=1)
+        expected = cut_by_us(mcore, read_config(mcore), **cut, tp_size=size)
         assert set(held) == set(expected)
         for name, tensor in expected.items():
             assert torch.equal(held[name], tensor), name
@@ -75,7 +75,7 @@ def load_for_training(config):
 
 def test_training_starts_from_it(mcore, written, tmp_path):
     ((cut, held),) = run_ranks(load_for_training, ONE, 1, tiny_runs.config(written, tmp_path))
-    expected = load_rank(mcore, read_config(mcore), **cut, tp_size=1, pp_size=1)
+    expected = cut_by_us(mcore, read_config(mcore), **cut, tp_size=1)
     assert all(torch.equal(held[name], tensor) for name, tensor in expected.items())
 
 
@@ -119,10 +119,10 @@ def test_a_flipped_bit_anywhere(copy):
         for offset in range(5, size, size // (20 if name == DATA else 4)):
             flip(path, offset)
             with pytest.raises(ValueError, match=name) as error:
-                load_rank(copy, llava, tp_rank=0, tp_size=1, pp_rank=0, pp_size=1)
+                cut_by_us(copy, llava, tp_rank=0, pp_rank=0, tp_size=1)
             assert "\n" not in str(error.value)
             flip(path, offset)
-    load_rank(copy, llava, tp_rank=0, tp_size=1, pp_rank=0, pp_size=1)
+    cut_by_us(copy, llava, tp_rank=0, pp_rank=0, tp_size=1)
 
 
 @pytest.mark.parametrize("name", [DATA, METADATA, COMMON])

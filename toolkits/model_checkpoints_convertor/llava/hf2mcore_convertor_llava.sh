@@ -18,7 +18,8 @@
 #   HF_CKPT_PATH           folder | none            mg2hf=true: where config.json and tokenizer come from, when the
 #                                                   checkpoint does not carry them
 #
-# Named flags after these (convert.py --help explains them): --ckpt-format, --verify, --no-check, --parts,
+# Named flags after these (convert.py --help explains them): --ckpt-format, --virtual-pipeline-model-parallel-size,
+# --decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers, --verify, --no-check, --parts,
 # --max-shard-size, --projector, --add-tokens, --prompt-format, --seed.
 #
 # example: bash hf2mcore_convertor_llava.sh 7B Mistral-7B-Instruct clip-vit-large-patch14-336 OUT 4 1 false bf16
