@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup quickstart test lint bench clean
+.PHONY: setup quickstart test lint matrix bench clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	git ls-files '*.sh' .ci/run | xargs $(BIN)/shellcheck
+
+matrix: $(STAMP)
+	$(BIN)/python -W ignore -m tests.distributed.matrix
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import save_clip, save_mistral
+from tests.tiny import save_clip, save_mcore, save_mistral
 from toolkits.model_checkpoints_convertor.convert import main as convert
 
 
@@ -25,16 +25,7 @@ def clip(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def mcore(tmp_path_factory, mistral, clip) -> Path:
     """Both as one Megatron-Core checkpoint: TP2, fp32."""
-    target = tmp_path_factory.mktemp("mcore") / "tp2"
-    flags = {
-        "--source-llm-ckpt-path": mistral,
-        "--source-clip-ckpt-path": clip,
-        "--target-ckpt-path": target,
-        "--tensor-model-parallel-size": 2,
-        "--precision": "fp32",
-    }
-    assert convert([str(word) for pair in flags.items() for word in pair]) == 0
-    return target
+    return save_mcore(tmp_path_factory.mktemp("mcore"), mistral, clip)
 
 
 @pytest.fixture(scope="session")

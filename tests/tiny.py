@@ -18,6 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from toolkits.model_checkpoints_convertor.convert import main as convert
+
 # Awkward on purpose: three query heads per group, head_dim given and unlike hidden / heads, a vocabulary that 128 does
 # not divide, a norm epsilon and a rope theta that are no default.
 LANGUAGE_SIZES = {
@@ -107,6 +109,20 @@ def save_clip(folder: Path, dtype: torch.dtype = torch.float32, **changed) -> Pa
         )
     )
     return Path(folder)
+
+
+def save_mcore(folder: Path, llm: Path, clip: Path, tp: int = 2) -> Path:
+    """Both as one Megatron-Core checkpoint in `folder`: shards for TP `tp`, fp32."""
+    target = Path(folder) / f"tp{tp}"
+    flags = {
+        "--source-llm-ckpt-path": llm,
+        "--source-clip-ckpt-path": clip,
+        "--target-ckpt-path": target,
+        "--tensor-model-parallel-size": tp,
+        "--precision": "fp32",
+    }
+    assert convert([str(word) for pair in flags.items() for word in pair]) == 0
+    return target
 
 
 def save_tokenizer(folder: Path, vocab_size: int) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,38 @@ import torch.multiprocessing as mp
 from megatron_patch import parallel
 from megatron_patch.config import Parallel
 
+Job = tuple[Callable[..., Any], Parallel, tuple]
+"""A function, how its processes are cut, its arguments."""
+
 
 def run_ranks(function: Callable[..., Any], sizes: Parallel, world_size: int, *args: Any) -> list[Any]:
-    """Call `function(*args)` on `world_size` processes cut by `sizes`; what each returned, in the order of ranks.
+    """Call `function(*args)` on `world_size` processes cut by `sizes`; what each returned, in the order of ranks."""
+    (results,) = run_jobs([(function, sizes, args)], world_size)
+    return results
+
+
+def run_jobs(jobs: Sequence[Job], world_size: int) -> list[list[Any]]:
+    """One job after another on the same processes, since starting one takes seconds; for each what the ranks returned.
 
     A single process is this one: starting another takes longer than most of what it would do.
     """
     with tempfile.TemporaryDirectory() as folder:
-        job = (world_size, Path(folder), function, sizes, args)
+        arguments = (world_size, Path(folder), list(jobs))
         if world_size == 1:
-            _rank(0, *job)
+            _rank(0, *arguments)
         else:
-            mp.spawn(_rank, job, nprocs=world_size)
-        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world_size)]
+            mp.spawn(_rank, arguments, nprocs=world_size)
+        by_rank = [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world_size)]
+        return [list(results) for results in zip(*by_rank, strict=True)]
 
 
-def _rank(rank: int, world_size: int, folder: Path, function: Callable, sizes: Parallel, args: tuple) -> None:
+def _rank(rank: int, world_size: int, folder: Path, jobs: Sequence[Job]) -> None:
     torch.set_num_threads(1)
-    init_method = f"file://{folder}/store"
-    parallel.start(sizes, seed=1, timeout_minutes=2, init_method=init_method, rank=rank, world_size=world_size)
-    result = function(*args)
-    (folder / str(rank)).write_bytes(pickle.dumps(result))
-    parallel.stop()
+    os.environ["LOCAL_RANK"] = str(rank)
+    results = []
+    for number, (function, sizes, args) in enumerate(jobs):
+        init_method = f"file://{folder}/store{number}"
+        parallel.start(sizes, seed=1, timeout_minutes=2, init_method=init_method, rank=rank, world_size=world_size)
+        results.append(function(*args))
+        parallel.stop()
+    (folder / str(rank)).write_bytes(pickle.dumps(results))
