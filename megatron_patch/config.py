@@ -257,11 +257,11 @@ class Optimizer:
     """Largest norm of all gradients together; larger ones are scaled down. 0: no clipping."""
 
     optimizer_offload: Literal["false", "static", "auto"] = "false"
-    """Optimizer states on the CPU. Only false is supported yet."""
+    """Optimizer states kept on the CPU and stepped there. static: all; auto: as many as free device memory asks for."""
 
     def __post_init__(self) -> None:
-        if self.optimizer_offload != "false":
-            raise ValueError(f"--optimizer-offload {self.optimizer_offload}: not supported yet; use false")
+        if self.optimizer_offload == "auto":
+            raise ValueError("--optimizer-offload auto: not supported yet; use static or false")
         require_finite(self)
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -377,6 +377,10 @@ class Config:
             raise ValueError(
                 f"--lr-warmup-iters {self.optimizer.lr_warmup_iters}: "
                 f"expected less than --train-iters {self.training.train_iters}"
+            )
+        if self.optimizer.optimizer_offload != "false" and not self.parallel.use_distributed_optimizer:
+            raise ValueError(
+                f"--optimizer-offload {self.optimizer.optimizer_offload}: needs --use-distributed-optimizer true"
             )
         if self.parallel.context_parallel_size > 1 and not self.model.use_flash_attn:
             raise ValueError(

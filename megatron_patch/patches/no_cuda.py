@@ -55,6 +55,12 @@ def synchronisation(package: ModuleType) -> None:
     VIEW.cuda.synchronize = lambda device=None: None
 
 
+def streams(package: ModuleType) -> None:
+    """There is one stream, on which everything is done already. cpu_offloading/hybrid_optimizer.py:102, 218."""
+    VIEW.cuda.current_stream = lambda device=None: _DONE
+    VIEW.cuda.stream = lambda stream: contextlib.nullcontext()
+
+
 def random_numbers(package: ModuleType) -> None:
     """The device's random numbers are the CPU's. tensor_parallel/random.py:235-240, 422."""
     # Not torch.manual_seed: that one seeds the devices too.
@@ -132,17 +138,63 @@ def random_number_tracker(random: ModuleType) -> None:
     random.CudaRNGStatesTracker.fork = fork
 
 
+def parameters_on_the_device(module: ModuleType) -> None:
+    """All parameters count as the device's, and a part of them has copies that are stepped instead: the CPU's.
+
+    cpu_offloading/hybrid_optimizer.py:248-296 sorts by `is_cuda`, so that none would have: KeyError in :90.
+    """
+
+    def sort(self, offload_fraction: float) -> tuple[list[dict], list[dict], dict, dict, dict]:
+        wanted = offload_fraction * sum(p.numel() for group in self.param_groups for p in group["params"])
+        count, cpu_groups, device_groups, copies, in_fp32 = 0, [], [], {}, {}
+        for group in self.param_groups:
+            on_cpu, on_device = [], []
+            for parameter in group["params"]:
+                goes, stepped = count < wanted, parameter
+                if self.param_update_in_fp32 and parameter.dtype != torch.float32:
+                    stepped = in_fp32[parameter] = parameter.detach().float()
+                elif goes:
+                    stepped = parameter.detach().clone()
+                if goes:
+                    copies[parameter] = stepped
+                    count += parameter.numel()
+                (on_cpu if goes else on_device).append(stepped)
+            cpu_groups += [{**group, "params": on_cpu}] if on_cpu else []
+            device_groups += [{**group, "params": on_device}] if on_device else []
+        return cpu_groups, device_groups, copies, {copy: own for own, copy in copies.items()}, in_fp32
+
+    module.HybridDeviceOptimizer._get_sub_optimizer_param_groups = sort
+
+
 REPAIRS = (
     Repair("megatron.core*", torch_without_cuda),
     Repair("megatron.core", current_device),
     Repair("megatron.core", synchronisation),
+    Repair("megatron.core", streams),
     Repair("megatron.core", random_numbers),
     Repair("megatron.core", factories),
     Repair("megatron.core", moves),
     Repair("megatron.core", type_names),
     Repair("megatron.core.jit", no_compilation),
     Repair("megatron.core.tensor_parallel.random", random_number_tracker),
+    Repair("megatron.core.optimizer.cpu_offloading.hybrid_optimizer", parameters_on_the_device),
 )
+
+
+class _Done:
+    """A stream and its events: nothing to wait for."""
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def record_event(self) -> _Done:
+        return self
+
+    def wait(self, stream: object = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+_DONE = _Done()
 
 
 def _is_cuda(device: object) -> bool:

@@ -28,10 +28,13 @@ def state_before_first_step(module: ModuleType) -> None:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if not self.optimizer.state[parameter]:
+                    offloaded = getattr(self.optimizer, "param_to_inner_param", None)
+                    stepped = parameter if offloaded is None else offloaded[parameter]
                     self.optimizer.state[parameter] = {
                         "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
+                        "exp_avg": torch.zeros_like(stepped),
+                        "exp_avg_sq": torch.zeros_like(stepped),
+                        **({} if offloaded is None else {"master_param": stepped}),
                     }
         if self.optimizer.state:
             return stock(self)
@@ -78,7 +81,15 @@ def own_step_for_each_parameter(module: ModuleType) -> None:
     module.DistributedOptimizer.load_state_dict = load_state_dict
 
 
-REPAIRS = tuple(
-    Repair("megatron.core.optimizer.distrib_optimizer", make)
-    for make in (state_before_first_step, loaded_parameter_has_no_step, own_step_for_each_parameter)
+def version_of_nothing(module: ModuleType) -> None:
+    """utils.py:347 compares None with a version: TypeError where the precision-aware optimizer asks. It is 0 then."""
+    stock = module.get_te_version
+    module.get_te_version = lambda: stock() or module.PkgVersion("0")
+
+
+REPAIRS = (
+    Repair("megatron.core.optimizer.distrib_optimizer", state_before_first_step),
+    Repair("megatron.core.optimizer.distrib_optimizer", loaded_parameter_has_no_step),
+    Repair("megatron.core.optimizer.distrib_optimizer", own_step_for_each_parameter),
+    Repair("megatron.core.utils", version_of_nothing),
 )

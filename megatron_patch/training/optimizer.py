@@ -51,6 +51,7 @@ def gather_weights(chunks: list[DistributedDataParallel], config: Config) -> Non
 def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:
     """Adam with decoupled weight decay, its states in fp32 and, where asked for, cut over the data-parallel ranks."""
     settings, core = config.optimizer, chunks[0].config
+    fraction = offloaded_fraction(config)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -67,6 +68,10 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
             loss_scale_window=LOSS_SCALE_WINDOW,
             params_dtype=core.params_dtype,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            optimizer_cpu_offload=fraction > 0,
+            optimizer_offload_fraction=fraction,
+            # Has the fp32 copies of 16-bit weights on the CPU too.
+            use_precision_aware_optimizer=fraction > 0 and (core.bf16 or core.fp16),
         ),
         chunks,
     )
@@ -74,6 +79,11 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
         chunk.config.finalize_model_grads_func = finalize_model_grads
         chunk.config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def offloaded_fraction(config: Config) -> float:
+    """Which part of this rank's optimizer states is kept on the CPU."""
+    return {"false": 0.0, "static": 1.0}[config.optimizer.optimizer_offload]
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: Config, iteration: int) -> OptimizerParamScheduler:

@@ -75,7 +75,7 @@ def test_a_later_flag_wins():
         ("--recompute offload --recompute-num-layers 2", "--recompute-num-layers 2: needs --recompute full"),
         ("--recompute sel --recompute-method block", "--recompute-method block: needs --recompute full; use none"),
         ("--recompute-method some", "--recompute-method 'some': expected one of uniform, block"),
-        ("--optimizer-offload auto", "--optimizer-offload auto: not supported yet"),
+        ("--optimizer-offload static --use-distributed-optimizer false", "needs --use-distributed-optimizer true"),
         ("--data-path mock", "dataset mock: not supported yet"),
         ("--min-lr 1", "--min-lr 1.0: expected a number from 0 to --lr 0.001"),
         ("--micro-batch-size 0", "--micro-batch-size 0: expected 1 or more"),

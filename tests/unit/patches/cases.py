@@ -138,6 +138,53 @@ def states_of_several_buckets() -> None:
         assert torch.equal(state["exp_avg"], before)
 
 
+def streams() -> None:
+    """A step of offloaded states waits for copies."""
+    _train(*_optimizer(offload=True))
+
+
+def parameters_on_the_device() -> None:
+    """A step of offloaded states."""
+    _train(*_optimizer(offload=True))
+
+
+def leaves_of_fp32_models() -> None:
+    """Building an optimizer with offloaded states."""
+    _optimizer(offload=True)
+
+
+def loaded_weights_of_fp32_models() -> None:
+    """Loading offloaded states: weights too are what was saved."""
+    model, optimizer = _optimizer(offload=True)
+    _train(model, optimizer)
+    expected = [parameter.detach().clone() for parameter in model.parameters()]
+    _save_and_load(model, optimizer)
+    (inner,) = optimizer.chained_optimizers
+    for parameter, stepped in inner.optimizer.param_to_inner_param.items():
+        assert torch.equal(parameter, stepped)
+    for parameter, before in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(parameter, before)
+
+
+def loaded_state_has_no_master() -> None:
+    """Loading offloaded states."""
+    _save_and_load(*_optimizer(offload=True))
+
+
+def settings_are_no_state() -> None:
+    """Loading offloaded states without running code."""
+    _save_and_load(*_optimizer(offload=True))
+
+
+def version_of_nothing() -> None:
+    """Settings for offloaded 16-bit weights."""
+    from megatron.core.optimizer import OptimizerConfig
+
+    OptimizerConfig(
+        lr=0.1, use_distributed_optimizer=True, use_precision_aware_optimizer=True, optimizer_cpu_offload=True
+    )
+
+
 def _start() -> None:
     from megatron_patch import parallel
     from megatron_patch.config import Parallel
@@ -160,11 +207,19 @@ def _wrapped_model(**ddp):
     return DistributedDataParallel(config, ddp_config, model)
 
 
-def _optimizer(**ddp):
+def _optimizer(offload: bool = False, **ddp):
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     model = _wrapped_model(**ddp)
-    return model, get_megatron_optimizer(OptimizerConfig(lr=0.1, use_distributed_optimizer=True), [model])
+    return model, get_megatron_optimizer(
+        OptimizerConfig(
+            lr=0.1,
+            use_distributed_optimizer=True,
+            optimizer_cpu_offload=offload,
+            optimizer_offload_fraction=float(offload),
+        ),
+        [model],
+    )
 
 
 def _train(model, optimizer) -> None:

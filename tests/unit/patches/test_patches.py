@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from megatron_patch import patches
-from megatron_patch.patches import no_cuda, no_transformer_engine, saving
+from megatron_patch.patches import no_cuda, no_transformer_engine, optimizer_offload, saving
 from tests.unit.patches import cases
 
-REPAIRS = [repair.make.__name__ for repair in (*no_cuda.REPAIRS, *no_transformer_engine.REPAIRS, *saving.REPAIRS)]
+PARTS = (no_cuda, no_transformer_engine, optimizer_offload, saving)
+REPAIRS = [repair.make.__name__ for part in PARTS for repair in part.REPAIRS]
 # Forked from a process that has torch loaded and megatron.core not: starts at once, repairs are made anew.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "tests.unit.patches.cases"])
