@@ -14,7 +14,7 @@ from megatron_patch.checks import divisors, listing, require_finite, require_not
 from megatron_patch.sizes import Llava
 
 Precision = Literal["bf16", "fp16", "fp32", "fp8"]
-PromptFormat = Literal["auto", "mistral", "llama_2", "v1", "plain", "chatml"]
+PromptFormat = Literal["auto", "mistral", "llama_2", "llama_3", "v1", "plain", "chatml", "nvgpt", "tokenizer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +194,14 @@ class Data:
     """Samples that are shuffled among each other while reading; 0 or 1: the order of the shards."""
 
     prompt_format: PromptFormat = "auto"
-    """How a conversation becomes text; auto: the language model family's own."""
+    """How a conversation becomes text; v1: Vicuna's; tokenizer: its own chat template; auto: the checkpoint's own."""
+
+    image_transform: Literal["auto", "clip", "pad", "square"] = "auto"
+    """How a picture gets the tower's size. clip: shortest edge, then the middle; pad: the mean colour around it, as in
+    LLaVA-1.5's second stage; square: stretched; auto: as the checkpoint's preprocessor_config.json says."""
+
+    use_im_start_end: bool = False
+    """Put <im_start> and <im_end> around each picture, as NeVA does. The converter adds them: --add-tokens neva."""
 
     def __post_init__(self) -> None:
         for path in (self.data_path, self.valid_data_path):

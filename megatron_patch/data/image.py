@@ -1,4 +1,4 @@
-"""Pictures as transformers' CLIPImageProcessor (PIL) gives them, bit for bit, cut in two.
+"""Pictures as transformers' CLIPImageProcessor or LlavaImageProcessor (PIL) gives them, bit for bit, cut in two.
 
 The data side resizes and crops to uint8, a quarter of the bytes; the device normalises.
 """
@@ -8,26 +8,30 @@ from __future__ import annotations
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+PREPROCESSOR = "preprocessor_config.json"
 MAX_PIXELS = 89_478_485
 """Pixels that a picture may have, as it is or resized (what PIL calls a decompression bomb beyond)."""
 
-# What CLIP's transform does. A preprocessor_config.json that asks for anything else is refused.
+Transform = Literal["clip", "pad", "square"]
+"""clip: shortest edge to `size`, then the middle. pad: before that, the mean colour around it to make it square, as in
+LLaVA-1.5's second stage. square: to `crop_size` whatever its shape."""
+
+# What all transforms do. A preprocessor_config.json that asks for anything else is refused.
 SUPPORTED = {
     "do_resize": (True,),
-    "do_center_crop": (True,),
     "do_rescale": (True,),
     "do_normalize": (True,),
     "do_convert_rgb": (True, None),
-    "do_pad": (False, None),
+    "do_pad": (False, True, None),
     "resample": (Image.Resampling.BICUBIC.value,),
     "rescale_factor": (1 / 255,),
 }
@@ -35,28 +39,56 @@ SUPPORTED = {
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
-    """CLIP's transform: shortest edge to `size`, cut `crop_size` (height, width) from the middle, normalise."""
+    """How a picture becomes the tower's input: a transform to `crop_size` (height, width), then normalisation."""
 
+    transform: Transform
     size: int
+    """Shortest edge before the middle is cut out; square makes no use of it."""
     crop_size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
 
-def read_image_settings(folder: Path) -> ImageSettings:
-    """The transform that `folder`/preprocessor_config.json describes.
+def read_image_settings(folder: Path, transform: Transform | Literal["auto"] = "auto") -> ImageSettings:
+    """What `folder`/preprocessor_config.json describes, with `transform` in place of its own unless that is auto.
 
-    Raises FileNotFoundError when it is missing, ValueError when it asks for more than CLIP's transform.
+    Raises FileNotFoundError when it is missing, ValueError when it asks for anything else than these transforms.
     """
-    path = Path(folder) / "preprocessor_config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; expected the vision tower's, as CLIP's checkpoint has it")
+    path = Path(folder) / PREPROCESSOR
+    config = read_preprocessor(folder)
     try:
-        return _settings(json.loads(path.read_text()))
+        settings = _settings(config)
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
+    return settings if transform == "auto" else replace(settings, transform=transform)
+
+
+def read_preprocessor(folder: Path) -> dict[str, Any]:
+    """preprocessor_config.json as it is. Raises FileNotFoundError or ValueError that names the file."""
+    path = Path(folder) / PREPROCESSOR
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; expected the vision tower's, as CLIP's checkpoint has it")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def preprocessor_of(settings: ImageSettings, config: dict[str, Any]) -> dict[str, Any]:
+    """A preprocessor_config.json by which transformers does what `settings` say; the rest is as in `config`."""
+    height, width = settings.crop_size
+    square = settings.transform == "square"
+    return {
+        **config,
+        # CLIPImageProcessor does not pad.
+        "image_processor_type": "LlavaImageProcessor" if settings.transform == "pad" else "CLIPImageProcessor",
+        "size": {"height": height, "width": width} if square else {"shortest_edge": settings.size},
+        "do_center_crop": not square,
+        "crop_size": {"height": height, "width": width},
+        "do_pad": settings.transform == "pad",
+    }
 
 
 def load_pixels(data: bytes, settings: ImageSettings) -> Tensor:
@@ -72,15 +104,22 @@ def load_pixels(data: bytes, settings: ImageSettings) -> Tensor:
     except Exception as error:
         # Pillow raises OSError, SyntaxError, struct.error and others of its own for broken files.
         raise ValueError(f"picture cannot be read: {error}") from error
-    width, height = rgb.size
-    shortest, longest = min(width, height), max(width, height)
+    return torch.from_numpy(transform_pixels(rgb, settings).transpose(2, 0, 1).copy())  # [3, h, w]
+
+
+def transform_pixels(rgb: Image.Image, settings: ImageSettings) -> np.ndarray:
+    """An RGB picture -> uint8 [h, w, 3]. Raises ValueError when it would become larger than `MAX_PIXELS` on the way."""
+    height, width = settings.crop_size
+    if settings.transform == "square":
+        return np.asarray(rgb.resize((width, height), Image.Resampling.BICUBIC))
+    if settings.transform == "pad":
+        rgb = _expand_to_square(rgb, settings.mean)
+    shortest, longest = min(rgb.size), max(rgb.size)
     # transformers' rounding: down.
     longest = int(settings.size * longest / shortest)
-    size = (settings.size, longest) if width <= height else (longest, settings.size)
-    _check_pixels(f"picture of {width} x {height} resized to shortest edge {settings.size}", *size)
-    array = np.asarray(rgb.resize(size, Image.Resampling.BICUBIC))  # [h, w, 3]
-    array = _center_crop(array, *settings.crop_size).transpose(2, 0, 1)  # [3, h, w]
-    return torch.from_numpy(array.copy())
+    size = (settings.size, longest) if rgb.width <= rgb.height else (longest, settings.size)
+    _check_pixels(f"picture of {rgb.width} x {rgb.height} resized to shortest edge {settings.size}", *size)
+    return _center_crop(np.asarray(rgb.resize(size, Image.Resampling.BICUBIC)), height, width)
 
 
 def normalize(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
@@ -95,17 +134,28 @@ def _settings(config: dict[str, Any]) -> ImageSettings:
     for name, allowed in SUPPORTED.items():
         given = config.get(name, allowed[0])
         if given not in allowed:
-            raise ValueError(f"{name} is {given!r}, only {allowed[0]!r} is supported (CLIP's transform)")
-    size, crop = config["size"], config["crop_size"]
-    if isinstance(size, dict):
-        if set(size) != {"shortest_edge"}:
-            raise ValueError(f"size is {size!r}, only a shortest_edge is supported (CLIP's transform)")
-        size = size["shortest_edge"]
-    crop = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
+            raise ValueError(f"{name} is {given!r}, only {allowed[0]!r} is supported")
+    size, crop = config["size"], config.get("crop_size", config["size"])
+    crop_size = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
+    size = size if isinstance(size, dict) else {"shortest_edge": size}
+    crops = config.get("do_center_crop", "shortest_edge" in size)
+    if set(size) == {"shortest_edge"} and crops:
+        transform, edge = "pad" if config.get("do_pad") else "clip", size["shortest_edge"]
+    elif set(size) == {"height", "width"} and not config.get("do_pad"):
+        # Cutting the middle out of what has this size already changes nothing.
+        if crops and crop_size != (size["height"], size["width"]):
+            raise ValueError(f"size is {size!r} and crop_size another; only a shortest_edge can be cropped")
+        crop_size = (size["height"], size["width"])
+        transform, edge = "square", min(crop_size)
+    else:
+        raise ValueError(
+            f"size is {size!r} with do_center_crop {crops}; only a shortest_edge with it, and height and width without "
+            f"it, are supported"
+        )
     mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
     if len(mean) != 3 or len(std) != 3:
         raise ValueError(f"image_mean {mean} and image_std {std}: expected three numbers each")
-    return ImageSettings(size=size, crop_size=crop, mean=mean, std=std)
+    return ImageSettings(transform=transform, size=edge, crop_size=crop_size, mean=mean, std=std)
 
 
 def _check_pixels(what: str, width: int, height: int) -> None:
@@ -116,10 +166,20 @@ def _check_pixels(what: str, width: int, height: int) -> None:
 def _to_rgb(picture: Image.Image) -> Image.Image:
     """RGB; what is transparent becomes white, as in transformers 5."""
     if "A" not in picture.getbands() and picture.info.get("transparency") is None:
-        return picture.convert("RGB")
+        picture.load()
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
     picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def _expand_to_square(rgb: Image.Image, mean: tuple[float, ...]) -> Image.Image:
+    """The picture in the middle of a square of the mean colour: LLaVA's expand2square."""
+    side = max(rgb.size)
+    _check_pixels(f"picture of {rgb.width} x {rgb.height} made square", side, side)
+    square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in mean))
+    square.paste(rgb, ((side - rgb.width) // 2, (side - rgb.height) // 2))
+    return square
 
 
 def _center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:

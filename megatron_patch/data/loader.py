@@ -174,6 +174,8 @@ def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, 
         "micro_batch_size": data.micro_batch_size,
         "decoder_seq_length": config.model.decoder_seq_length,
         "prompt_format": encoder.format_name,
+        "use_im_start_end": data.use_im_start_end,
+        "image_transform": encoder.image_settings.transform,
         "shuffle_buffer_size": data.shuffle_buffer_size,
     }
     return Loader(dataset, failures, fingerprint)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.energon import Sample, SampleDecoder, TaskEncoder, VQASample, edataclass, stateless
+from megatron.energon import InterleavedSample, Sample, SampleDecoder, TaskEncoder, edataclass, stateless
 from megatron.energon.flavors import PinMemoryMixin
 from torch import Tensor
 from webdataset.autodecode import Decoder
 
 from megatron_patch.config import Config
+from megatron_patch.data import conversation
 from megatron_patch.data.image import load_pixels, read_image_settings
-from megatron_patch.data.tokenize import IGNORE, IMAGE, encode, format_name, load_tokenizer, prompt_format
+from megatron_patch.data.prompts import IMAGE, MARKED_IMAGE, Piece, document_pieces, find_format, prompt_format
+from megatron_patch.data.tokenize import IGNORE, encode, load_tokenizer
 from megatron_patch.sizes import Llava
+
+logger = logging.getLogger(__name__)
 
 MULTIPLE = 8
 """Batches are padded to a multiple of this many positions."""
@@ -34,6 +39,8 @@ class EncodedSample(Sample):
     """int64 [s], already shifted: the id that follows, -100 where nothing is learned."""
     pixels: Tensor
     """uint8 [n, 3, h, w], pictures in the order of their placeholders; n may be 0."""
+    num_cut: int
+    """Positions that were left out at the end, since the sample was longer than allowed."""
 
 
 @edataclass
@@ -48,6 +55,8 @@ class Batch(PinMemoryMixin):
     """int64 [b, s], already shifted; -100 is ignored."""
     pixels: Tensor
     """uint8 [n, 3, h, w], the batch's pictures in the order of their placeholders; n may be 0."""
+    num_cut: int = 0
+    """Samples that were cut at their end, since they were longer than allowed."""
 
 
 def _parse(extension: str, data: bytes) -> Any:
@@ -64,31 +73,31 @@ class BytesDecoder(SampleDecoder):
         self._decoder = Decoder([], pre=[], post=[_parse])
 
 
-class LlavaTaskEncoder(TaskEncoder[VQASample, EncodedSample, Batch, Batch]):
-    """Encodes a VQASample (image, context with its `<image>`, answers) for the LLaVA that `config` trains."""
+class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
+    """Encodes samples of the types that `conversation` reads, for the LLaVA that `config` trains."""
 
     decoder = BytesDecoder()
+    cookers = conversation.COOKERS
 
     def __init__(self, config: Config, llava: Llava) -> None:
         """Reads tokenizer and image settings of the description folder. Raises ValueError where they do not fit."""
         folder = config.model.description
         self.llava = llava
         self.max_length = config.model.decoder_seq_length
-        self.image_settings = read_image_settings(folder)
+        self.image_settings = read_image_settings(folder, config.data.image_transform)
         self.tokenizer = load_tokenizer(folder)
-        self.format_name = format_name(config.data.prompt_format, llava.language.family)
-        self.style = prompt_format(self.format_name, self.tokenizer)
+        self.format_name = find_format(config.data.prompt_format, folder, llava.language.family)
+        self.prompt = prompt_format(self.format_name, self.tokenizer)
+        self.image_text = MARKED_IMAGE if config.data.use_im_start_end else IMAGE
         self._check(folder)
 
     @stateless
-    def encode_sample(self, sample: VQASample) -> EncodedSample:
+    def encode_sample(self, sample: Sample) -> EncodedSample:
         """Raises ValueError that names the sample's key when it cannot be trained on."""
         try:
-            pictures = [] if sample.image is None else [sample.image]
-            input_ids, labels, pixels = self._encode(sample.context, _only(sample.answers), pictures)
+            return self._encode(sample)
         except ValueError as error:
             raise ValueError(f"sample {sample.__key__}: {error}") from error
-        return EncodedSample.derive_from(sample, input_ids=input_ids, labels=labels, pixels=pixels)
 
     @stateless
     def batch(self, samples: list[EncodedSample]) -> Batch:
@@ -100,28 +109,40 @@ class LlavaTaskEncoder(TaskEncoder[VQASample, EncodedSample, Batch, Batch]):
             input_ids=_pad([sample.input_ids for sample in samples], length, PADDING),
             labels=_pad([sample.labels for sample in samples], length, IGNORE),
             pixels=torch.cat([sample.pixels for sample in samples]),
+            num_cut=sum(sample.num_cut > 0 for sample in samples),
         )
 
-    def _encode(self, context: str, answer: str, pictures: list[bytes]) -> tuple[Tensor, Tensor, Tensor]:
-        asked, answered = context.count(IMAGE), answer.count(IMAGE)
-        if asked != len(pictures) or answered:
-            raise ValueError(
-                f"context has {asked} {IMAGE} and answer {answered}, expected {len(pictures)} and 0, one per picture"
-            )
-        if not answer.strip():
-            raise ValueError("the answer is empty")
-        input_ids, labels, num_images = encode(
-            [(context, answer)],
+    def _encode(self, sample: Sample) -> EncodedSample:
+        pieces, pictures = self._pieces(sample)
+        encoded = encode(
+            pieces,
             self.tokenizer,
-            self.style,
             image_token_id=self.llava.image_token_id,
             num_image_tokens=self.llava.vision.num_image_tokens,
             max_length=self.max_length,
         )
-        # A picture whose placeholders fell behind the last position is not needed.
-        pixels = [load_pixels(picture, self.image_settings) for picture in pictures[:num_images]]
+        if encoded.num_cut:
+            logger.info(f"sample {sample.__key__}: cut by {encoded.num_cut} to {len(encoded.input_ids)} positions")
+        # A picture behind the last position is not needed.
+        pixels = [load_pixels(picture, self.image_settings) for picture in pictures[: encoded.num_images]]
         nothing = torch.empty((0, 3, *self.image_settings.crop_size), dtype=torch.uint8)
-        return input_ids, labels, torch.stack(pixels) if pixels else nothing
+        return EncodedSample.derive_from(
+            sample,
+            input_ids=encoded.input_ids,
+            labels=encoded.labels,
+            pixels=torch.stack(pixels) if pixels else nothing,
+            num_cut=encoded.num_cut,
+        )
+
+    def _pieces(self, sample: Sample) -> tuple[list[Piece], list[bytes]]:
+        """A sample's text, cut where learned and given text meet, and its encoded pictures."""
+        said = conversation.read(sample)
+        if isinstance(said, InterleavedSample):
+            pieces = document_pieces(said.sequence, self.tokenizer)
+            pictures = [part for part in said.sequence if isinstance(part, bytes)]
+        else:
+            pieces, pictures = self.prompt.pieces(said.turns), said.pictures
+        return [(text.replace(IMAGE, self.image_text), is_learned) for text, is_learned in pieces], pictures
 
     def _check(self, folder: Path) -> None:
         expected = self.tokenizer.convert_tokens_to_ids(IMAGE)
@@ -130,21 +151,17 @@ class LlavaTaskEncoder(TaskEncoder[VQASample, EncodedSample, Batch, Batch]):
                 f"{folder}: {IMAGE} is {expected} in the tokenizer and {self.llava.image_token_id} in config.json; "
                 f"expected a folder that the converter wrote"
             )
+        if len(self.tokenizer(self.image_text, add_special_tokens=False).input_ids) != self.image_text.count("<"):
+            raise ValueError(
+                f"--use-im-start-end true: {folder} has no tokens <im_start> and <im_end>; convert the model with "
+                f"--add-tokens neva, or use false"
+            )
         size = self.llava.vision.img_size
         if self.image_settings.crop_size != (size, size):
             raise ValueError(
                 f"{folder}/preprocessor_config.json: crop_size is {self.image_settings.crop_size}, but the vision "
                 f"tower takes {size} x {size} pixels; use the tower's own preprocessor_config.json"
             )
-
-
-def _only(answers: str | list[str] | None) -> str:
-    """VQASample allows several answers; one is learned."""
-    if isinstance(answers, str):
-        return answers
-    if not isinstance(answers, list) or len(answers) != 1 or not isinstance(answers[0], str):
-        raise ValueError(f"answers is {str(answers)[:60]}, expected one text")
-    return answers[0]
 
 
 def _pad(rows: list[Tensor], length: int, value: int) -> Tensor:

@@ -1,70 +1,21 @@
-"""From a conversation to token ids and labels: prompt formats, the `<image>` token, the exported chat template.
-
-Training and the exported chat template are made from the same `PromptFormat`, so what the model saw before an answer is
-what transformers' processor gives it before it answers.
-"""
+"""From a text to token ids and labels, and the tokenizer with its `<image>`."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-IMAGE = "<image>"
+from megatron_patch.data.prompts import IMAGE, Piece, read_template
+
 IGNORE = -100
 """Label of a position from which nothing is learned."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class PromptFormat:
-    """What stands around questions and answers. `{bos}` and `{eos}` are the tokenizer's own."""
-
-    begin: str = "{bos}"
-    """Once, before everything."""
-    question: str
-    """Before each question."""
-    answer: str
-    """After each question; the model goes on from here."""
-    lead: str = " "
-    """Before each answer, learned with it."""
-    end: str = "{eos}"
-    """After each answer, learned with it."""
-    between: str = ""
-    """After an answer that another question follows."""
-    keeps_question: bool = True
-    """False: of a question only its pictures stay, without a line of their own."""
-
-
-PROMPT_FORMATS = {
-    "mistral": PromptFormat(question="[INST] ", answer="[/INST]"),
-    # Llama-2-chat without a system message: every turn begins anew, and a space stands before the end.
-    "llama_2": PromptFormat(begin="", question="{bos}[INST] ", answer=" [/INST]", end=" {eos}"),
-    # Vicuna 1.1, as LLaVA-1.5 uses it.
-    "v1": PromptFormat(
-        begin="{bos}A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-        "helpful, detailed, and polite answers to the user's questions. ",
-        question="USER: ",
-        answer=" ASSISTANT:",
-    ),
-    # LLaVA-1.5's pretraining: picture, caption. Its newline at the end is our end-of-sequence, so that a caption ends.
-    "plain": PromptFormat(question="", answer="", lead="", keeps_question=False),
-    "chatml": PromptFormat(
-        begin="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
-        question="<|im_start|>user\n",
-        answer="<|im_end|>\n<|im_start|>assistant\n",
-        lead="",
-        end="<|im_end|>",
-        between="\n",
-    ),
-}
-FAMILY_FORMATS = {"mistral": "mistral", "llama": "llama_2", "qwen2": "chatml"}
-"""What `auto` means for a language model's family: the format of its published chat model."""
 
 # Everything of a tokenizer that transformers may read, except its chat template, which is not LLaVA's.
 TOKENIZER_FILES = (
@@ -76,58 +27,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-
-
-def format_name(prompt_format: str, family: str) -> str:
-    """The name in `PROMPT_FORMATS` that `--prompt-format` means: `auto` is mistral for mistral, llama_2 for llama."""
-    if prompt_format == "auto" and family not in FAMILY_FORMATS:
-        raise ValueError(f"--prompt-format auto: unknown for {family}; use one of {', '.join(PROMPT_FORMATS)}")
-    return FAMILY_FORMATS[family] if prompt_format == "auto" else prompt_format
-
-
-def prompt_format(name: str, tokenizer: Any) -> PromptFormat:
-    """The format of that name in the tokenizer's words. Raises ValueError when its end is not one token there."""
-    style = PROMPT_FORMATS[name]
-    words = {"{bos}": tokenizer.bos_token or "", "{eos}": tokenizer.eos_token or ""}
-    texts = {part.name: getattr(style, part.name) for part in fields(style) if part.type == "str"}
-    for placeholder, token in words.items():
-        texts = {part: text.replace(placeholder, token) for part, text in texts.items()}
-    end = texts["end"].strip()
-    if len(_ids(tokenizer, end)) != 1:
-        raise ValueError(
-            f"--prompt-format {name}: its end {end!r} is not a token of this tokenizer; use another format"
-        )
-    return replace(style, **texts)
-
-
-def chat_template(name: str) -> str:
-    """The Jinja chat template of a format, for the exported tokenizer and processor.
-
-    A message's content is a string, which stands as it is, or a list of `{"type": "image"}` and
-    `{"type": "text", "text": ...}`: pictures first, each on a line of its own. The beginning-of-sequence token is part
-    of the text, so the tokenizer must not add its own (see `install_tokenizer`). After the last question stands what
-    precedes an answer, with or without add_generation_prompt.
-    """
-    style = PROMPT_FORMATS[name]
-    part = {field.name: _jinja(getattr(style, field.name)) for field in fields(style) if field.type == "str"}
-    if style.keeps_question:
-        picture, words = IMAGE + "\n", "{{- text | trim -}}"
-    else:
-        picture, words = IMAGE, f"{{%- for _ in range(text.count('{IMAGE}')) -%}}{_jinja(IMAGE)}{{%- endfor -%}}"
-    return (
-        f"{part['begin']}{{%- for message in messages -%}}"
-        "{%- if message['content'] is string -%}{%- set text, pictures = message['content'], 0 -%}{%- else -%}"
-        "{%- set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}"
-        "{%- set pictures = message['content'] | selectattr('type', 'equalto', 'image') | list | length -%}"
-        "{%- endif -%}"
-        "{%- if message['role'] == 'user' -%}"
-        f"{{%- if not loop.first -%}}{part['between']}{{%- endif -%}}{part['question']}"
-        f"{{%- for _ in range(pictures) -%}}{_jinja(picture)}{{%- endfor -%}}{words}{part['answer']}"
-        "{%- elif message['role'] == 'assistant' -%}"
-        f"{part['lead']}{{{{- text | trim -}}}}{part['end']}"
-        "{%- else -%}{{- raise_exception('only the roles user and assistant are supported') -}}{%- endif -%}"
-        "{%- endfor -%}"
-    )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -190,12 +89,9 @@ def source_chat_template(source: Path) -> str | None:
     """
     from transformers import AutoTokenizer
 
-    source = Path(source)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    template = tokenizer.chat_template
-    if (source / "chat_template.json").is_file():  # as processors kept it before transformers 4.52
-        template = json.loads((source / "chat_template.json").read_text())["chat_template"]
-    if not isinstance(template, str):
+    template = read_template(source, tokenizer)
+    if template is None:
         return None
     begins = bool(tokenizer.bos_token) and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     return "{{- bos_token -}}" + template if begins and "bos_token" not in template else template
@@ -208,73 +104,57 @@ def remove_image_token(folder: Path) -> None:
             _edit_json(Path(folder) / name, _without_image)
 
 
-def encode(
-    turns: Sequence[tuple[str, str]],
-    tokenizer: Any,
-    style: PromptFormat,
-    *,
-    image_token_id: int,
-    num_image_tokens: int,
-    max_length: int,
-) -> tuple[Tensor, Tensor, int]:
-    """Tokens of a conversation of (question, answer) turns, with each `<image>` as `num_image_tokens` placeholders.
+class Encoded(NamedTuple):
+    """A text as the model takes it."""
 
-    `style` comes from `prompt_format`. Returns input_ids int64 [s], labels int64 [s], and how many pictures the input
-    holds. Labels are shifted: labels[i] is the id that follows input_ids[i], `IGNORE` where nothing is learned; the
-    answers with their ends are learned. More than `max_length` positions are cut at the end. Raises ValueError when
-    that would cut a picture in two or leave no answer.
+    input_ids: Tensor
+    """int64 [s], each picture as its number of placeholder ids."""
+    labels: Tensor
+    """int64 [s], shifted: labels[i] is the id that follows input_ids[i], `IGNORE` where nothing is learned."""
+    num_images: int
+    """Pictures in the input."""
+    num_cut: int
+    """Positions left out at the end."""
+
+
+def encode(
+    pieces: Sequence[Piece], tokenizer: Any, *, image_token_id: int, num_image_tokens: int, max_length: int
+) -> Encoded:
+    """Tokens of a text with each `<image>` as `num_image_tokens` placeholders, at most `max_length` positions.
+
+    `pieces` come from a `Prompt` or from `document_pieces`. A longer text is cut at its end, before a picture that does
+    not fit whole. Raises ValueError when that leaves nothing to be learned.
     """
     ids: list[int] = []
     learned: list[bool] = []
-    text = style.begin
-    for index, (question, answer) in enumerate(turns):
-        text += (style.between if index else "") + style.question + _question(question, style) + style.answer
-        prompt = _ids(tokenizer, text)
-        text += style.lead + answer.strip() + style.end
-        whole = _ids(tokenizer, text)
+    text = ""
+    for piece, is_learned in pieces:
+        text += piece
+        whole = tokenizer(text, add_special_tokens=False).input_ids
         # What the model is given when it answers must be what it saw in training, token by token.
-        if whole[: len(prompt)] != prompt or prompt[: len(ids)] != ids:
-            raise ValueError(f"the answer's first characters {answer[:20]!r} merge with the prompt's last token")
-        learned += [False] * (len(prompt) - len(ids)) + [True] * (len(whole) - len(prompt))
+        if whole[: len(ids)] != ids:
+            raise ValueError(f"the first characters of {piece[:20]!r} merge with the last token before them")
+        learned += [is_learned] * (len(whole) - len(ids))
         ids = whole
     # In Python, not torch, whose threads cost more than this work where several processes share the cores.
     tokens: list[int] = []
     targets: list[int] = []
+    length = 0
     for token, is_learned in zip(ids, learned, strict=True):
         count = num_image_tokens if token == image_token_id else 1
         tokens += [token] * count
         targets += [token if is_learned else IGNORE] * count
-    input_ids = torch.tensor(tokens[:-1][:max_length])  # [s]
-    labels = torch.tensor(targets[1:][:max_length])  # [s]
-    num_images, rest = divmod(int((input_ids == image_token_id).sum()), num_image_tokens)
-    if rest:
-        raise ValueError(
-            f"{max_length} positions would cut a picture of {num_image_tokens} in two; raise --decoder-seq-length "
-            f"(the sample has {len(tokens) - 1}) or shorten the text before the picture"
-        )
+        if len(tokens) <= max_length:
+            length = len(tokens)
+    length = min(length, len(tokens) - 1)  # the last token is a label alone
+    input_ids = torch.tensor(tokens[:length], dtype=torch.int64)  # [s]
+    labels = torch.tensor(targets[1 : length + 1], dtype=torch.int64)  # [s]
     if (labels == IGNORE).all():
-        raise ValueError(f"no answer within {max_length} positions; raise --decoder-seq-length")
-    return input_ids, labels, num_images
-
-
-def _question(text: str, style: PromptFormat) -> str:
-    """A question as it is asked: its only picture goes first, on a line of its own; several stay where they are."""
-    pictures = text.count(IMAGE)
-    if not style.keeps_question:
-        return IMAGE * pictures
-    if pictures == 1:
-        return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}"
-    return text.strip()
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def _jinja(text: str) -> str:
-    """A Jinja expression that prints `text` exactly, whatever blanks it has."""
-    filled = json.dumps(text).replace("{bos}", '" + bos_token + "').replace("{eos}", '" + eos_token + "')
-    return "{{- " + filled + " -}}"
+        raise ValueError(
+            f"no answer within {max_length} positions; raise --decoder-seq-length (the sample has {len(tokens) - 1})"
+        )
+    num_images = int((input_ids == image_token_id).sum()) // num_image_tokens
+    return Encoded(input_ids, labels, num_images, len(tokens) - 1 - length)
 
 
 def _edit_json(path: Path, change: Any) -> None:

@@ -16,13 +16,13 @@ from megatron.energon import SavableDataLoader
 
 from megatron_patch import parallel
 from megatron_patch.checkpoint import resume
-from megatron_patch.checkpoint.companions import CHAT_TEMPLATE, TRACKER, copy_companions
+from megatron_patch.checkpoint.companions import TRACKER, copy_companions
 from megatron_patch.checkpoint.convert import load_rank
 from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.checkpoint.stages import Stage
 from megatron_patch.config import Config
 from megatron_patch.data.loader import restore_position, save_position, train_loader, valid_loader
-from megatron_patch.data.tokenize import chat_template, format_name
+from megatron_patch.data.processor import write_processor
 from megatron_patch.families.llava import read_config
 from megatron_patch.families.transformer_engine import to_transformer_engine_name
 from megatron_patch.model.llava import LlavaModel
@@ -104,8 +104,7 @@ def start_or_resume(
     if dist.get_rank() == 0:
         # Beside the weights, so that a checkpoint can be exported without the folder that it came from.
         copy_companions(config.model.description, config.checkpoint.folder)
-        name = format_name(config.data.prompt_format, llava.language.family)
-        (config.checkpoint.folder / CHAT_TEMPLATE).write_text(chat_template(name))
+        write_processor(config, llava.language.family, config.checkpoint.folder)
     return chunks, wrapped, optimizer, progress, checkpoint
 
 

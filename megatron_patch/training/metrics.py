@@ -70,6 +70,7 @@ class Metrics:
             "throughput-megatron-lm": megatron_lm_flops(self.llava, totals) / step.seconds / self.world_size / 1e12,
             "samples-per-second": totals.num_samples / step.seconds,
             "tokens-per-second": totals.num_tokens / step.seconds,
+            "cut-samples": totals.num_cut,
             "consumed-samples": consumed_samples,
             **memory(),
         }
@@ -132,6 +133,7 @@ class Metrics:
                 f"TFLOP/s: {self._tflops_per_second(self.steps):.3g}",
                 f"tokens/s: {totals.num_tokens / seconds:.0f}",
                 *([f"data wait: {wait:.1%}"] if wait > LONG_WAIT else []),
+                *([f"cut: {totals.num_cut}"] if totals.num_cut else []),
                 f"time left: {timedelta(seconds=round((last - iteration) * pace))}",
             )
         )

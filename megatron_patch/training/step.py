@@ -41,6 +41,8 @@ class Totals(Work):
     """Positions up to the last learned one of every sample: the padding behind it is not counted."""
     data_seconds: float = field(compare=False)
     """How long the rank that waited longest for its micro batches waited for them."""
+    num_cut: int = 0
+    """Samples that were longer than --decoder-seq-length and lost their end."""
 
     @staticmethod
     def mean(totals: list[Totals]) -> Totals:
@@ -177,7 +179,7 @@ def _no_losses(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     raise AssertionError("losses are the last stage's")
 
 
-COUNTS = ("num_labels", "num_samples", "num_tokens", "num_positions", "num_pairs", "num_pictures")
+COUNTS = ("num_labels", "num_samples", "num_tokens", "num_positions", "num_pairs", "num_pictures", "num_cut")
 """What the last stage counts, by its name in `Totals`."""
 
 
@@ -189,7 +191,8 @@ def _sum_losses(batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str,
     padding = is_label.flip(1).int().argmax(dim=1)  # [b], positions behind the last label
     # Context-parallel ranks have losses of their own and samples in common.
     is_first = parallel_state.get_context_parallel_rank() == 0
-    of_samples = (size, int((length - padding).sum()), size * length, size * length**2, len(batch.pixels))
+    num_tokens, num_pairs = int((length - padding).sum()), size * length**2
+    of_samples = (size, num_tokens, size * length, num_pairs, len(batch.pixels), batch.num_cut)
     counts = [losses.numel(), *(is_first * count for count in of_samples)]
     report = torch.cat([total.detach().double().view(1), torch.tensor(counts, device=losses.device)])  # fp64
     return total, report[1].int(), {"totals": report}

@@ -19,7 +19,7 @@ FLAGS = """
 --context-parallel-size --sequence-parallel --env --use-distributed-optimizer
 --overlap-grad-reduce --overlap-param-gather
 --data-path --valid-data-path --micro-batch-size --global-batch-size --num-workers --shuffle-buffer-size
---prompt-format
+--prompt-format --image-transform --use-im-start-end
 --lr --min-lr --lr-warmup-iters --weight-decay --adam-beta1 --adam-beta2 --adam-eps --clip-grad --optimizer-offload
 --train-iters --recompute --recompute-method --recompute-num-layers
 --seed --log-interval --eval-interval --eval-iters --exit-duration-in-mins --distributed-timeout-minutes

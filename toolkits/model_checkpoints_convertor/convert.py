@@ -247,7 +247,7 @@ def _write_companions(conversion: Conversion, folder: Path, config: dict[str, An
     companions.copy_companions(clip or llm, folder, (companions.PREPROCESSOR,))
     companions.complete_processor(folder, llava.vision)
     template = source_chat_template(llm) if clip is None and conversion.prompt_format == "auto" else None
-    _write_chat_template(conversion, folder, llava, template)
+    _write_chat_template(conversion, folder, llm, llava, template)
     record = {
         "language_model": str(llm),
         "vision_tower": str(clip or llm),
@@ -271,7 +271,7 @@ def _write_export(conversion: Conversion, folder: Path, config: dict[str, Any], 
     companions.write_json(folder, companions.CONFIG, config)
     companions.complete_processor(folder, llava.vision)
     if conversion.prompt_format != "auto" or not (folder / companions.CHAT_TEMPLATE).is_file():
-        _write_chat_template(conversion, folder, llava)
+        _write_chat_template(conversion, folder, folder, llava)
     writer = HfWriter(folder, conversion.max_shard_bytes)
     for name, view in with_rows(weights, llava, vocab_size).views.items():
         writer.add(name, view)
@@ -348,12 +348,15 @@ def _record(folder: Path) -> dict[str, Any]:
     return companions.read_json(folder, companions.RECORD) if (folder / companions.RECORD).is_file() else {}
 
 
-def _write_chat_template(conversion: Conversion, folder: Path, llava: Llava, own: str | None = None) -> None:
-    """`own`: a whole LLaVA's, which stays."""
-    from megatron_patch.data.tokenize import chat_template, format_name
+def _write_chat_template(
+    conversion: Conversion, folder: Path, source: Path, llava: Llava, own: str | None = None
+) -> None:
+    """`source`: what says which format `auto` is. `own`: a whole LLaVA's, which stays."""
+    from megatron_patch.data.prompts import chat_template, find_format
 
-    text = own or chat_template(format_name(conversion.prompt_format, llava.language.family))
-    (folder / companions.CHAT_TEMPLATE).write_text(text)
+    if own is None:
+        own = chat_template(find_format(conversion.prompt_format, source, llava.language.family), source)
+    (folder / companions.CHAT_TEMPLATE).write_text(own)
 
 
 def _exported_vocab_size(llava: Llava) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
+import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -98,6 +101,29 @@ def write_pretrain(folder: Path, count: int) -> list[dict]:
 def write_annotations(folder: Path, entries: list) -> None:
     """(Re)write the json."""
     (folder / ANNOTATIONS).write_text(json.dumps(entries))
+
+
+def write_dataset(folder: Path, samples: Sequence[dict[str, bytes]], yaml: str) -> Path:
+    """An energon dataset of 10 shards, 9 of them to train on; of each sample the files by their extension."""
+    from megatron.energon.epathlib import EPath
+    from megatron.energon.flavors import BaseWebdatasetFactory
+
+    folder.mkdir(parents=True)
+    names = [f"{shard}.tar" for shard in range(10)]
+    for shard, name in enumerate(names):
+        with tarfile.open(folder / name, "w") as tar:
+            for index in range(shard * len(samples) // 10, (shard + 1) * len(samples) // 10):
+                for extension, data in samples[index].items():
+                    member = tarfile.TarInfo(f"{folder.name}{index:03d}.{extension}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    split = [("train", 9.0), ("val", 1.0), ("test", 0.0)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        BaseWebdatasetFactory.prepare_dataset(
+            EPath(folder), names, split_parts_ratio=split, shuffle_seed=None, workers=1
+        )
+    (folder / ".nv-meta" / "dataset.yaml").write_text(yaml)
+    return folder
 
 
 def copy_photos(target: Path) -> Path:

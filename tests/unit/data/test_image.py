@@ -1,7 +1,8 @@
-"""Pixels are CLIPImageProcessor's, bit for bit: transformers is the judge."""
+"""Pixels are CLIPImageProcessor's or LlavaImageProcessor's, bit for bit: transformers is the judge."""
 
 import io
 import json
+import shutil
 import struct
 import zlib
 
@@ -11,8 +12,15 @@ import torch
 import transformers
 from PIL import Image
 
-from megatron_patch.data.image import load_pixels, normalize, read_image_settings
-from tests.unit.data.samples import CLIP, PHOTOS, jpeg
+from megatron_patch.data.image import (
+    load_pixels,
+    normalize,
+    preprocessor_of,
+    read_image_settings,
+    read_preprocessor,
+)
+from megatron_patch.data.processor import write_processor
+from tests.unit.data.samples import CLIP, PHOTOS, describe, jpeg, settings
 
 
 def write_settings(folder, **changed):
@@ -21,9 +29,20 @@ def write_settings(folder, **changed):
 
 
 def processor_of(folder):
-    """The PIL one, under its name in transformers 5 and 4."""
-    name = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else "CLIPImageProcessor"
-    return getattr(transformers, name).from_pretrained(folder)
+    """The PIL one that the folder names, under its name in transformers 5 and 4."""
+    name = json.loads((folder / "preprocessor_config.json").read_text())["image_processor_type"]
+    return getattr(transformers, f"{name}Pil", getattr(transformers, name, None)).from_pretrained(folder)
+
+
+def write_transform(folder, transform, size=28):
+    """CLIP's file, rewritten for another transform as training rewrites it."""
+    write_settings(folder, size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    settings = read_image_settings(folder, transform)
+    changed = preprocessor_of(settings, read_preprocessor(folder))
+    (folder / "preprocessor_config.json").write_text(json.dumps(changed))
+    # What was written says the same without being told.
+    assert read_image_settings(folder) == settings
+    return settings
 
 
 def encoded(mode, size, file_format, **options):
@@ -45,6 +64,10 @@ def assert_equal_to_transformers(data, folder, settings):
     assert torch.equal(normalize(pixels, settings.mean, settings.std, torch.float32), expected)
 
 
+TRANSFORMS = ["clip", "pad", "square"]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize(
     "picture",
     [
@@ -60,8 +83,8 @@ def assert_equal_to_transformers(data, folder, settings):
     ],
     ids=lambda picture: f"{picture[0]} {picture[1][0]}x{picture[1][1]}",
 )
-def test_every_kind_of_picture_is_bit_equal(picture, tmp_path):
-    settings = write_settings(tmp_path)
+def test_every_kind_of_picture_is_bit_equal(picture, transform, tmp_path):
+    settings = write_transform(tmp_path, transform)
     mode, size, file_format, options = picture
     assert_equal_to_transformers(encoded(mode, size, file_format, **options), tmp_path, settings)
 
@@ -73,10 +96,31 @@ def test_crop_larger_than_the_picture_pads_as_transformers_does(tmp_path):
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the real photographs are not here")
-def test_real_photographs_are_bit_equal(tmp_path):
-    settings = write_settings(tmp_path, size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    for path in sorted(PHOTOS.glob("*/*.jpg"))[::12]:
-        assert_equal_to_transformers(path.read_bytes(), tmp_path, settings)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_real_photographs_are_bit_equal(transform, tmp_path):
+    """Every twelfth; with the smallest and the largest, and CMYK made of the first. (All: benchmarks/pixels.py.)"""
+    settings = write_transform(tmp_path, transform, 336)
+    photos = sorted(PHOTOS.glob("*/*.jpg"))
+    sizes = {path: path.stat().st_size for path in photos}
+    chosen = [*photos[::12], min(photos, key=sizes.get), max(photos, key=sizes.get)]
+    pictures = [path.read_bytes() for path in chosen]
+    file = io.BytesIO()
+    Image.open(photos[0]).convert("CMYK").save(file, "JPEG")
+    for picture in [*pictures, file.getvalue()]:
+        assert_equal_to_transformers(picture, tmp_path, settings)
+
+
+def test_a_run_writes_its_transform_beside_the_weights(tmp_path):
+    llava = describe(tmp_path / "model")
+    for name in ("auto", "pad", "square"):
+        folder = tmp_path / name
+        shutil.copytree(tmp_path / "model", folder)
+        config = settings(tmp_path / "model", image_transform=name)
+        write_processor(config, llava.language.family, folder)
+        assert json.loads((folder / "preprocessor_config.json").read_text())["image_processor_type"] == (
+            "LlavaImageProcessor" if name == "pad" else "CLIPImageProcessor"
+        )
+        assert read_image_settings(folder).transform == {"auto": "clip"}.get(name, name)
 
 
 def test_normalize_casts_after_computing_in_fp32(tmp_path):
@@ -120,15 +164,16 @@ def test_bombs_and_broken_files_are_refused_in_one_line(data, why, tmp_path):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"do_pad": True},
+        {"size": {"height": 28, "width": 28}, "do_pad": True},
         {"do_center_crop": False},
         {"resample": 2},
         {"rescale_factor": 1.0},
-        {"size": {"height": 28, "width": 28}},
+        {"size": {"height": 28, "width": 30}},
+        {"size": {"longest_edge": 28}},
         {"image_mean": [0.5]},
     ],
 )
-def test_another_transform_than_clips_is_refused(changed, tmp_path):
+def test_another_transform_is_refused(changed, tmp_path):
     with pytest.raises(ValueError, match=next(iter(changed))):
         write_settings(tmp_path, **changed)
 

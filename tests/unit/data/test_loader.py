@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_patch.data.loader import restore_position, save_position, train_loader, valid_loader
-from tests.unit.data.samples import convert_folder, describe, settings, write_pretrain
+from tests.unit.data.samples import convert_folder, describe, jpeg, settings, write_dataset, write_pretrain
 
 COUNT = 60  # 6 samples in each of 10 shards: 54 to train on, 6 to validate
 
@@ -167,6 +167,81 @@ def test_position_in_another_dataset_is_refused_and_a_moved_one_is_the_same(mode
     convert_folder(tmp_path / "raw")
     with pytest.raises(ValueError, match="position in the data: dataset was"):
         restore_position(build(model, tmp_path / "raw" / "wds"), position)
+
+
+CRUDE = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+OWN = """\
+sample_type:
+  __module__: megatron_patch.data.conversation
+  __class__: Conversation
+sample_loader: sample_loader.py:sample_loader
+part_filter: sample_loader.py:part_filter
+"""
+OWN_LOADER = """\
+def sample_loader(raw):
+    return {"turns": [("<image> " + raw["question.txt"], raw["answer.txt"])], "pictures": [raw["png"]]}
+
+
+def part_filter(part):
+    return part in ("question.txt", "answer.txt", "png")
+"""
+BLEND = """\
+__module__: megatron.energon
+__class__: MetadatasetV2
+splits:
+  train:
+    blend:
+      - {weight: 3, path: vqa}
+      - {weight: 2, path: talk}
+      - {weight: 1, path: own}
+  val:
+    path: vqa
+"""
+
+
+@pytest.fixture(scope="module")
+def blend(dataset, tmp_path_factory):
+    """Three kinds of datasets: VQASample, several turns and pictures or none, one with its own sample_loader."""
+    folder = tmp_path_factory.mktemp("blend")
+    shutil.copytree(dataset, folder / "vqa")
+    talks = []
+    for index in range(30):
+        places = "<image>" * (index % 3)
+        turns = [("human", f"{places} what"), ("gpt", "a " * index), ("human", "and"), ("gpt", str(index))][
+            index == 0 :
+        ]
+        talk = {"json": json.dumps([{"from": who, "value": text} for who, text in turns]).encode()}
+        talk |= {name: jpeg((index, 0, 0)) for name in ("jpg", "1.jpg")[: index % 3]}
+        talks.append(talk)
+    write_dataset(folder / "talk", talks, CRUDE)
+    own = [{"question.txt": b"who", "answer.txt": b"me", "png": jpeg((0, 0, index))} for index in range(20)]
+    write_dataset(folder / "own", own, OWN)
+    (folder / "own" / ".nv-meta" / "sample_loader.py").write_text(OWN_LOADER)
+    (folder / "blend.yaml").write_text(BLEND)
+    return folder / "blend.yaml"
+
+
+def test_blends_of_all_kinds_keep_their_weights(model, blend):
+    loader = build(model, blend, micro_batch_size=1)
+    batches = take(loader, 240)
+    assert loader.failures.count == 0
+    counts = [sum(key.startswith(kind) for key in flat(batches)) for kind in ("0", "talk", "own")]
+    assert sum(counts) == 240
+    assert [abs(count - share) < 25 for count, share in zip(counts, (120, 80, 40), strict=True)] == [True] * 3
+    assert {len(batch.pixels) for batch in batches} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_restored_blend_goes_on_exactly(num_workers, model, blend):
+    loader = build(model, blend, num_workers=num_workers)
+    batches = iter(loader)
+    for _ in range(30):
+        next(batches)
+    position = save_position(loader)
+    expected = list(islice(batches, 20))
+    again = build(model, blend, num_workers=num_workers)
+    restore_position(again, position)
+    assert_same(take(again, 20), expected)
 
 
 def damage(dataset, target, count):

@@ -1,4 +1,4 @@
-"""From VQASample to micro batch."""
+"""From a sample to a micro batch."""
 
 import io
 import json
@@ -9,6 +9,7 @@ from megatron.energon import VQASample
 from PIL import Image
 
 from megatron_patch.data.task_encoder import LlavaTaskEncoder
+from megatron_patch.data.tokenize import install_tokenizer
 from tests.unit.data.samples import CLIP, QUESTION, describe, jpeg, settings
 
 
@@ -57,18 +58,32 @@ def test_batch_without_pictures(encoder):
     assert batch.pixels.shape == (0, 3, 28, 28)
 
 
-def test_batch_is_never_longer_than_the_decoder(model):
+def test_batch_is_never_longer_than_the_decoder_and_says_what_was_cut(model):
     encoder = LlavaTaskEncoder(settings(model[0], length=61), model[1])
-    batch = encoder.batch([encoder.encode_sample(sample(answers="x" * 100))])
-    assert batch.input_ids.shape == (1, 61)
+    batch = encoder.batch([encoder.encode_sample(given) for given in (sample(answers="x" * 100), sample(answers="x"))])
+    assert batch.input_ids.shape == (2, 61)
+    assert batch.num_cut == 1
+
+
+def test_marked_pictures(model, tmp_path):
+    folder = tmp_path / "marked"
+    llava = describe(folder)
+    config = settings(folder, use_im_start_end=True)
+    with pytest.raises(ValueError, match=r"--use-im-start-end true: .* no tokens <im_start> and <im_end>; .* neva"):
+        LlavaTaskEncoder(config, llava)
+    ids = install_tokenizer(folder / "language_model", folder, ["<im_start>", "<im_end>"])
+    given = LlavaTaskEncoder(config, llava).encode_sample(sample())
+    image = (given.input_ids == ids["<image>"]).nonzero().flatten().tolist()
+    assert len(image) == 16
+    assert given.input_ids[[image[0] - 1, image[-1] + 1]].tolist() == [ids["<im_start>"], ids["<im_end>"]]
 
 
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        (sample(context="no picture asked for"), "context has 0 <image>"),
-        (sample(context="<image> or <image>?"), "context has 2 <image>"),
-        (sample(answers="an <image>"), "answer 1"),
+        (sample(context="no picture asked for"), "questions have 0 <image>, expected 1"),
+        (sample(context="<image> or <image>?"), "questions have 2 <image>, expected 1"),
+        (sample(answers="an <image>"), "answers have 1 <image>, expected 0"),
         (sample(answers=["one", "two"]), "expected one text"),
         (sample(answers=" "), "answer is empty"),
         (sample(answers=None), "expected one text"),

@@ -23,6 +23,7 @@ TOTALS = Totals(
     num_positions=192,
     num_pairs=4 * 48**2,
     num_pictures=4,
+    num_cut=1,
     data_seconds=0.1,
 )
 STEP = Step(totals=TOTALS, grad_norm=0.5, loss_scale=1.0, seconds=0.8)
@@ -68,6 +69,7 @@ def test_scalars_have_megatron_lms_names(run, mcore, tmp_path):
         "throughput-megatron-lm": megatron_lm_flops(read_config(mcore), TOTALS) / 0.8 / 2 / 1e12,
         "samples-per-second": 5.0,
         "tokens-per-second": 225.0,
+        "cut-samples": 1,
         "consumed-samples": 12,
         "lm loss validation": 2.0,
         "lm loss validation ppl": 7.389056,

@@ -1,0 +1,173 @@
+"""What energon's samples say: questions and answers with pictures in them, or a document of text and pictures.
+
+A data set of another kind needs no code here: energon's `sample_loader` in its dataset.yaml makes a `Conversation` of
+what lies in its shards (see docs/formats.md).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron.energon import (
+    CaptioningSample,
+    Cooker,
+    CrudeSample,
+    InterleavedSample,
+    Sample,
+    SimilarityInterleavedSample,
+    VQASample,
+    basic_sample_keys,
+    edataclass,
+    stateless,
+)
+
+from megatron_patch.data.prompts import IMAGE, Turn
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
+"""Who speaks, in LLaVA's words and in those of chat templates."""
+PICTURE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp|gif|bmp|tiff?)")
+"""Fields of a shard that hold a picture: `jpg`, then `1.jpg`, `2.jpg`, ..."""
+
+
+@edataclass
+class Conversation(Sample):
+    """Questions and answers, and the pictures that their `<image>` stand for."""
+
+    turns: list[Turn]
+    """(question, answer) each."""
+    pictures: list[bytes]
+    """Encoded, in the order of their `<image>`."""
+
+
+def read(sample: Sample) -> Conversation | InterleavedSample:
+    """What a sample of any known type says. Raises ValueError when it cannot be trained on."""
+    for kind, reader in READERS.items():
+        if isinstance(sample, kind):
+            said = reader(sample)
+            break
+    else:
+        known = ", ".join(kind.__name__ for kind in READERS if kind is not Conversation)
+        raise ValueError(
+            f"samples of type {type(sample).__name__} are not known; in dataset.yaml use {known}, CrudeWebdataset, or "
+            f"megatron_patch.data.conversation.Conversation with a sample_loader of your own"
+        )
+    _check(said)
+    return said
+
+
+@stateless
+def cook(sample: CrudeSample) -> Conversation:
+    """A crude sample: `json`, a list of {"from", "value"} turns, and its pictures `jpg`, `1.jpg`, `2.jpg`, ..."""
+    numbered = {}
+    for name, data in sample.items():
+        if (match := PICTURE.fullmatch(name)) is not None:
+            numbered[int(match[1] or 0)] = data
+    pictures = [numbered[number] for number in sorted(numbered)]
+    return Conversation(**basic_sample_keys(sample), turns=pair_turns(sample.get("json")), pictures=pictures)
+
+
+COOKERS = [Cooker(cook)]
+"""For datasets whose dataset.yaml says CrudeWebdataset."""
+
+
+def pair_turns(messages: Any) -> list[Turn]:
+    """LLaVA's list of {"from": "human" or "gpt", "value": text}, or of {"role", "content"}, as (question, answer).
+
+    As in LLaVA's training, an answer before the first question is left out, and so is a last question without answer.
+    Raises ValueError for anything else that does not alternate.
+    """
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"conversation is {str(messages)[:60]}, expected a list of turns")
+    said = []
+    for message in messages:
+        role, text = message.get("from", message.get("role")), message.get("value", message.get("content"))
+        if role not in ROLES or not isinstance(text, str):
+            raise ValueError(f"a turn is {str(message)[:60]}; expected from human or gpt, and a value that is a text")
+        said.append((ROLES[role], text))
+    if said and said[0][0] == "assistant":
+        said = said[1:]
+    for index, (role, _) in enumerate(said):
+        if role != ("user", "assistant")[index % 2]:
+            raise ValueError(f"turn {index + 1} is the {role}'s again; expected question and answer in turn")
+    texts = [text for _, text in said]
+    return list(zip(texts[::2], texts[1::2], strict=False))
+
+
+def _vqa(sample: VQASample) -> Conversation:
+    pictures = [] if sample.image is None else [sample.image]
+    return Conversation.derive_from(sample, turns=[(sample.context, _only(sample.answers))], pictures=pictures)
+
+
+def _captioning(sample: CaptioningSample) -> Conversation:
+    return Conversation.derive_from(sample, turns=[(IMAGE, sample.caption)], pictures=[sample.image])
+
+
+def _similarity(sample: SimilarityInterleavedSample) -> Conversation | InterleavedSample:
+    """Turns as Megatron-LM's examples/multimodal stores them, or MMC4's texts with the pictures that belong to each.
+
+    Each picture goes before the text that it is matched to (arXiv:2304.06939).
+    """
+    if any(isinstance(text, dict) for text in sample.texts):
+        return Conversation.derive_from(sample, turns=pair_turns(sample.texts), pictures=list(sample.images))
+    places = sample.matched_text_indices
+    if places is None and sample.similarity_matrix is not None:
+        places = sample.similarity_matrix.argmax(dim=1).tolist()  # [images, texts]
+    if places is None or len(places) != len(sample.images):
+        raise ValueError(
+            f"{len(sample.images)} pictures and {'no' if places is None else len(places)} places for them; expected "
+            f"matched_text_indices or a similarity_matrix with one row per picture"
+        )
+    sequence: list[Any] = []
+    for index, text in enumerate(sample.texts):
+        sequence += [image for image, place in zip(sample.images, places, strict=True) if place == index]
+        sequence.append(text)
+    return InterleavedSample.derive_from(sample, sequence=sequence)
+
+
+READERS: dict[type[Sample], Callable[[Any], Conversation | InterleavedSample]] = {
+    Conversation: lambda sample: sample,
+    VQASample: _vqa,
+    CaptioningSample: _captioning,
+    InterleavedSample: lambda sample: sample,
+    SimilarityInterleavedSample: _similarity,
+}
+"""From energon's types to the two that are encoded."""
+
+
+def _only(answers: str | list[str] | None) -> str:
+    """VQASample allows several answers; one is learned."""
+    if isinstance(answers, str):
+        return answers
+    if not isinstance(answers, list) or len(answers) != 1 or not isinstance(answers[0], str):
+        raise ValueError(f"answers is {str(answers)[:60]}, expected one text")
+    return answers[0]
+
+
+def _check(said: Conversation | InterleavedSample) -> None:
+    """Every `<image>` in a question has its picture, and nothing else is said about pictures; something is learned."""
+    if isinstance(said, InterleavedSample):
+        texts = [part for part in said.sequence if isinstance(part, str)]
+        if not all(isinstance(part, str | bytes) for part in said.sequence) or not any(map(str.strip, texts)):
+            raise ValueError("sequence: expected texts and encoded pictures, and some text")
+        _check_count(sum(text.count(IMAGE) for text in texts), 0, "texts have")
+        return
+    if not said.turns:
+        raise ValueError("no question with an answer")
+    _check_pictures(said.pictures)
+    _check_count(sum(question.count(IMAGE) for question, _ in said.turns), len(said.pictures), "questions have")
+    _check_count(sum(answer.count(IMAGE) for _, answer in said.turns), 0, "answers have")
+    if not all(answer.strip() for _, answer in said.turns):
+        raise ValueError("an answer is empty")
+
+
+def _check_pictures(pictures: Sequence[Any]) -> None:
+    for picture in pictures:
+        if not isinstance(picture, bytes):
+            raise ValueError(f"a picture is a {type(picture).__name__}, expected its encoded bytes")
+
+
+def _check_count(found: int, expected: int, whose: str) -> None:
+    if found != expected:
+        raise ValueError(f"{whose} {found} {IMAGE}, expected {expected}, one for each picture")

@@ -1,0 +1,33 @@
+"""What transformers' processor needs to treat texts and pictures as training did, written beside the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from megatron_patch.config import Config
+from megatron_patch.data.image import PREPROCESSOR, preprocessor_of, read_image_settings, read_preprocessor
+from megatron_patch.data.prompts import chat_template, find_format
+
+
+def write_processor(config: Config, family: str, folder: Path) -> None:
+    """Write a run's chat template, and its picture transform where that is not the checkpoint's own, into `folder`.
+
+    `family`: the language model's.
+    """
+    description = config.model.description
+    if config.data.image_transform != "auto":
+        settings = read_image_settings(description, config.data.image_transform)
+        preprocessor = preprocessor_of(settings, read_preprocessor(description))
+        _write(folder / PREPROCESSOR, json.dumps(preprocessor, indent=2) + "\n")
+    name = find_format(config.data.prompt_format, description, family)
+    template = chat_template(name, description, use_im_start_end=config.data.use_im_start_end)
+    _write(folder / "chat_template.jinja", template)
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    os.replace(aside, path)
