@@ -13,6 +13,8 @@ from typing import Literal
 from megatron_patch.checks import divisors, listing, require_finite, require_not_negative, require_positive
 from megatron_patch.sizes import Llava
 
+MOCK = Path("mock")
+"""In place of a dataset: random samples."""
 Precision = Literal["bf16", "fp16", "fp32", "fp8"]
 PromptFormat = Literal["auto", "mistral", "llama_2", "llama_3", "v1", "plain", "chatml", "nvgpt", "tokenizer"]
 
@@ -176,10 +178,11 @@ class Data:
     """What is trained on."""
 
     data_path: Path
-    """Energon dataset (a folder prepared by energon, or a metadataset's .yaml); its train split is used."""
+    """Energon dataset (a folder prepared by energon, or a metadataset's .yaml), of which the train split is used; mock:
+    random samples of LLaVA-Pretrain's sizes, to measure speed."""
 
     valid_data_path: Path | None = None
-    """Energon dataset whose val split is used for validation; none: no validation."""
+    """Energon dataset whose val split is used for validation, or mock; none: no validation."""
 
     micro_batch_size: int = 1
     """Samples per data-parallel rank that pass through the model at once."""
@@ -193,6 +196,10 @@ class Data:
     shuffle_buffer_size: int = 1000
     """Samples that are shuffled among each other while reading; 0 or 1: the order of the shards."""
 
+    packing_buffer_size: int = 0
+    """Samples among which those are chosen that fill a sequence of --decoder-seq-length together, which then counts as
+    one of a batch; 0: no packing."""
+
     prompt_format: PromptFormat = "auto"
     """How a conversation becomes text; v1: Vicuna's; tokenizer: its own chat template; auto: the checkpoint's own."""
 
@@ -204,11 +211,18 @@ class Data:
     """Put <im_start> and <im_end> around each picture, as NeVA does. The converter adds them: --add-tokens neva."""
 
     def __post_init__(self) -> None:
-        for path in (self.data_path, self.valid_data_path):
-            if str(path) == "mock":
-                raise ValueError("dataset mock: not supported yet; give an energon dataset's folder")
         require_positive(self, "micro_batch_size", "global_batch_size")
-        require_not_negative(self, "num_workers", "shuffle_buffer_size")
+        require_not_negative(self, "num_workers", "shuffle_buffer_size", "packing_buffer_size")
+        if self.packs and self.micro_batch_size > 1:
+            raise ValueError(
+                f"--micro-batch-size {self.micro_batch_size}: packed samples are one sequence; use 1 with "
+                f"--packing-buffer-size, and a longer --decoder-seq-length"
+            )
+
+    @property
+    def packs(self) -> bool:
+        """Whether several samples share a sequence."""
+        return self.packing_buffer_size > 0
 
     def num_micro_batches(self, parallel: Parallel, world_size: int) -> int:
         """Micro batches that each data-parallel rank computes per iteration, or ValueError when sizes do not fit."""
@@ -393,6 +407,16 @@ class Config:
             raise ValueError(
                 "--use-flash-attn false: megatron.core's unfused attention cannot share a sequence; use true with "
                 f"--context-parallel-size {self.parallel.context_parallel_size}"
+            )
+
+        if self.data.packs and not self.model.use_flash_attn:
+            raise ValueError(
+                "--use-flash-attn false: megatron.core's unfused attention cannot tell packed samples apart; use true"
+            )
+        if self.data.packs and self.parallel.virtual_pipeline_model_parallel_size > 1:
+            raise ValueError(
+                "--packing-buffer-size: virtual stages would each need the packed samples' lengths; use 0, or "
+                "--virtual-pipeline-model-parallel-size 1"
             )
 
     @property

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_patch.checkpoint.companions import checkpoint_folder
-from megatron_patch.config import Config
+from megatron_patch.config import MOCK, Config
 from megatron_patch.families.llava import read_config
 
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
@@ -60,7 +60,7 @@ def check_files(config: Config) -> None:
         ("--data-path", config.data.data_path),
         ("--valid-data-path", config.data.valid_data_path),
     ):
-        if path is not None and not path.exists():
+        if path not in (None, MOCK) and not path.exists():
             raise FileNotFoundError(f"{flag} {path}: no such folder")
     for flag, path in (("--data-path", config.data.data_path), ("--valid-data-path", config.data.valid_data_path)):
         if path is not None and path.is_dir() and not (path / ".nv-meta" / "dataset.yaml").is_file():

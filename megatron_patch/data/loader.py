@@ -17,7 +17,8 @@ from megatron.energon import SavableDataLoader, WorkerConfig, load_dataset
 from megatron.energon.errors import FatalSampleError
 from megatron.energon.metadataset.loader_interface import LoadedDatasetList
 
-from megatron_patch.config import Config
+from megatron_patch.config import MOCK, Config
+from megatron_patch.data.mock import MockLoader
 from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
 from megatron_patch.sizes import Llava
 
@@ -87,7 +88,7 @@ class Loader(SavableDataLoader[Batch]):
                 self.is_closed = True
 
 
-def train_loader(config: Config, llava: Llava, *, rank: int, world_size: int) -> Loader:
+def train_loader(config: Config, llava: Llava, *, rank: int, world_size: int) -> Loader | MockLoader:
     """Endless shuffled micro batches of the train split for data-parallel `rank` of `world_size`.
 
     The same arguments give the same batches, in however many processes. Raises ValueError for a dataset that is not
@@ -96,14 +97,14 @@ def train_loader(config: Config, llava: Llava, *, rank: int, world_size: int) ->
     return _loader(config, llava, config.data.data_path, "train", rank=rank, world_size=world_size)
 
 
-def valid_loader(config: Config, llava: Llava, *, rank: int, world_size: int) -> Loader:
+def valid_loader(config: Config, llava: Llava, *, rank: int, world_size: int) -> Loader | MockLoader:
     """Endless micro batches of the val split in its order, beginning anew when it is through; see `train_loader`."""
     if config.data.valid_data_path is None:
         raise ValueError("--valid-data-path none: nothing to validate on")
     return _loader(config, llava, config.data.valid_data_path, "val", rank=rank, world_size=world_size)
 
 
-def save_position(loader: Loader) -> bytes:
+def save_position(loader: Loader | MockLoader) -> bytes:
     """Where the loader is: its next batch, and what it is a position in. Not after its iterator is gone."""
     assert not loader.is_closed, "its workers, who know the position, ended with its iterator"
     file = io.BytesIO()
@@ -111,7 +112,7 @@ def save_position(loader: Loader) -> bytes:
     return file.getvalue()
 
 
-def restore_position(loader: Loader, position: bytes) -> None:
+def restore_position(loader: Loader | MockLoader, position: bytes) -> None:
     """Go on exactly where `save_position` was called. Before the first batch is taken.
 
     Raises ValueError when the position is one in other data, or for other ranks, workers or batches. Unpickles: give
@@ -128,9 +129,27 @@ def restore_position(loader: Loader, position: bytes) -> None:
     loader.restore_state_rank(saved["state"])
 
 
-def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, world_size: int) -> Loader:
+def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, world_size: int) -> Loader | MockLoader:
     data = config.data
     encoder = LlavaTaskEncoder(config, llava)
+    fingerprint = {
+        "split": split,
+        "dataset": str(MOCK),
+        "seed": config.training.seed,
+        "data-parallel rank": rank,
+        "data-parallel size": world_size,
+        "num_workers": 0,
+        "micro_batch_size": data.micro_batch_size,
+        "packing_buffer_size": data.packing_buffer_size,
+        "decoder_seq_length": config.model.decoder_seq_length,
+        "prompt_format": encoder.format_name,
+        "use_im_start_end": data.use_im_start_end,
+        "image_transform": encoder.image_settings.transform,
+        "shuffle_buffer_size": data.shuffle_buffer_size,
+    }
+    if path == MOCK:
+        seed = [config.training.seed, split == "train", rank]
+        return MockLoader(encoder, fingerprint, batch_size=data.micro_batch_size, packs=data.packs, seed=seed)
     num_samples, digest = _describe(path, split)
     if num_samples < world_size:
         raise ValueError(
@@ -145,6 +164,8 @@ def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, 
         seed_offset=config.training.seed,
         global_error_handler=failures,
     )
+    # No sample twice in one buffer.
+    packing_buffer_size = min(data.packing_buffer_size, num_samples // (world_size * max(1, worker_config.num_workers)))
     shuffles = split == "train" and data.shuffle_buffer_size > 1
     loaded = _open(
         path,
@@ -160,24 +181,12 @@ def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, 
         worker_config=worker_config,
         batch_size=data.micro_batch_size,
         shuffle_buffer_size=data.shuffle_buffer_size if shuffles else None,
+        packing_buffer_size=packing_buffer_size if data.packs else None,
         virtual_epoch_length=0,
         blend_mode=loaded.blend_mode,
         repeat=True,
     )
-    fingerprint = {
-        "split": split,
-        "dataset": digest,
-        "seed": config.training.seed,
-        "data-parallel rank": rank,
-        "data-parallel size": world_size,
-        "num_workers": worker_config.num_workers,
-        "micro_batch_size": data.micro_batch_size,
-        "decoder_seq_length": config.model.decoder_seq_length,
-        "prompt_format": encoder.format_name,
-        "use_im_start_end": data.use_im_start_end,
-        "image_transform": encoder.image_settings.transform,
-        "shuffle_buffer_size": data.shuffle_buffer_size,
-    }
+    fingerprint |= {"dataset": digest, "num_workers": worker_config.num_workers}
     return Loader(dataset, failures, fingerprint)
 
 

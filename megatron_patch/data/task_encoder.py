@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.energon import InterleavedSample, Sample, SampleDecoder, TaskEncoder, edataclass, stateless
+import torch.nn.functional as F
+from megatron.energon import InterleavedSample, Sample, SampleDecoder, SkipSample, TaskEncoder, edataclass, stateless
 from megatron.energon.flavors import PinMemoryMixin
 from torch import Tensor
 from webdataset.autodecode import Decoder
@@ -21,8 +21,6 @@ from megatron_patch.data.prompts import IMAGE, MARKED_IMAGE, Piece, document_pie
 from megatron_patch.data.tokenize import IGNORE, encode, load_tokenizer
 from megatron_patch.sizes import Llava
 
-logger = logging.getLogger(__name__)
-
 MULTIPLE = 8
 """Batches are padded to a multiple of this many positions."""
 PADDING = 0
@@ -30,22 +28,43 @@ PADDING = 0
 
 
 @edataclass
-class EncodedSample(Sample):
-    """One sample as the model takes it."""
+class EncodedText(Sample):
+    """One sample whose pictures are not decoded yet: small enough for many to wait until they are packed."""
 
     input_ids: Tensor
     """int64 [s], each picture as its number of placeholder ids."""
     labels: Tensor
     """int64 [s], already shifted: the id that follows, -100 where nothing is learned."""
-    pixels: Tensor
-    """uint8 [n, 3, h, w], pictures in the order of their placeholders; n may be 0."""
+    pictures: list[bytes]
+    """Encoded, in the order of their placeholders."""
     num_cut: int
     """Positions that were left out at the end, since the sample was longer than allowed."""
 
 
 @edataclass
+class EncodedSample(Sample):
+    """One sample as the model takes it."""
+
+    input_ids: Tensor
+    """int64 [s]."""
+    labels: Tensor
+    """int64 [s]."""
+    pixels: Tensor
+    """uint8 [n, 3, h, w], pictures in the order of their placeholders; n may be 0."""
+    num_cut: int
+    """As above."""
+
+
+@edataclass
+class Pack(Sample):
+    """Samples that share one sequence."""
+
+    samples: list[EncodedSample]
+
+
+@edataclass
 class Batch(PinMemoryMixin):
-    """A micro batch, padded on the right to its longest sample, rounded up to a multiple of 8."""
+    """A micro batch: samples padded on the right to the longest and to a multiple of 8, or one packed sequence."""
 
     keys: list[str]
     """The samples' keys in the dataset."""
@@ -57,6 +76,8 @@ class Batch(PinMemoryMixin):
     """uint8 [n, 3, h, w], the batch's pictures in the order of their placeholders; n may be 0."""
     num_cut: int = 0
     """Samples that were cut at their end, since they were longer than allowed."""
+    segment_lengths: list[int] | None = None
+    """Of a packed sequence [1, s]: the positions of each sample with its padding, s in all. None: a sample per row."""
 
 
 def _parse(extension: str, data: bytes) -> Any:
@@ -84,6 +105,7 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
         folder = config.model.description
         self.llava = llava
         self.max_length = config.model.decoder_seq_length
+        self.segment_multiple = config.parallel.sequence_multiple
         self.image_settings = read_image_settings(folder, config.data.image_transform)
         self.tokenizer = load_tokenizer(folder)
         self.format_name = find_format(config.data.prompt_format, folder, llava.language.family)
@@ -92,47 +114,86 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
         self._check(folder)
 
     @stateless
-    def encode_sample(self, sample: Sample) -> EncodedSample:
-        """Raises ValueError that names the sample's key when it cannot be trained on."""
+    def preencode_sample(self, sample: Sample) -> EncodedText:
+        """Everything but the pictures. Raises ValueError that names the sample's key when it cannot be trained on."""
         try:
-            return self._encode(sample)
+            pieces, pictures = self._pieces(sample)
+            encoded = encode(
+                pieces,
+                self.tokenizer,
+                image_token_id=self.llava.image_token_id,
+                num_image_tokens=self.llava.vision.num_image_tokens,
+                max_length=self.max_length,
+            )
         except ValueError as error:
             raise ValueError(f"sample {sample.__key__}: {error}") from error
-
-    @stateless
-    def batch(self, samples: list[EncodedSample]) -> Batch:
-        """Pad and stack."""
-        longest = max(len(sample.input_ids) for sample in samples)
-        length = min(math.ceil(longest / MULTIPLE) * MULTIPLE, self.max_length)
-        return Batch(
-            keys=[sample.__key__ for sample in samples],
-            input_ids=_pad([sample.input_ids for sample in samples], length, PADDING),
-            labels=_pad([sample.labels for sample in samples], length, IGNORE),
-            pixels=torch.cat([sample.pixels for sample in samples]),
-            num_cut=sum(sample.num_cut > 0 for sample in samples),
-        )
-
-    def _encode(self, sample: Sample) -> EncodedSample:
-        pieces, pictures = self._pieces(sample)
-        encoded = encode(
-            pieces,
-            self.tokenizer,
-            image_token_id=self.llava.image_token_id,
-            num_image_tokens=self.llava.vision.num_image_tokens,
-            max_length=self.max_length,
-        )
-        if encoded.num_cut:
-            logger.info(f"sample {sample.__key__}: cut by {encoded.num_cut} to {len(encoded.input_ids)} positions")
-        # A picture behind the last position is not needed.
-        pixels = [load_pixels(picture, self.image_settings) for picture in pictures[: encoded.num_images]]
-        nothing = torch.empty((0, 3, *self.image_settings.crop_size), dtype=torch.uint8)
-        return EncodedSample.derive_from(
+        return EncodedText.derive_from(
             sample,
             input_ids=encoded.input_ids,
             labels=encoded.labels,
-            pixels=torch.stack(pixels) if pixels else nothing,
+            # A picture behind the last position is not needed.
+            pictures=pictures[: encoded.num_images],
             num_cut=encoded.num_cut,
         )
+
+    @stateless
+    def postencode_sample(self, sample: EncodedText) -> EncodedSample:
+        """The pictures. Raises ValueError that names the sample's key when one cannot be read."""
+        try:
+            pixels = [load_pixels(picture, self.image_settings) for picture in sample.pictures]
+        except ValueError as error:
+            raise ValueError(f"sample {sample.__key__}: {error}") from error
+        nothing = torch.empty((0, 3, *self.image_settings.crop_size), dtype=torch.uint8)
+        return EncodedSample.derive_from(
+            sample,
+            input_ids=sample.input_ids,
+            labels=sample.labels,
+            pixels=torch.stack(pixels) if pixels else nothing,
+            num_cut=sample.num_cut,
+        )
+
+    @stateless
+    def select_samples_to_pack(self, samples: list[EncodedText]) -> list[list[EncodedText]]:
+        """Best fit, longest first, into sequences of at most `max_length` positions.
+
+        Both the packs and their samples keep the order in which they came, since that is the shuffled one.
+        """
+        lengths = [self.segment_length(sample) for sample in samples]
+        packs: list[list[int]] = []
+        rooms: list[int] = []
+        for index in sorted(range(len(samples)), key=lambda index: -lengths[index]):
+            fitting = [pack for pack, room in enumerate(rooms) if room >= lengths[index]]
+            if fitting:
+                pack = min(fitting, key=rooms.__getitem__)
+                packs[pack].append(index)
+                rooms[pack] -= lengths[index]
+            else:
+                packs.append([index])
+                rooms.append(self.max_length - lengths[index])
+        return [[samples[index] for index in pack] for pack in sorted(map(sorted, packs))]
+
+    @stateless
+    def pack_selected_samples(self, samples: list[EncodedSample]) -> Pack:
+        """Raises SkipSample when none of them could be read."""
+        if not samples:
+            raise SkipSample
+        return Pack.derive_from(samples[0], samples=samples)
+
+    @stateless
+    def batch(self, samples: list[EncodedSample] | list[Pack]) -> Batch:
+        """Pad and stack, or put a pack's samples one behind the other."""
+        if isinstance(samples[0], Pack):
+            (pack,) = samples
+            lengths = [self.segment_length(sample) for sample in pack.samples]
+            lengths[-1] += -sum(lengths) % math.lcm(MULTIPLE, self.segment_multiple)
+            return _batch(pack.samples, lengths, packed=True)
+        longest = max(len(sample.input_ids) for sample in samples)
+        length = min(_round_up(longest, MULTIPLE), self.max_length)
+        return _batch(samples, [length] * len(samples), packed=False)
+
+    def segment_length(self, sample: EncodedText | EncodedSample) -> int:
+        """Positions of a sample in a packed sequence: with the padding that context- and tensor-parallel ranks need."""
+        return _round_up(len(sample.input_ids), self.segment_multiple)
 
     def _pieces(self, sample: Sample) -> tuple[list[Piece], list[bytes]]:
         """A sample's text, cut where learned and given text meet, and its encoded pictures."""
@@ -164,9 +225,23 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
             )
 
 
-def _pad(rows: list[Tensor], length: int, value: int) -> Tensor:
-    """[s_i] each -> [b, length], filled up on the right."""
-    padded = torch.full((len(rows), length), value)
-    for index, row in enumerate(rows):
-        padded[index, : len(row)] = row
-    return padded
+def _batch(samples: list[EncodedSample], lengths: list[int], *, packed: bool) -> Batch:
+    """The samples, padded on the right to `lengths` (all the same, unless packed)."""
+    join = (lambda rows: torch.cat(rows)[None]) if packed else torch.stack
+    pairs = list(zip(samples, lengths, strict=True))
+    return Batch(
+        keys=[sample.__key__ for sample in samples],
+        input_ids=join([_pad(sample.input_ids, length, PADDING) for sample, length in pairs]),
+        labels=join([_pad(sample.labels, length, IGNORE) for sample, length in pairs]),
+        pixels=torch.cat([sample.pixels for sample in samples]),
+        num_cut=sum(sample.num_cut > 0 for sample in samples),
+        segment_lengths=lengths if packed else None,
+    )
+
+
+def _pad(row: Tensor, length: int, value: int) -> Tensor:
+    return F.pad(row, (0, length - len(row)), value=value)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return math.ceil(number / multiple) * multiple

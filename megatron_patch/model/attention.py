@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -56,14 +57,29 @@ class SDPAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: object | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """This rank's `query` [s, b, n, d], `key` and `value` [s, b, groups, d] -> [s, b, n * d]."""
+        """This rank's `query` [s, b, n, d], `key` and `value` [s, b, groups, d] -> [s, b, n * d].
+
+        Of a packed sequence they come without b, which is 1; its samples do not see each other.
+        """
         assert attention_mask is None, "SDPAttention: the mask follows from its type"
         assert attention_bias is None, "SDPAttention: an attention bias is not supported"
-        assert packed_seq_params is None, "SDPAttention: packed sequences are not supported"
+        lengths = [query.shape[0]]
+        if packed_seq_params is not None:
+            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))  # [s, 1, n, d]
+            size = 1 if self.context_group is None else self.context_group.size()
+            lengths = (packed_seq_params.cu_seqlens_q.diff() // size).tolist()
         if self.context_group is not None:
-            key, value = gather_zigzag(key, self.context_group), gather_zigzag(value, self.context_group)
+            key, value = (_Gather.apply(tensor, self.context_group) for tensor in (key, value))  # [CP, s, b, groups, d]
+        # Sample by sample: one mask for all would compute every pair of positions to throw most of them away.
+        segments = zip(query.split(lengths), key.split(lengths, dim=-4), value.split(lengths, dim=-4), strict=True)
+        return torch.cat([self._attend_segment(*segment) for segment in segments])
+
+    def _attend_segment(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """A sample's `query` [s, b, n, d], `key` and `value` (with context parallelism all ranks') -> [s, b, n * d]."""
+        if self.context_group is not None:
+            key, value = undo_zigzag(key), undo_zigzag(value)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, n, s, d]
         if self.context_group is None:
             context = self._attend(query, key, value, is_causal=self.is_causal)
@@ -92,17 +108,16 @@ class SDPAttention(MegatronModule):
         return {}
 
 
-def gather_zigzag(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Every rank's two pieces [s / size, ...] -> the whole sequence [s, ...] in its order.
-
-    Backward: the gradients of all ranks' copies are added up and each rank gets its own part's.
-    """
-    parts = _Gather.apply(part, group)  # [size, s / size, ...]
+def undo_zigzag(parts: Tensor) -> Tensor:
+    """Every rank's two pieces [size, s / size, ...] -> the whole sequence [s, ...] in its order."""
     first, last = parts.chunk(2, dim=1)  # pieces 0, 1, ...; pieces 2 * size - 1, 2 * size - 2, ...
     return torch.cat([first, last.flip(0)]).flatten(0, 1)
 
 
 class _Gather(torch.autograd.Function):
+    """[s, ...] of each rank -> [size, s, ...]. Backward: the gradients of all ranks' copies are added up, and each rank
+    gets its own part's."""
+
     @staticmethod
     def forward(ctx, part: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group

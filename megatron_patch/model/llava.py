@@ -15,6 +15,7 @@ from megatron.core.activations import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType, ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -96,6 +97,7 @@ class LlavaModel(MegatronModule):
         image_rows: Tensor | None,
         pixel_values: Tensor | None,
         labels: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Hidden states, logits or losses of one micro batch.
 
@@ -107,6 +109,7 @@ class LlavaModel(MegatronModule):
                 is a word; None past the first stage.
             pixel_values: normalised [n, 3, h, w]; n may be 0; None past the first stage.
             labels: int64 [b, s], the id to be predicted at each position, -100 where nothing is; None: no loss wanted.
+            packed_seq_params: where the samples of a packed sequence (b = 1) begin and end; None: a sample per row.
 
         Returns:
             Last stage: fp32 losses [number of labels], or without labels this rank's logits [b, s, vocabulary / TP].
@@ -115,7 +118,12 @@ class LlavaModel(MegatronModule):
         with ActivationOffload(self) if self.offloads_activations else contextlib.nullcontext():
             embeddings = self._embed(input_ids, image_rows, pixel_values) if self.pre_process else None
             return self.language_model(
-                input_ids=input_ids, position_ids=None, attention_mask=None, decoder_input=embeddings, labels=labels
+                input_ids=input_ids,
+                position_ids=None,
+                attention_mask=None,
+                decoder_input=embeddings,
+                labels=labels,
+                packed_seq_params=packed_seq_params,
             )
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:

@@ -70,7 +70,7 @@ def train(config: Config) -> int:
         if stops or is_due(iteration, config.checkpoint.save_interval, config):
             metrics.flush()
             gather_weights(wrapped, config)
-            position = save_position(loader) if writes_position() else None
+            position = save_position(loader) if writes_position(config) else None
             logger.info(f"saved {resume.save(config, chunks, optimizer, progress, position)}")
         if stops:
             why = (
@@ -162,7 +162,7 @@ def load_pretrained(config: Config, llava: Llava, chunk: LlavaModel) -> None:
 
 def open_data(config: Config, llava: Llava, checkpoint: Path | None) -> tuple[SavableDataLoader | None, Iterator]:
     """The training data from where `checkpoint` left it, on the ranks that read."""
-    if not reads_data():
+    if not reads_data(config):
         return None, itertools.repeat(None)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     if config.validates:
@@ -178,7 +178,7 @@ def validate(
 ) -> Totals:
     """The loss on the first samples of the val split: every validation sees the same."""
     batches = itertools.repeat(None)
-    if reads_data():
+    if reads_data(config):
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         batches = iter(valid_loader(config, llava, rank=rank, world_size=size))
     for chunk in chunks:
@@ -187,7 +187,7 @@ def validate(
         totals = [run_batch(chunks, batches, forward_only=True) for _ in range(config.training.eval_iters)]
     for chunk in chunks:
         chunk.train()
-    if reads_data():
+    if reads_data(config):
         batches.close()  # ends the processes that read
     return Totals.mean(totals)
 
@@ -197,13 +197,16 @@ def is_due(iteration: int, interval: int, config: Config) -> bool:
     return iteration % interval == 0 or iteration == config.training.train_iters
 
 
-def reads_data() -> bool:
-    """Whether this rank reads samples: one of each tensor-parallel group, on the stages that need text or labels."""
+def reads_data(config: Config) -> bool:
+    """Whether this rank reads samples: one of each tensor-parallel group, on the stages that need text or labels.
+
+    Where samples are packed every stage needs to know where they begin.
+    """
     at_an_end = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
-    return at_an_end and parallel_state.get_tensor_model_parallel_rank() == 0
+    return (at_an_end or config.data.packs) and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
-def writes_position() -> bool:
+def writes_position(config: Config) -> bool:
     """Whether this rank saves the place in the data of its data-parallel rank."""
     is_first = parallel_state.get_context_parallel_rank() == 0
-    return reads_data() and is_first and parallel_state.is_pipeline_first_stage()
+    return reads_data(config) and is_first and parallel_state.is_pipeline_first_stage()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_patch import parallel
@@ -24,6 +26,7 @@ from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.data.task_encoder import Batch
 from megatron_patch.data.tokenize import IGNORE
 from megatron_patch.model.llava import DTYPES, find_image_rows
+from megatron_patch.model.specs import uses_transformer_engine
 from megatron_patch.sizes import Llava
 from megatron_patch.training.flops import Work
 
@@ -97,12 +100,14 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
     dtype = DTYPES[config.model.precision]
     num_micro_batches = config.data.num_micro_batches(config.parallel, dist.get_world_size())
     image = read_image_settings(config.model.description)
+    # Transformer Engine wants them on the device; megatron.core's own layers would wait for them there.
+    borders_device = parallel.device() if uses_transformer_engine(config.model) else torch.device("cpu")
     schedule: Schedule = get_forward_backward_func()
     keys: list[list[str]] = []  # of the micro batches whose losses are known here
 
     def forward_step(batches: Iterator[Batch], chunk: DistributedDataParallel) -> tuple[Tensor, Callable]:
         part = unwrap_model(chunk)
-        if not (part.pre_process or part.post_process):
+        if not (part.pre_process or part.post_process or config.data.packs):
             return chunk(None, None, None, None), _no_losses
         batch = _next_batch(batches)
         text = cut_text(batch, llava.image_token_id, config.parallel)
@@ -115,7 +120,8 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
         if part.post_process:
             keys.append(batch.keys)
             labels = text["labels"].to(parallel.device(), non_blocking=True)
-        return chunk(input_ids, image_rows, pixel_values, labels), functools.partial(_sum_losses, batch)
+        borders = packed_seq_params(batch, borders_device)
+        return chunk(input_ids, image_rows, pixel_values, labels, borders), functools.partial(_sum_losses, batch)
 
     def run(chunks: list[DistributedDataParallel], batches: Iterator[Batch], forward_only: bool) -> Totals:
         keys.clear()
@@ -142,13 +148,36 @@ def cut_text(batch: Batch, image_token_id: int, cut: Parallel) -> dict[str, Tens
     """What the model takes of a batch's text on this context-parallel rank: int64 [b, s / CP] each.
 
     `input_ids`; `image_rows`: the number of the patch, of all the batch's, that lies at a position, -1 for words;
-    `labels`. Padded on the right to a length that the ranks can share; in zigzag order, as the attention expects.
+    `labels`. Padded on the right to a length that the ranks can share; each row, or each sample of a packed sequence,
+    in zigzag order, as the attention expects.
     """
     image_rows = find_image_rows(batch.input_ids, image_token_id)
     text = {"input_ids": (batch.input_ids, 0), "image_rows": (image_rows, -1), "labels": (batch.labels, IGNORE)}
     padding = -image_rows.shape[1] % cut.sequence_multiple
     padded = {name: F.pad(tensor, (0, padding), value=value) for name, (tensor, value) in text.items()}
-    return get_batch_on_this_cp_rank(padded)
+    lengths = batch.segment_lengths or [image_rows.shape[1] + padding]
+    return {name: _zigzag(tensor, lengths, cut.context_parallel_size) for name, tensor in padded.items()}
+
+
+def _zigzag(text: Tensor, lengths: list[int], size: int) -> Tensor:
+    """This context-parallel rank's two of 2 * size pieces of each segment: [b, s] -> [b, s / size]."""
+    if size == 1:
+        return text
+    rank = parallel_state.get_context_parallel_rank()
+    pieces = [segment.chunk(2 * size, dim=1) for segment in text.split(lengths, dim=1)]
+    return torch.cat([part for segment in pieces for part in (segment[rank], segment[-1 - rank])], dim=1)
+
+
+def packed_seq_params(batch: Batch, device: torch.device) -> PackedSeqParams | None:
+    """Where the samples of a packed sequence begin and end, before it is cut over ranks; None: it is not packed."""
+    if batch.segment_lengths is None:
+        return None
+    borders = torch.tensor([0, *itertools.accumulate(batch.segment_lengths)], dtype=torch.int32, device=device)
+    longest = max(batch.segment_lengths)
+    # The padding belongs to the sample before it, so that there is one list of borders.
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_kv=borders, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
 
 
 class TimedIterator:
@@ -188,11 +217,13 @@ def _sum_losses(batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str,
     total = losses.sum()
     is_label = batch.labels != IGNORE  # [b, s]
     size, length = is_label.shape
-    padding = is_label.flip(1).int().argmax(dim=1)  # [b], positions behind the last label
+    lengths = batch.segment_lengths or [length]
+    # Positions behind the last label of each row or segment.
+    padding = sum(int(part.flip(1).int().argmax(dim=1).sum()) for part in is_label.split(lengths, dim=1))
     # Context-parallel ranks have losses of their own and samples in common.
     is_first = parallel_state.get_context_parallel_rank() == 0
-    num_tokens, num_pairs = int((length - padding).sum()), size * length**2
-    of_samples = (size, num_tokens, size * length, num_pairs, len(batch.pixels), batch.num_cut)
+    num_pairs = size * sum(length**2 for length in lengths)
+    of_samples = (len(batch.keys), size * length - padding, size * length, num_pairs, len(batch.pixels), batch.num_cut)
     counts = [losses.numel(), *(is_first * count for count in of_samples)]
     report = torch.cat([total.detach().double().view(1), torch.tensor(counts, device=losses.device)])  # fp64
     return total, report[1].int(), {"totals": report}

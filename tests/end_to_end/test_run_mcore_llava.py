@@ -182,7 +182,6 @@ def test_a_signal_saves_and_the_run_goes_on(photos, mcore, tmp_path, number, cod
         ({"CP": 0}, (), "--context-parallel-size 0: expected 1 or more"),
         ({"PR": "fp8"}, (), "--precision fp8: not supported yet"),
         ({"OPTIMIZER_OFFLOAD": "static"}, (), "--optimizer-offload static: not supported yet"),
-        ({"DATASET_PATH": "mock"}, (), "dataset mock: not supported yet"),
         ({"DATASET_PATH": "/no/such/folder"}, (), "--data-path /no/such/folder: no such folder"),
         ({"PRETRAIN_CHECKPOINT_PATH": "/no/such"}, (), "--pretrained-checkpoint /no/such: no such folder"),
         ({"ENV": "laptop"}, (), "--env 'laptop': expected one of dsw, dlc"),

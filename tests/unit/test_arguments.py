@@ -19,7 +19,7 @@ FLAGS = """
 --context-parallel-size --sequence-parallel --env --use-distributed-optimizer
 --overlap-grad-reduce --overlap-param-gather
 --data-path --valid-data-path --micro-batch-size --global-batch-size --num-workers --shuffle-buffer-size
---prompt-format --image-transform --use-im-start-end
+--packing-buffer-size --prompt-format --image-transform --use-im-start-end
 --lr --min-lr --lr-warmup-iters --weight-decay --adam-beta1 --adam-beta2 --adam-eps --clip-grad --optimizer-offload
 --train-iters --recompute --recompute-method --recompute-num-layers
 --seed --log-interval --eval-interval --eval-iters --exit-duration-in-mins --distributed-timeout-minutes
@@ -76,7 +76,11 @@ def test_a_later_flag_wins():
         ("--recompute sel --recompute-method block", "--recompute-method block: needs --recompute full; use none"),
         ("--recompute-method some", "--recompute-method 'some': expected one of uniform, block"),
         ("--optimizer-offload static --use-distributed-optimizer false", "needs --use-distributed-optimizer true"),
-        ("--data-path mock", "dataset mock: not supported yet"),
+        (
+            "--packing-buffer-size 9 --micro-batch-size 2",
+            "--micro-batch-size 2: packed samples are one sequence; use 1",
+        ),
+        ("--packing-buffer-size 9 --use-flash-attn false", "cannot tell packed samples apart; use true"),
         ("--min-lr 1", "--min-lr 1.0: expected a number from 0 to --lr 0.001"),
         ("--micro-batch-size 0", "--micro-batch-size 0: expected 1 or more"),
         ("--shuffle-buffer-size -1", "--shuffle-buffer-size -1: expected 0 or more"),

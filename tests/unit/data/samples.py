@@ -10,9 +10,11 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.energon import Sample
 from PIL import Image
 
 from megatron_patch.config import Checkpoint, Config, Data, Model, Optimizer, Training
+from megatron_patch.data.task_encoder import EncodedSample, LlavaTaskEncoder
 from megatron_patch.data.tokenize import install_tokenizer
 from megatron_patch.data.webdataset import ANNOTATIONS, Report, Settings, convert
 from megatron_patch.sizes import LanguageModel, Llava, VisionModel
@@ -67,6 +69,11 @@ def settings(description: Path, dataset: Path = Path("unused"), *, seed: int = 1
         training=Training(train_iters=10, seed=seed),
         checkpoint=Checkpoint(output=Path("unused")),
     )
+
+
+def encode(encoder: LlavaTaskEncoder, sample: Sample) -> EncodedSample:
+    """Text, then pictures, as the loader does it."""
+    return encoder.postencode_sample(encoder.preencode_sample(sample))
 
 
 def jpeg(color: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> bytes:

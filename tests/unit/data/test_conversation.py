@@ -15,7 +15,7 @@ from megatron.energon import (
 from megatron_patch.data.conversation import Conversation, cook, pair_turns, read
 from megatron_patch.data.task_encoder import LlavaTaskEncoder
 from megatron_patch.data.tokenize import IGNORE
-from tests.unit.data.samples import describe, jpeg, settings
+from tests.unit.data.samples import describe, encode, jpeg, settings
 
 RED, BLUE = jpeg((200, 0, 0)), jpeg((0, 0, 200))
 KEYS = {"__key__": "0001", "__restore_key__": ()}
@@ -30,7 +30,7 @@ def encoder(tmp_path_factory):
 
 def said_and_learned(encoder, sample):
     """The text that the model is given, `#` for a picture; what is learned, `|` where something else is in between."""
-    given = encoder.encode_sample(sample)
+    given = encode(encoder, sample)
     text = encoder.tokenizer.decode(given.input_ids).replace("<image>" * 16, "#")
     learned, was_learned = "", False
     for label in given.labels.tolist():

@@ -232,16 +232,44 @@ def test_blends_of_all_kinds_keep_their_weights(model, blend):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_restored_blend_goes_on_exactly(num_workers, model, blend):
-    loader = build(model, blend, num_workers=num_workers)
+@pytest.mark.parametrize("packing_buffer_size", [0, 12])
+def test_a_restored_blend_goes_on_exactly(num_workers, packing_buffer_size, model, blend):
+    """With samples waiting to be packed too."""
+    options = {"num_workers": num_workers, "packing_buffer_size": packing_buffer_size, "micro_batch_size": 1}
+    loader = build(model, blend, **options)
     batches = iter(loader)
     for _ in range(30):
         next(batches)
     position = save_position(loader)
     expected = list(islice(batches, 20))
-    again = build(model, blend, num_workers=num_workers)
+    again = build(model, blend, **options)
     restore_position(again, position)
     assert_same(take(again, 20), expected)
+    if packing_buffer_size:
+        assert max(len(batch.keys) for batch in expected) > 3
+
+
+def test_packing_uses_every_sample_once_an_epoch(model, dataset):
+    """The buffer is no larger than what there is."""
+    loader = build(model, dataset, micro_batch_size=1, packing_buffer_size=1000, shuffle_buffer_size=0)
+    seen = []
+    for batch in loader:
+        seen += batch.keys
+        if len(seen) >= 54:
+            break
+    assert sorted(seen) == [f"{index:06d}" for index in range(54)]
+
+
+def test_a_corrupt_picture_leaves_its_pack(model, dataset, tmp_path):
+    damaged = damage(dataset, tmp_path / "wds", 1)
+    loader = build(model, damaged, micro_batch_size=1, packing_buffer_size=54, shuffle_buffer_size=0)
+    seen = []
+    for batch in loader:
+        seen += batch.keys
+        if len(seen) >= 53:
+            break
+    assert sorted(seen) == [f"{index:06d}" for index in range(1, 54)]
+    assert loader.failures.count == 1
 
 
 def damage(dataset, target, count):

@@ -1,0 +1,82 @@
+"""Batches without files, in the sizes of LLaVA-Pretrain's: for measuring how fast a model trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_patch.data.task_encoder import Batch, EncodedSample, LlavaTaskEncoder
+from megatron_patch.data.tokenize import IGNORE
+
+PROMPT = 14
+"""Words around the picture, as a short question has them in `[INST] <image>\n...[/INST]`."""
+BEFORE = 3
+"""Those of them that stand before it."""
+CAPTION = 27
+"""Median length of an answer in tokens; with `SPREAD` a mean of 30."""
+SPREAD = 0.45
+"""Standard deviation of the answers' lengths, of their logarithm."""
+
+
+class MockLoader:
+    """Endless micro batches of random words and pictures. What a batch holds follows from its number alone.
+
+    It stands in for `loader.Loader`; its position is the number of the next batch.
+    """
+
+    def __init__(
+        self, encoder: LlavaTaskEncoder, fingerprint: dict[str, Any], *, batch_size: int, packs: bool, seed: list[int]
+    ) -> None:
+        self.fingerprint = fingerprint
+        self.is_closed = False
+        self._encoder, self._batch_size, self._packs, self._seed = encoder, batch_size, packs, seed
+        self._next = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            number, self._next = self._next, self._next + 1
+            yield self._batch(number)
+
+    def save_state_rank(self) -> int:
+        """As energon's loaders have it."""
+        return self._next
+
+    def restore_state_rank(self, state: int) -> None:
+        """As energon's loaders have it."""
+        self._next = state
+
+    def _batch(self, number: int) -> Batch:
+        random = np.random.default_rng([*self._seed, number])
+        if not self._packs:
+            return self._encoder.batch([self._sample(random, number, index) for index in range(self._batch_size)])
+        samples = [self._sample(random, number, 0)]
+        room = self._encoder.max_length - self._encoder.segment_length(samples[0])
+        while (length := self._encoder.segment_length(sample := self._sample(random, number, len(samples)))) <= room:
+            samples.append(sample)
+            room -= length
+        return self._encoder.batch([self._encoder.pack_selected_samples(samples)])
+
+    def _sample(self, random: np.random.Generator, number: int, index: int) -> EncodedSample:
+        sizes = self._encoder.llava
+        picture, limit = sizes.vision.num_image_tokens, self._encoder.max_length
+        prompt = min(PROMPT, limit - picture - 1)
+        answer = math.ceil(random.lognormal(math.log(CAPTION), SPREAD))
+        words = torch.from_numpy(random.integers(0, sizes.language.vocab_size, prompt + answer))  # int64
+        words[words == sizes.image_token_id] = 0
+        before = min(BEFORE, prompt)
+        image = torch.full((picture,), sizes.image_token_id)
+        tokens = torch.cat([words[:before], image, words[before:]])
+        labels = torch.cat([torch.full((picture + prompt,), IGNORE), words[prompt:]])
+        height, width = self._encoder.image_settings.crop_size
+        return EncodedSample(
+            __key__=f"mock {number}.{index}",
+            __restore_key__=(),
+            input_ids=tokens[:-1][:limit],
+            labels=labels[1:][:limit],
+            pixels=torch.from_numpy(random.integers(0, 256, (1, 3, height, width), dtype=np.uint8)),
+            num_cut=max(0, len(tokens) - 1 - limit),
+        )
