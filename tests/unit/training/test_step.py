@@ -6,10 +6,12 @@ import time
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
 
 from megatron_patch.config import Parallel
 from megatron_patch.data.task_encoder import Batch
-from megatron_patch.training.step import COUNTS, TimedIterator, Totals, cut_text
+from megatron_patch.training.step import COUNTS, TimedIterator, Totals, cut_text, packed_seq_params
 
 IMAGE = 9
 
@@ -27,16 +29,30 @@ def test_patches_are_counted_over_the_whole_batch():
     assert torch.equal(text["labels"], batch().labels)
 
 
-def test_sequences_are_padded_to_what_ranks_can_share():
-    """TP2 with sequence parallelism and CP2: a multiple of 2 x 2 x 2."""
+def test_sequences_are_padded_to_what_ranks_can_share(monkeypatch):
+    """TP2 with sequence parallelism and CP2: a multiple of 2 x 2 x 2, each rank has an outer and an inner part."""
     cut = Parallel(tensor_model_parallel_size=2, context_parallel_size=2)
     assert cut.sequence_multiple == 8
-    text = cut_text(batch(), IMAGE, cut)
-    assert text["input_ids"].shape == (2, 8)
-    assert (text["labels"][:, 5:] == -100).all()
-    assert (text["image_rows"][:, 5:] == -1).all()
+    for rank, places in ((0, [0, 1, 6, 7]), (1, [2, 3, 4, 5])):
+        monkeypatch.setattr(parallel_state, "get_context_parallel_rank", lambda rank=rank: rank)
+        text = cut_text(batch(), IMAGE, cut)
+        whole = F.pad(batch().labels, (0, 3), value=-100)
+        assert torch.equal(text["labels"], whole[:, places])
+        rows = torch.tensor([[-1, 0, 1, -1, -1, -1, -1, -1], [2, 3, -1, -1, -1, -1, -1, -1]])
+        assert torch.equal(text["image_rows"], rows[:, places])
     assert replace(cut, sequence_parallel=False).sequence_multiple == 4
     assert Parallel(tensor_model_parallel_size=2).sequence_multiple == 2
+
+
+def test_packed_samples_are_cut_one_by_one(monkeypatch):
+    """Two samples of 4 and 8 positions in one row: each rank has an outer and an inner part of both."""
+    monkeypatch.setattr(parallel_state, "get_context_parallel_rank", lambda: 1)
+    row = torch.arange(12)[None]
+    packed = Batch(keys=["a", "b"], input_ids=row, labels=row, pixels=torch.zeros(0), segment_lengths=[4, 8])
+    assert cut_text(packed, IMAGE, Parallel(context_parallel_size=2))["labels"].tolist() == [[1, 2, 6, 7, 8, 9]]
+    borders = packed_seq_params(packed, torch.device("cpu"))
+    assert borders.cu_seqlens_q.tolist() == [0, 4, 12]
+    assert borders.max_seqlen_q == 8
 
 
 def totals(loss: float, count: int) -> Totals:

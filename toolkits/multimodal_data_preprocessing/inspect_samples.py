@@ -1,0 +1,61 @@
+"""Write one HTML page of samples as the model sees them: the picture after its transform, each token with its label.
+
+    python inspect_samples.py CHECKPOINT DATASET PAGE.html [--num-batches 20] [flags of training]
+
+CHECKPOINT is a folder with config.json, tokenizer and processor, such as the converter writes; DATASET is what
+DATASET_PATH is. The flags are training's: --decoder-seq-length, --prompt-format, --packing-buffer-size and others.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+from megatron_patch.arguments import parse
+from megatron_patch.config import Config
+
+NUM_BATCHES = "--num-batches"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0; 1 or 2 with one line on stderr."""
+    if len(argv) < 3 or argv[0].startswith("-"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    checkpoint, dataset, page, *flags = argv
+    count = "20"
+    if NUM_BATCHES in flags[:-1]:
+        place = flags.index(NUM_BATCHES)
+        count = flags[place + 1]
+        flags[place : place + 2] = []
+    if not count.isdecimal() or not int(count):
+        print(f"error: {NUM_BATCHES} {count}: expected 1 or more", file=sys.stderr)
+        return 2
+    # Training's own settings, of which only the data's are used.
+    needed = {"--model-config": checkpoint, "--data-path": dataset, "--lr": "1", "--train-iters": "1", "--output": page}
+    config = parse(Config, [*(word for pair in needed.items() for word in pair), "--num-workers", "0", *flags])
+    try:
+        _write(config, Path(page), int(count))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _write(config: Config, page: Path, count: int) -> None:
+    from megatron_patch.data.inspect import write_page
+    from megatron_patch.data.loader import train_loader
+    from megatron_patch.data.tokenize import load_tokenizer
+    from megatron_patch.families.llava import read_config
+
+    llava = read_config(config.model.description)
+    loader = train_loader(config, llava, rank=0, world_size=1)
+    tokenizer = load_tokenizer(config.model.description)
+    page.write_text(write_page(islice(loader, count), tokenizer, llava.image_token_id), encoding="utf-8")
+    print(f"wrote {page}: {count} batches of {config.data.data_path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
