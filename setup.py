@@ -19,6 +19,7 @@ setup(
         "safetensors",
         "tensorboard",
         "sentencepiece",
+        "protobuf",
         "pillow",
         "tqdm",
     ],

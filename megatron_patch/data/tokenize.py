@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_patch.data.prompts import IMAGE, Piece, read_template
+from megatron_patch.data.sentence_piece import add_pieces, remove_last_piece
 
 IGNORE = -100
 """Label of a position from which nothing is learned."""
@@ -31,14 +32,26 @@ TOKENIZER_FILES = (
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of the folder that describes the model. Raises ValueError when it, or its `<image>`, is missing."""
-    from transformers import AutoTokenizer
-
     if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError(f"{folder}: neither tokenizer.json nor tokenizer.model; expected the model's tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder)
     if tokenizer(IMAGE, add_special_tokens=False).input_ids != [tokenizer.convert_tokens_to_ids(IMAGE)]:
         raise ValueError(f"{folder}: {IMAGE} is not one token; expected a folder that the converter wrote")
     return tokenizer
+
+
+def open_tokenizer(folder: Path, source: Path | None = None) -> Any:
+    """transformers' tokenizer of a folder. `source`: where its files come from, for the message.
+
+    Raises ValueError, one line that names the folder, where transformers cannot read it, for whatever reason.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # of nearly any class: what a damaged file makes it stumble over
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{source or folder}: its tokenizer is not readable ({why}); copy it again") from None
 
 
 def install_tokenizer(source: Path, target: Path, added_tokens: Sequence[str] = ()) -> dict[str, int]:
@@ -48,8 +61,6 @@ def install_tokenizer(source: Path, target: Path, added_tokens: Sequence[str] = 
     token by itself, since prompts bring theirs. Its chat template is left behind. Raises ValueError when transformers
     does not read the copy as meant.
     """
-    from transformers import AutoTokenizer
-
     source, target = Path(source), Path(target)
     files = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if not {"tokenizer.json", "tokenizer.model"} & set(files):
@@ -63,7 +74,7 @@ def install_tokenizer(source: Path, target: Path, added_tokens: Sequence[str] = 
         if name in files:
             shutil.copyfile(source / name, target / name)
     # As its own files say. (In the source's folder, transformers 5 takes another class for some kinds of config.json.)
-    original = AutoTokenizer.from_pretrained(target)
+    original = open_tokenizer(target, source)
     known = original.get_vocab()
     tokens: dict[str, int] = {}
     for token in (IMAGE, *added_tokens):
@@ -73,6 +84,8 @@ def install_tokenizer(source: Path, target: Path, added_tokens: Sequence[str] = 
         _edit_json(target / "tokenizer.json", lambda tokenizer: _extended(tokenizer, tokens))
     if "added_tokens.json" in files:
         _edit_json(target / "added_tokens.json", lambda table: {**table, **tokens})
+    if "tokenizer.model" in files:
+        add_pieces(target / "tokenizer.model", known)
     copy = load_tokenizer(target)
     plain = original("a", add_special_tokens=False).input_ids
     if copy("a").input_ids != plain or any(copy(f"a{token}b").input_ids.count(id) != 1 for token, id in tokens.items()):
@@ -87,9 +100,7 @@ def source_chat_template(source: Path) -> str | None:
 
     Where the source's tokenizer adds a beginning of sequence, the template does it in its place.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = open_tokenizer(source)
     template = read_template(source, tokenizer)
     if template is None:
         return None
@@ -102,6 +113,8 @@ def remove_image_token(folder: Path) -> None:
     for name in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json", "special_tokens_map.json"):
         if (Path(folder) / name).is_file():
             _edit_json(Path(folder) / name, _without_image)
+    if (Path(folder) / "tokenizer.model").is_file():
+        remove_last_piece(Path(folder) / "tokenizer.model", IMAGE)
 
 
 class Encoded(NamedTuple):
