@@ -106,6 +106,13 @@ def read_json(folder: Path, name: str = CONFIG) -> dict[str, Any]:
     return content
 
 
+def check_json(folder: Path) -> None:
+    """Raise ValueError, one line that names the file, where a json file beside the weights holds no object."""
+    for name in FILES:
+        if name.endswith(".json") and (Path(folder) / name).is_file():
+            read_json(folder, name)
+
+
 def write_json(folder: Path, name: str, content: dict[str, Any]) -> None:
     """Write a json file in Hugging Face's style."""
     (Path(folder) / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

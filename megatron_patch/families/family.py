@@ -86,6 +86,30 @@ class Setting:
     mcore: str
     hf: str
     default: Any
+    """Its type is the setting's; None: a whole number."""
+
+    optional: bool = False
+    """Whether null stands for something."""
+
+    def read(self, hf_config: dict[str, Any]) -> Any:
+        """The setting in a config.json. Raises ValueError, which names it, for a value of another type."""
+        value = hf_config.get(self.hf, self.default)
+        if value is None and (self.optional or self.default is None):
+            return None
+        return checked(self.hf, value, int if self.default is None else type(self.default))
+
+
+def checked(name: str, value: Any, kind: type) -> Any:
+    """`value` of config.json, if it is of that kind: bool, dict, or a number above 0. Else ValueError."""
+    expected = {bool: "true or false", dict: "an object", int: "a whole number above 0", float: "a number above 0"}[
+        kind
+    ]
+    types = (int, float) if kind is float else kind
+    is_number = kind in (int, float)
+    fits = isinstance(value, types) and not (is_number and (isinstance(value, bool) or value <= 0))
+    if not fits:
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,4 +168,4 @@ class Family:
                 raise ValueError(
                     f"{name} is {given!r}; for {self.name} only {', '.join(map(repr, allowed))} is supported"
                 )
-        return {setting.mcore: hf_config.get(setting.hf, setting.default) for setting in self.settings}
+        return {setting.mcore: setting.read(hf_config) for setting in self.settings}

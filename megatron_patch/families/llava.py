@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.families.clip import CLIP
-from megatron_patch.families.family import Family, Weight
+from megatron_patch.families.family import Family, Weight, checked
 from megatron_patch.families.llama import LLAMA
 from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.families.projector import PROJECTOR
@@ -152,10 +152,17 @@ def describe(hf_config: dict[str, Any]) -> Llava:
         if hf_config.get(name, allowed[0]) not in allowed:
             raise ValueError(f"{name} is {hf_config[name]!r}, only {allowed[0]!r} is supported")
     return Llava(
-        language=describe_language_model(hf_config["text_config"]),
-        vision=describe_vision_model(hf_config["vision_config"]),
-        image_token_id=hf_config.get("image_token_index", hf_config.get("image_token_id", 32000)),
+        language=describe_language_model(checked("text_config", hf_config["text_config"], dict)),
+        vision=describe_vision_model(checked("vision_config", hf_config["vision_config"], dict)),
+        image_token_id=_image_token_id(hf_config),
     )
+
+
+def _image_token_id(hf_config: dict[str, Any]) -> int:
+    value = hf_config.get("image_token_index", hf_config.get("image_token_id", 32000))
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"image_token_index is {value!r}; expected a token's id")
+    return value
 
 
 def describe_language_model(hf_config: dict[str, Any]) -> LanguageModel:
@@ -174,9 +181,10 @@ def _rope(hf_config: dict[str, Any]) -> tuple[float, float | None]:
 
     transformers 4 has `rope_theta` and `rope_scaling`; 5 puts both into `rope_parameters`, and an export has all three.
     """
-    given = [rope for rope in (hf_config.get("rope_scaling"), hf_config.get("rope_parameters")) if rope]
+    named = {name: hf_config.get(name) for name in ("rope_scaling", "rope_parameters")}
+    given = [checked(name, rope, dict) for name, rope in named.items() if rope is not None and rope != {}]
     thetas = (rope.get("rope_theta") for rope in (hf_config, *given))
-    bases = {float(theta) for theta in thetas if theta is not None}
+    bases = {float(checked("rope_theta", theta, float)) for theta in thetas if theta is not None}
     if len(bases) > 1:
         raise ValueError(f"rope_theta and rope_parameters.rope_theta disagree: {' and '.join(map(str, sorted(bases)))}")
     factors = {_rope_factor(rope) for rope in given}
@@ -194,22 +202,24 @@ def _rope_factor(rope: dict[str, Any]) -> float | None:
     for name, value in LLAMA3_ROPE.items():
         if rope[name] != value:
             raise ValueError(f"{name} of rope_type 'llama3' is {rope[name]}; megatron.core has {value} fixed")
-    return float(rope["factor"])
+    return float(checked("factor of rope_type 'llama3'", rope["factor"], float))
 
 
 def describe_vision_model(hf_config: dict[str, Any]) -> VisionModel:
     """Sizes of a vision tower from its own config.json, a whole CLIPModel's included."""
     hf_config = vision_config(hf_config)
     family = _family(VISION_FAMILIES, hf_config, "vision tower")
-    num_layers = hf_config.get("num_hidden_layers", 12) - family.unused_layers
-    return VisionModel(family=family.name, num_layers=num_layers, **family.read_settings(hf_config))
+    num_layers = checked("num_hidden_layers", hf_config.get("num_hidden_layers", 12), int)
+    return VisionModel(
+        family=family.name, num_layers=num_layers - family.unused_layers, **family.read_settings(hf_config)
+    )
 
 
 def vision_config(hf_config: dict[str, Any]) -> dict[str, Any]:
     """The vision half of a CLIPModel's config.json; a vision model's own is returned as it is."""
     if hf_config.get("model_type") != "clip":
         return hf_config
-    return {"model_type": "clip_vision_model", **(hf_config.get("vision_config") or {})}
+    return {"model_type": "clip_vision_model", **checked("vision_config", hf_config.get("vision_config", {}), dict)}
 
 
 def _language_family(language: LanguageModel) -> Family:
@@ -222,6 +232,6 @@ def _language_family(language: LanguageModel) -> Family:
 
 def _family(known: dict[str, Family], hf_config: dict[str, Any], what: str) -> Family:
     model_type = hf_config.get("model_type")
-    if model_type not in known:
+    if not isinstance(model_type, str) or model_type not in known:
         raise ValueError(f"{what}: model_type {model_type!r} is not supported, only {', '.join(known)}")
     return known[model_type]

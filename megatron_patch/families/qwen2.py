@@ -12,7 +12,7 @@ QWEN2 = Family(
         *SETTINGS,
         Setting("vocab_size", "vocab_size", 151936),
         Setting("ffn_hidden_size", "intermediate_size", 22016),
-        Setting("num_query_groups", "num_key_value_heads", 32),
+        Setting("num_query_groups", "num_key_value_heads", 32, optional=True),
         Setting("kv_channels", "head_dim", None),
         Setting("max_position_embeddings", "max_position_embeddings", 32768),
     ),

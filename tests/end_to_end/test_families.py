@@ -25,7 +25,7 @@ from megatron_patch.training.optimizer import build_scheduler
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
 from tests.distributed.ranks import run_ranks
-from tests.tiny import LANGUAGE_MODELS
+from tests.tiny import LANGUAGE_MODELS, save_clip
 from toolkits.model_checkpoints_convertor.convert import main
 
 CUTS = ((1, 1), (2, 1), (4, 1), (2, 2))
@@ -57,6 +57,18 @@ def imported(source, clip) -> Path:
 
 @pytest.mark.parametrize(("tp", "pp"), CUTS)
 def test_round_trip_is_bit_exact(source, clip, tmp_path, tp, pp):
+    round_trip(source, clip, tmp_path, tp, pp)
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_round_trip_at_tp_8_is_bit_exact(tmp_path, kind):
+    """With as many query groups, and heads of the tower, as ranks."""
+    sizes = {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 4}
+    source = LANGUAGE_MODELS[kind](tmp_path / "source", **sizes)
+    round_trip(source, save_clip(tmp_path / "clip", num_attention_heads=8), tmp_path, tp=8, pp=1)
+
+
+def round_trip(source: Path, clip: Path, tmp_path: Path, tp: int, pp: int) -> None:
     cut = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
     shards = convert(tmp_path / "shards", source_llm_ckpt_path=source, source_clip_ckpt_path=clip, **cut)
     back = convert(tmp_path / "back", mg2hf="true", source_llm_ckpt_path=shards)

@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"interrupted: {conversion.target_ckpt_path} was not written", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -154,6 +157,9 @@ def export_hf(conversion: Conversion) -> None:
 def _describe_sources(conversion: Conversion) -> tuple[dict[str, Any], Llava]:
     """A LlavaConfig of the sources' own config.json, and what it says. Raises ValueError or OSError."""
     llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
+    for folder in (llm, clip):
+        if folder is not None:
+            companions.check_json(folder)
     text = companions.read_json(llm)
     is_whole = text.get("model_type") == "llava"
     if is_whole and (clip is not None or conversion.projector is not None):
@@ -223,6 +229,8 @@ def _described_checkpoint(conversion: Conversion) -> tuple[list[Path], dict[str,
     carrier = next((path for path in carriers if (path / companions.CONFIG).is_file()), None)
     if carrier is None:
         raise FileNotFoundError(f"{checkpoint}: has no config.json; give --hf-ckpt-path, a LLaVA folder that has one")
+    for folder in carriers:
+        companions.check_json(folder)
     config = companions.read_json(carrier)
     llava = _described(describe, config, carrier)
     llava.check_model_size(conversion.model_size)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from itertools import chain
 
 import pytest
 import torch
+from megatron.core.export.trtllm.model_to_trllm_mapping.default_conversion_dict import DEFAULT_CONVERSION_DICT
+from megatron.core.post_training.modelopt.gpt.state_dict_hooks import mcore_gpt_load_te_state_dict_pre_hook
 from transformers import (
     CLIPConfig,
     CLIPVisionConfig,
@@ -211,6 +214,24 @@ def test_unfit_config_json(tmp_path, content, message):
 )
 def test_names_of_a_whole_llava(written, hub):
     assert families.hub_name(families.describe(LLAVA), written) == hub
+
+
+@pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config])
+def test_transformer_engine_names_are_those_in_megatron_cores_source(family):
+    """Its list of a GPTModel's tensors in either spec, and the hook with which it turns fused names into local ones."""
+    llava = families.describe({**LLAVA, "text_config": family(**LANGUAGE_SIZES).to_dict()})
+    local = [row.mcore for part in families.parts(llava)[:2] for row in part.rows()]
+    fused = {to_transformer_engine_name(name): name for name in local}
+    assert len(fused) == len(local)
+    for name in fused:
+        part, _, inner = name.partition(".")
+        if part == "language_model":
+            inner = re.sub(r"layers\.\d+\.", "layers.", inner)
+            assert inner in DEFAULT_CONVERSION_DICT
+            assert "input_layernorm" not in inner
+            assert "pre_mlp_layernorm" not in inner
+    mcore_gpt_load_te_state_dict_pre_hook(fused, "", {}, True, [], [], [])
+    assert all(name == original for name, original in fused.items())
 
 
 def test_transformer_engine_names():

@@ -1,0 +1,131 @@
+"""Source folders with a broken file: one line that names it, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.scripts import ROOT, environment
+from toolkits.model_checkpoints_convertor.convert import main
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, mistral, clip) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    return {"llm": shutil.copytree(mistral, folder / "llm"), "clip": shutil.copytree(clip, folder / "clip")}
+
+
+def refused(capsys, target: Path, sources: dict[str, Path]) -> str:
+    capsys.readouterr()
+    flags = {"source-llm-ckpt-path": sources["llm"], "source-clip-ckpt-path": sources["clip"]}
+    assert main([f"--{name}={value}" for name, value in {**flags, "target-ckpt-path": target}.items()]) == 1
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, said
+    assert list(target.parent.iterdir()) == []
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "key", "value", "message"),
+    [
+        ("llm", "vocab_size", None, "vocab_size is None; expected a whole number above 0"),
+        ("llm", "vocab_size", [], "vocab_size is []; expected a whole number above 0"),
+        ("llm", "num_hidden_layers", "4", "num_hidden_layers is '4'; expected a whole number above 0"),
+        ("llm", "hidden_size", 96.5, "hidden_size is 96.5; expected a whole number above 0"),
+        ("llm", "num_attention_heads", 0, "num_attention_heads is 0; expected a whole number above 0"),
+        ("llm", "num_key_value_heads", {}, "num_key_value_heads is {}; expected a whole number above 0"),
+        ("llm", "head_dim", True, "head_dim is True; expected a whole number above 0"),
+        ("llm", "rms_norm_eps", "1e-5", "rms_norm_eps is '1e-5'; expected a number above 0"),
+        ("llm", "tie_word_embeddings", "no", "tie_word_embeddings is 'no'; expected true or false"),
+        ("llm", "rope_theta", "x", "rope_theta is 'x'; expected a number above 0"),
+        ("llm", "rope_parameters", "llama3", "rope_parameters is 'llama3'; expected an object"),
+        ("llm", "model_type", ["mistral"], "model_type ['mistral'] is not supported"),
+        ("clip", "image_size", None, "image_size is None; expected a whole number above 0"),
+        ("clip", "num_hidden_layers", "3", "num_hidden_layers is '3'; expected a whole number above 0"),
+    ],
+)
+def test_wrong_types_in_config_json(tmp_path, capsys, sources, source, key, value, message):
+    path = sources[source] / "config.json"
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), key: value}))
+    try:
+        line = refused(capsys, tmp_path / "target", sources)
+    finally:
+        path.write_text(before)
+    assert str(path) in line
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "content", "message"),
+    [
+        ("llm", "config.json", "{", "not valid json"),
+        ("llm", "tokenizer.json", '{"version"', "not valid json"),
+        ("llm", "tokenizer_config.json", "[]", "holds a list; expected an object"),
+        ("llm", "generation_config.json", "", "not valid json"),
+        ("clip", "preprocessor_config.json", "null", "holds a NoneType; expected an object"),
+        ("clip", "preprocessor_config.json", "\ufffd", "not valid json"),
+    ],
+)
+def test_broken_files(tmp_path, capsys, sources, source, name, content, message):
+    path = sources[source] / name
+    before = path.read_bytes() if path.exists() else None
+    path.write_text(content)
+    try:
+        line = refused(capsys, tmp_path / "target", sources)
+    finally:
+        path.unlink()
+        if before is not None:
+            path.write_bytes(before)
+    assert f"{path}: " in line
+    assert message in line
+
+
+@pytest.mark.parametrize("content", ['{"model": {"type": "BPE"}}', "{}"])
+def test_a_tokenizer_that_transformers_cannot_read(tmp_path, capsys, sources, content):
+    path = sources["llm"] / "tokenizer.json"
+    before = path.read_text()
+    path.write_text(content)
+    try:
+        line = refused(capsys, tmp_path / "target", sources)
+    finally:
+        path.write_text(before)
+    assert f"{sources['llm']}: its tokenizer is not readable" in line
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path, mistral, clip):
+    """In the middle of the weights."""
+    slow = (
+        "import time, toolkits.model_checkpoints_convertor.convert as c\n"
+        "from megatron_patch.checkpoint import disk\n"
+        "disk.reached = lambda point: point == 'bytes written' and (print('there', flush=True), time.sleep(0.2))\n"
+        "import sys; sys.exit(c.main())"
+    )
+    flags = {"source-llm-ckpt-path": mistral, "source-clip-ckpt-path": clip, "target-ckpt-path": tmp_path / "target"}
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *words],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "there\n"
+    os.kill(process.pid, signal.SIGINT)
+    started = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"interrupted: {tmp_path / 'target'} was not written" in said
+    assert "Traceback" not in said
+    assert time.monotonic() - started < 20
+    assert list(tmp_path.iterdir()) == []
