@@ -322,6 +322,9 @@ class Training:
     eval_iters: int = 10
     """Global batches of one validation; 0: none."""
 
+    log_captions: int = 4
+    """Samples of the val split that the model captions at each validation, for the log and TensorBoard; 0: none."""
+
     exit_duration_in_mins: int | None = None
     """Minutes after which a run saves and ends, to be started again; none: it goes on to the last iteration."""
 
@@ -335,7 +338,7 @@ class Training:
         if self.recompute_num_layers is not None:
             require_positive(self, "recompute_num_layers")
         require_positive(self, "train_iters", "log_interval", "eval_interval", "distributed_timeout_minutes")
-        require_not_negative(self, "eval_iters")
+        require_not_negative(self, "eval_iters", "log_captions")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"--seed {self.seed}: expected 0 to {2**31 - 1}")
         if self.exit_duration_in_mins is not None:

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
@@ -28,10 +27,10 @@ from megatron_patch.families.transformer_engine import to_transformer_engine_nam
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.model.specs import uses_transformer_engine
 from megatron_patch.sizes import Llava
+from megatron_patch.training.captions import captioner, evaluating
 from megatron_patch.training.log import logger
 from megatron_patch.training.metrics import Metrics
 from megatron_patch.training.optimizer import build_optimizer, build_scheduler, gather_weights, wrap
-from megatron_patch.training.params_norm import params_norm
 from megatron_patch.training.step import Totals, batch_runner, train_step
 from megatron_patch.training.stopping import Stop
 
@@ -46,7 +45,7 @@ def train(config: Config) -> int:
     chunks, wrapped, optimizer, progress, checkpoint = start_or_resume(config, llava)
     scheduler = build_scheduler(optimizer, config, progress.iteration)
     loader, batches = open_data(config, llava, checkpoint)
-    run_batch = batch_runner(config, llava)
+    run_batch, caption = batch_runner(config, llava), captioner(config, llava)
     world_size, is_writer = dist.get_world_size(), dist.get_rank() == 0
     metrics = Metrics(config, llava, first_iteration=progress.iteration + 1, world_size=world_size, is_writer=is_writer)
     if progress.iteration >= config.training.train_iters:
@@ -56,17 +55,12 @@ def train(config: Config) -> int:
         scheduler.step(1)
         step = train_step(wrapped, optimizer, batches, run_batch)
         progress = Progress(iteration, progress.consumed_samples + step.totals.num_samples)
-        metrics.log(
-            iteration,
-            step,
-            learning_rate=optimizer.param_groups[0]["lr"],
-            params_norm=params_norm(chunks),
-            consumed_samples=progress.consumed_samples,
-        )
+        metrics.log(iteration, step, optimizer.param_groups[0]["lr"], progress.consumed_samples)
 
         stops = stop.due()
         if config.validates and not stops and is_due(iteration, config.training.eval_interval, config):
             metrics.log_validation(iteration, validate(config, llava, wrapped, run_batch))
+            metrics.log_captions(iteration, caption(wrapped))
         if stops or is_due(iteration, config.checkpoint.save_interval, config):
             metrics.flush()
             gather_weights(wrapped, config)
@@ -181,12 +175,8 @@ def validate(
     if reads_data(config):
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         batches = iter(valid_loader(config, llava, rank=rank, world_size=size))
-    for chunk in chunks:
-        chunk.eval()
-    with torch.no_grad():
+    with evaluating(chunks):
         totals = [run_batch(chunks, batches, forward_only=True) for _ in range(config.training.eval_iters)]
-    for chunk in chunks:
-        chunk.train()
     if reads_data(config):
         batches.close()  # ends the processes that read
     return Totals.mean(totals)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import statistics
+import textwrap
 import time
 from collections import deque
 from datetime import timedelta
@@ -17,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_patch.config import Config
 from megatron_patch.sizes import Llava
+from megatron_patch.training.captions import Caption
 from megatron_patch.training.flops import megatron_lm_flops, step_flops
 from megatron_patch.training.log import logger
 from megatron_patch.training.step import Step, Totals
@@ -44,15 +46,14 @@ class Metrics:
         self.first_iteration = first_iteration
         self.start = time.monotonic()
         self.usual: deque[float] = deque(maxlen=20)
+        self.shown: set[str] = set()  # keys of pictures
         if is_writer:
             self.lines = (config.checkpoint.output / "log" / "metrics.jsonl").open("a", buffering=1)
             self.board = SummaryWriter(config.checkpoint.output / "tensorboard", purge_step=first_iteration)
             settings = json.dumps(dataclasses.asdict(config), default=str, indent=2)
             self.board.add_text("config", f"```json\n{settings}\n```", first_iteration)
 
-    def log(
-        self, iteration: int, step: Step, *, learning_rate: float, params_norm: float, consumed_samples: int
-    ) -> None:
+    def log(self, iteration: int, step: Step, learning_rate: float, consumed_samples: int) -> None:
         """Record an iteration (counted from 1) and, at the end of an interval, print its line."""
         if not self.is_writer:
             return
@@ -61,7 +62,7 @@ class Metrics:
             "lm loss": totals.loss,
             "learning-rate": learning_rate,
             "loss-scale": step.loss_scale,
-            "params-norm": params_norm,
+            "params-norm": step.params_norm,
             "batch-size": totals.num_samples,
             "iteration-time": step.seconds,
             "batch-generator-time": totals.data_seconds,
@@ -94,6 +95,22 @@ class Metrics:
             f"validation at iteration {iteration} | lm loss: {totals.loss:.6f} | ppl: {perplexity:.4f} | "
             f"{totals.num_samples} samples"
         )
+
+    def log_captions(self, iteration: int, captions: list[Caption]) -> None:
+        """Show what the model says to a few pictures after `iteration`; the pictures, once in a process's life."""
+        if not self.is_writer:
+            return
+        for caption in captions:
+            tag = f"captions/{caption.key}"
+            said, reference = (
+                textwrap.shorten(text, 300, placeholder=" ...") for text in (caption.said, caption.reference)
+            )
+            # Indented: TensorBoard shows markdown, and captions are none.
+            self.board.add_text(tag, f"    model:     {said}\n    reference: {reference}", iteration)
+            if caption.picture is not None and caption.key not in self.shown:
+                self.board.add_image(tag, caption.picture, iteration)
+                self.shown.add(caption.key)
+            logger.info(f"caption of {caption.key} at iteration {iteration} | model: {said} | reference: {reference}")
 
     def flush(self) -> None:
         """Write what is buffered: before a checkpoint, so that the curve up to it survives a kill."""

@@ -29,6 +29,7 @@ from megatron_patch.model.llava import DTYPES, find_image_rows
 from megatron_patch.model.specs import uses_transformer_engine
 from megatron_patch.sizes import Llava
 from megatron_patch.training.flops import Work
+from megatron_patch.training.params_norm import params_norm
 
 Schedule = Callable[..., list[dict[str, Tensor]]]
 
@@ -62,6 +63,8 @@ class Step:
     totals: Totals
     grad_norm: float | None
     """None for a step that was left out."""
+    params_norm: float
+    """Of the weights that the loss was computed with."""
     loss_scale: float
     """What fp16 multiplied the loss with; 1 for other types."""
     seconds: float
@@ -84,12 +87,19 @@ def train_step(
     optimizer.zero_grad()
     totals = run(chunks, batches, forward_only=False)
     loss_scale = optimizer.get_loss_scale().item()
+    weights_norm = params_norm(chunks)  # here, where they are whole also when they are gathered in the forward pass
     stepped, grad_norm, _ = optimizer.step()
     if not stepped:
         grad_norm = None  # fp16's gradients overflowed: the weights stay, the scale is lowered
     elif not math.isfinite(grad_norm):
         raise FloatingPointError(f"the gradients' norm is {grad_norm}; expected a number")
-    return Step(totals=totals, grad_norm=grad_norm, loss_scale=loss_scale, seconds=time.perf_counter() - start)
+    return Step(
+        totals=totals,
+        grad_norm=grad_norm,
+        params_norm=weights_norm,
+        loss_scale=loss_scale,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_patch.families.llava import read_config
+from megatron_patch.training.captions import Caption
 from megatron_patch.training.flops import megatron_lm_flops, step_flops
 from megatron_patch.training.metrics import Metrics
 from megatron_patch.training.step import Step, Totals
@@ -26,7 +31,7 @@ TOTALS = Totals(
     num_cut=1,
     data_seconds=0.1,
 )
-STEP = Step(totals=TOTALS, grad_norm=0.5, loss_scale=1.0, seconds=0.8)
+STEP = Step(totals=TOTALS, grad_norm=0.5, params_norm=7.0, loss_scale=1.0, seconds=0.8)
 
 
 @pytest.fixture
@@ -38,7 +43,7 @@ def run(mcore, tmp_path):
         config = tiny_runs.config(mcore, tmp_path, **changed)
         metrics = Metrics(config, read_config(mcore), first_iteration=first, world_size=2, is_writer=True)
         for iteration in range(first, first + count):
-            metrics.log(iteration, step, learning_rate=1e-3, params_norm=7.0, consumed_samples=4 * iteration)
+            metrics.log(iteration, step, learning_rate=1e-3, consumed_samples=4 * iteration)
         metrics.log_validation(first + count - 1, TOTALS)
         metrics.flush()
         return config
@@ -104,3 +109,21 @@ def test_the_line_is_short_and_says_when_data_is_late(run, caplog, monkeypatch, 
     assert line.startswith("iteration  198000/1000000 | lm loss: 2.000000 | lr: 1.0000E-03 | grad norm: 12345.6780 | ")
     assert ("data wait: 5.1%" in line) == (wait > 0.04)
     assert len(line) < 200
+
+
+def test_captions_stand_beside_the_very_picture(run, mcore, tmp_path):
+    run(1, 1)
+    picture = torch.randint(0, 256, (3, 28, 56), dtype=torch.uint8)
+    metrics = Metrics(
+        tiny_runs.config(mcore, tmp_path), read_config(mcore), first_iteration=2, world_size=1, is_writer=True
+    )
+    for iteration, said in ((2, "a <blob>"), (4, "a\ndog")):
+        metrics.log_captions(iteration, [Caption("a/1", picture, "a *dog*", said), Caption("b", None, "yes", "no")])
+    metrics.flush()
+    board = read(tmp_path)
+    (image,) = board.Images("captions/a/1")
+    assert image.step == 2
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), picture.permute(1, 2, 0))
+    texts = [event.tensor_proto.string_val[0].decode() for event in board.Tensors("captions/a/1/text_summary")]
+    assert texts == [f"    model:     {said}\n    reference: a *dog*" for said in ("a <blob>", "a dog")]
+    assert board.Tags()["images"] == ["captions/a/1"]

@@ -1,0 +1,179 @@
+"""What the model in training says to a few pictures: greedy captions of validation samples, at any parallel sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from megatron_patch import parallel
+from megatron_patch.config import Config
+from megatron_patch.data.image import normalize, read_image_settings
+from megatron_patch.data.loader import valid_loader
+from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
+from megatron_patch.data.tokenize import IGNORE
+from megatron_patch.model.llava import DTYPES
+from megatron_patch.sizes import Llava
+from megatron_patch.training.step import cut_text
+
+MAX_NEW_TOKENS = 32
+"""A caption that is longer is cut off."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A sample's picture and what is said to it."""
+
+    key: str
+    """The sample's key in the dataset."""
+    picture: Tensor | None
+    """uint8 [3, h, w] as the vision tower gets it, several side by side; None for a text without pictures."""
+    reference: str
+    """The sample's (first) answer."""
+    said: str
+    """The model's."""
+
+
+def captioner(config: Config, llava: Llava) -> Callable[[list[DistributedDataParallel]], list[Caption]]:
+    """A function that captions the first `--log-captions` samples of the val split with the model's chunks.
+
+    All ranks call it, and all do the same: it is no more work than if the other data-parallel ranks waited. There is no
+    cache of keys and values: each word is a forward pass over whole sequences, on megatron.core's own schedule. So it
+    works with every cut that training works with.
+    """
+    count = config.training.log_captions if config.validates else 0
+    if count == 0:
+        return lambda chunks: []
+    encoder = LlavaTaskEncoder(config, llava)
+    ((_, _), (answer, _)) = encoder.prompt.pieces([("question", "answer")])
+    ends = torch.tensor(sorted({encoder.tokenizer(answer).input_ids[-1], encoder.tokenizer.eos_token_id} - {None}))
+    samples = _first_samples(config, llava, count)
+    prompts, references = zip(*map(_prompt_and_answer, samples), strict=True)
+    # Only the pictures that stand before the first answer.
+    num_images = [int((prompt == llava.image_token_id).sum()) // llava.vision.num_image_tokens for prompt in prompts]
+    pictures = [sample.pixels[:num] for sample, num in zip(samples, num_images, strict=True)]  # [n, 3, h, w] each
+    next_words = _next_words(config, llava, torch.cat(pictures))
+
+    def caption(chunks: list[DistributedDataParallel]) -> list[Caption]:
+        with evaluating(chunks):
+            answers = _generate(config, prompts, ends, lambda *text: next_words(chunks, *text))
+        return [
+            Caption(
+                key=sample.keys[0],
+                picture=torch.cat(list(pixels), dim=2) if len(pixels) else None,
+                reference=_decode(encoder.tokenizer, reference),
+                said=_decode(encoder.tokenizer, answer),
+            )
+            for sample, pixels, reference, answer in zip(samples, pictures, references, answers, strict=True)
+        ]
+
+    return caption
+
+
+@contextmanager
+def evaluating(chunks: list[DistributedDataParallel]) -> Iterator[None]:
+    """The model without gradients, and without what is done for them: recomputation, offloading."""
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        yield
+    for chunk in chunks:
+        chunk.train()
+
+
+def _first_samples(config: Config, llava: Llava, count: int) -> list[Batch]:
+    """The val split's first samples as batches of one, read by every rank for itself. Fewer where there are fewer."""
+    data = replace(config.data, micro_batch_size=1, num_workers=0, packing_buffer_size=0)
+    batches = iter(valid_loader(replace(config, data=data), llava, rank=0, world_size=1))
+    samples = {batch.keys[0]: batch for batch in islice(batches, count)}  # the split begins anew when it is through
+    batches.close()
+    return list(samples.values())
+
+
+def _prompt_and_answer(sample: Batch) -> tuple[Tensor, Tensor]:
+    """Everything up to the first answer, pictures as placeholders, and that answer: int64 [s] each."""
+    labels = sample.labels[0]  # [s], shifted: each is the id that follows
+    learned = (labels != IGNORE).nonzero().flatten()
+    first = int(learned[0])
+    length = int((learned == first + torch.arange(len(learned))).sum())
+    return sample.input_ids[0, : first + 1], labels[first : first + length]
+
+
+def _generate(
+    config: Config, prompts: tuple[Tensor, ...], ends: Tensor, next_words: Callable[[Tensor, Tensor], Tensor]
+) -> list[Tensor]:
+    """The answer to each prompt up to one of `ends`, int64 [s] each; `next_words`: (input_ids, lengths) -> ids [b]."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])  # [b]
+    longest = min(int(lengths.max()) + MAX_NEW_TOKENS, config.model.decoder_seq_length)
+    multiple = config.parallel.sequence_multiple
+    input_ids = torch.zeros(len(prompts), -(-longest // multiple) * multiple, dtype=torch.int64)  # [b, s]
+    for row, prompt in enumerate(prompts):
+        input_ids[row, : len(prompt)] = prompt
+    answers = [[] for _ in prompts]
+    is_going_on = torch.ones(len(prompts), dtype=torch.bool)
+    for _ in range(MAX_NEW_TOKENS):
+        words = next_words(input_ids, lengths)  # [b]
+        is_going_on &= ~torch.isin(words, ends)
+        for row in is_going_on.nonzero().flatten():
+            answers[row].append(words[row])
+        is_going_on &= lengths < longest
+        if not is_going_on.any():
+            break
+        input_ids[is_going_on, lengths[is_going_on]] = words[is_going_on]
+        lengths += is_going_on
+    return [torch.tensor(answer, dtype=torch.int64) for answer in answers]
+
+
+def _next_words(
+    config: Config, llava: Llava, pixels: Tensor
+) -> Callable[[list[DistributedDataParallel], Tensor, Tensor], Tensor]:
+    """A function (chunks, input_ids [b, s], lengths [b]) -> the likeliest next ids [b], the same on all ranks."""
+    image, schedule = read_image_settings(config.model.description), get_forward_backward_func()
+    pixel_values = normalize(pixels.to(parallel.device()), image.mean, image.std, DTYPES[config.model.precision])
+    # The interleaved pipeline needs as many micro batches as stages: it computes the same one again.
+    cut = config.parallel
+    num_micro_batches = cut.pipeline_model_parallel_size if cut.virtual_pipeline_model_parallel_size > 1 else 1
+
+    def next_words(chunks: list[DistributedDataParallel], input_ids: Tensor, lengths: Tensor) -> Tensor:
+        positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        # Context parallelism deals out sequences: the positions go along in the place of labels.
+        text = cut_text(Batch(keys=[], input_ids=input_ids, labels=positions, pixels=pixels), llava.image_token_id, cut)
+        words, image_rows = (text[name].to(parallel.device()) for name in ("input_ids", "image_rows"))
+        outputs = schedule(
+            forward_step_func=lambda _, chunk: (chunk(words, image_rows, pixel_values), None),
+            data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=num_micro_batches,
+            seq_length=input_ids.shape[1],
+            micro_batch_size=len(input_ids),
+            forward_only=True,
+        )
+        likeliest = torch.full(lengths.shape, -1, device=parallel.device())  # [b]
+        if parallel_state.is_pipeline_last_stage():
+            is_last = (text["labels"] == (lengths - 1).unsqueeze(1)).to(parallel.device())  # [b, s / CP]
+            logits = gather_from_tensor_model_parallel_region(outputs[0][is_last])  # [rows that end here, vocabulary]
+            logits[:, llava.image_token_id :][:, :1] = float("-inf")  # no word, and there is no picture for it
+            likeliest[is_last.any(dim=1)] = logits.argmax(dim=-1)
+            dist.all_reduce(likeliest, dist.ReduceOp.MAX, parallel_state.get_context_parallel_group())
+        dist.broadcast(
+            likeliest,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            parallel_state.get_pipeline_model_parallel_group(),
+        )
+        return likeliest.cpu()
+
+    return next_words
+
+
+def _decode(tokenizer: Any, ids: Tensor) -> str:
+    return tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
