@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup quickstart test lint matrix bench clean
+.PHONY: setup quickstart test lint matrix bench bench-training bench-converter clean
 
 setup: $(STAMP)
 
@@ -28,8 +28,13 @@ lint: $(STAMP)
 matrix: $(STAMP)
 	$(BIN)/python -W ignore -m tests.distributed.matrix
 
-bench: $(STAMP)
-	$(BIN)/python benchmarks/run.py
+bench: bench-training bench-converter
+
+bench-training: $(STAMP)
+	$(BIN)/python -W ignore benchmarks/train.py
+
+bench-converter: $(STAMP)
+	$(BIN)/python benchmarks/converter.py
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache

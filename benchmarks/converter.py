@@ -1,6 +1,6 @@
 """How fast the converter is, and how much memory it takes: a synthetic 7B LLaVA, in turn with `cp -r` and fsync.
 
-    python benchmarks/run.py [--depth 32] [--size 7B] [--repeat 3] [--folder DIR]
+    python benchmarks/converter.py [--depth 32] [--size 7B] [--repeat 3] [--folder DIR]
 
 It makes a Mistral and a CLIP-L/14-336 of random bytes (14.5 and 0.6 GB for 7B), converts them to TP4, TP1 and TP2 x PP2
 and back, each time right after or right before a copy of the same files, and compares the weights that came back with
@@ -382,3 +382,7 @@ def digest(path: Path, offset: int, size: int) -> str:
             hasher.update(data)
             size -= len(data)
     return hasher.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
