@@ -76,6 +76,7 @@ CASES = (
     _cut("PP2, offload", 2, pp=2, changed={"recompute": "offload"}),
     _cut("DP2", 2, use_distributed_optimizer=False),
     _cut("DP2+DO", 2),
+    _cut("DP2+DO, opt. offload", 2, changed={"optimizer_offload": "static"}),
     _cut("TP2xPP2", 4, tp=2, pp=2, sequence_parallel=False),
     _cut("TP2xPP2+SP", 4, tp=2, pp=2),
     _cut("CP2xTP2+SP", 4, tp=2, cp=2),
@@ -86,6 +87,7 @@ CASES = (
     Case("recompute uniform 2", changed={"recompute": "full", "recompute_num_layers": 2}),
     Case("recompute block 3", changed={"recompute": "full", "recompute_method": "block", "recompute_num_layers": 3}),
     Case("activation offload", changed={"recompute": "offload"}),
+    Case("optimizer offload", changed={"optimizer_offload": "static"}),
     Case("unfused attention", changed={"use_flash_attn": False}),
 )
 
@@ -169,14 +171,14 @@ def print_table(cases: list[Case], checkpoint: Path, folder: Path, runs: list[st
     """Print differences from one process, case by case; whether all are small enough."""
     devices = torch.cuda.device_count()
     print(f"{STEPS} steps on {f'{devices} GPUs' if devices else 'the CPU'}; the largest differences from one process:")
-    print(f"{'':20}" + "".join(f"{run + ' loss':>17}{'grad norm':>11}" for run in runs))
+    print(f"{'':22}" + "".join(f"{run + ' loss':>17}{'grad norm':>11}" for run in runs))
     expected = compute([ONE], checkpoint, folder, runs)[ONE.name]
     all_good = True
     for _, group in itertools.groupby(cases, lambda case: case.world_size):
         possible = []
         for case in group:
             if reason := why_not(case, checkpoint, devices):
-                print(f"{case.name:20} left out: {reason}")
+                print(f"{case.name:22} left out: {reason}")
             else:
                 possible.append(case)
         for name, reports in compute(possible, checkpoint, folder, runs).items() if possible else ():
@@ -186,7 +188,7 @@ def print_table(cases: list[Case], checkpoint: Path, folder: Path, runs: list[st
                 good = max(loss, norm) <= TOLERANCE[run]
                 cells += f"{loss:17.1e}{norm:11.1e}{'' if good else ' !'}"
                 all_good = all_good and good
-            print(f"{name:20}{cells}", flush=True)
+            print(f"{name:22}{cells}", flush=True)
     return all_good
 
 

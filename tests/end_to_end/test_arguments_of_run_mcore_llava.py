@@ -74,6 +74,7 @@ CHANGES = (  # argument, another value, the one setting that follows
     (13, "false", {"use_distributed_optimizer": False}),
     (14, "false", {"use_flash_attn": False}),
     (15, "full", {"recompute": "full"}),
+    (16, "static", {"optimizer_offload": "static"}),
     (17, "500", {"save_interval": 500}),
     (18, "other data", {"data_path": Path("other data")}),
     (19, "none", {"valid_data_path": None}),
