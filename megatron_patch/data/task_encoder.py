@@ -184,9 +184,7 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
         """Pad and stack, or put a pack's samples one behind the other."""
         if isinstance(samples[0], Pack):
             (pack,) = samples
-            lengths = [self.segment_length(sample) for sample in pack.samples]
-            lengths[-1] += -sum(lengths) % math.lcm(MULTIPLE, self.segment_multiple)
-            return _batch(pack.samples, lengths, packed=True)
+            return pack_samples(pack.samples, self.segment_multiple)
         longest = max(len(sample.input_ids) for sample in samples)
         length = min(_round_up(longest, MULTIPLE), self.max_length)
         return _batch(samples, [length] * len(samples), packed=False)
@@ -223,6 +221,13 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
                 f"{folder}/preprocessor_config.json: crop_size is {self.image_settings.crop_size}, but the vision "
                 f"tower takes {size} x {size} pixels; use the tower's own preprocessor_config.json"
             )
+
+
+def pack_samples(samples: list[EncodedSample], multiple: int) -> Batch:
+    """The samples one behind the other, each padded to a multiple of `multiple`, and the last to one of 8 too."""
+    lengths = [_round_up(len(sample.input_ids), multiple) for sample in samples]
+    lengths[-1] += -sum(lengths) % math.lcm(MULTIPLE, multiple)
+    return _batch(samples, lengths, packed=True)
 
 
 def _batch(samples: list[EncodedSample], lengths: list[int], *, packed: bool) -> Batch:

@@ -1,5 +1,7 @@
 """Every kind of energon's samples: what it says, what is learned of it, which pictures stand where."""
 
+import pickle
+
 import pytest
 import torch
 from megatron.energon import (
@@ -105,6 +107,26 @@ def test_turns_of_both_spellings():
     assert pair_turns(roles) == [("a", "b")]
     # As in LLaVA's training on ShareGPT's part of its mix.
     assert pair_turns([turn("gpt", "hello"), *TURNS, turn("human", "and?")]) == pair_turns(TURNS)
+
+
+class Canary:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pickles_in_a_shard_are_never_loaded(encoder, tmp_path):
+    data = pickle.dumps(Canary(tmp_path / "canary"))
+    names = ("pyd", "pickle", "pkl", "pth", "npy", "jpg", "1.jpg", "cls")
+    raw = {**KEYS, **dict.fromkeys(names, data), "json": b"[1]", "txt": b"a"}
+    decoded = encoder.decoder(raw)
+    assert all(decoded[name] == data for name in names)
+    assert (decoded["json"], decoded["txt"]) == ([1], "a")
+    assert not (tmp_path / "canary").exists()
 
 
 @edataclass

@@ -15,6 +15,7 @@ from megatron_patch.data.inspect import write_page
 from megatron_patch.data.loader import train_loader
 from megatron_patch.data.tokenize import load_tokenizer
 from tests.unit.data.samples import describe, settings
+from toolkits.multimodal_data_preprocessing.inspect_samples import main
 
 
 @pytest.mark.parametrize("packing", [0, 9])
@@ -36,3 +37,13 @@ def test_page_shows_every_token_label_and_picture(packing, tmp_path):
         assert torch.equal(torch.from_numpy(np.array(Image.open(io.BytesIO(data)))), expected.permute(1, 2, 0))
     # Nothing is fetched.
     assert not re.search(r"https?:|<link|<script|url\(", legend + page)
+
+
+def test_the_command_writes_a_page_or_says_why_not(mcore, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main([str(mcore), "nowhere", str(page)]) == 1
+    assert capsys.readouterr().err.startswith("error: nowhere: missing; expected an energon dataset")
+    assert main([str(mcore), "mock", str(page), "--num-batches", "none"]) == 2
+    assert not page.exists()
+    assert main([str(mcore), "mock", str(page), "--num-batches", "2", "--packing-buffer-size", "9"]) == 0
+    assert page.read_text().count("<h2>mock ") > 4
