@@ -271,20 +271,19 @@ CONTENT = (
     "{%- set pictures = message['content'] | selectattr('type', 'equalto', 'image') | list | length -%}"
     "{%- endif -%}"
 )
-FLATTENED = "{#- pictures become text -#}"
+FLATTENED = "{#- pictures have become text #}"
 
 
 def _with_pictures(template: str, image: str) -> str:
     """A language model's template behind one that writes each message's pictures into its text."""
-    if template.startswith(FLATTENED):
-        return template
+    template = template.rpartition(FLATTENED)[2]  # which may have been put before it already, with another `image`
     return (
-        f"{FLATTENED}{{%- set flat = namespace(messages=[]) -%}}{{%- for message in messages -%}}{CONTENT}"
-        f"{{%- set text = {json.dumps(image + chr(10))} * pictures + (text | trim if pictures else text) -%}}"
-        f"{{%- if not pictures -%}}{{%- set text = text | replace({json.dumps(IMAGE)}, {json.dumps(image)}) -%}}"
+        f"{{%- set flat = namespace(messages=[]) -%}}{{%- for message in messages -%}}{CONTENT}"
+        f"{{%- set text = text | replace({json.dumps(IMAGE)}, {json.dumps(image)}) -%}}"
+        f"{{%- if pictures -%}}{{%- set text = {json.dumps(image + chr(10))} * pictures + text | trim -%}}"
         "{%- endif -%}"
         "{%- set flat.messages = flat.messages + [{'role': message['role'], 'content': text}] -%}"
-        "{%- endfor -%}{%- set messages = flat.messages -%}" + template
+        f"{{%- endfor -%}}{{%- set messages = flat.messages -%}}{FLATTENED}{template}"
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlavaProcessor
 
-from megatron_patch.data.prompts import PROMPT_FORMATS, chat_template, find_format, prompt_format
+from megatron_patch.data.prompts import MARKED_IMAGE, PROMPT_FORMATS, chat_template, find_format, prompt_format
 from megatron_patch.data.tokenize import IGNORE, install_tokenizer, load_tokenizer
 from tests.unit.data.samples import CLIP
 from tests.unit.data.tokenizers import TOKENS, TURNS, encoded, mistral_v3, tiny
@@ -234,6 +234,23 @@ def test_the_tokenizers_own_template(source, tmp_path):
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == "".join(
         text for text, _ in pieces[:3]
     )
+
+
+@pytest.mark.parametrize("name", ["mistral", "plain", "tokenizer"])
+def test_templates_mark_pictures_as_training_does(name, source, tmp_path):
+    llm = with_template(source, tmp_path / "llm", PUBLISHED["zephyr-7b-beta"][1])
+    # What the converter wrote, from which a run that marks pictures makes its own.
+    (llm / "chat_template.jinja").write_text(chat_template("tokenizer", llm))
+    template = chat_template(name, llm, use_im_start_end=True)
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    pieces = prompt_format(name, tokenizer).pieces(TURNS[:1])
+    asked = [{"type": "image"}, {"type": "text", "text": "What  is it?"}]
+    for content in (asked, TURNS[0][0]):
+        messages = [{"role": "user", "content": content}]
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        assert text == pieces[0][0].replace("<image>", MARKED_IMAGE)
 
 
 @pytest.mark.parametrize(
