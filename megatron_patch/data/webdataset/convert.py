@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from megatron_patch.data.webdataset.output import LocalOutput, NoOutput, Record, write_manifest, write_text
+from megatron_patch.data.webdataset.objects import is_url
+from megatron_patch.data.webdataset.output import LocalOutput, ObjectOutput, Record, make_manifest, open_output
 from megatron_patch.data.webdataset.pictures import Pictures, open_roots
 from megatron_patch.data.webdataset.prepare import prepare_energon
 from megatron_patch.data.webdataset.progress import Progress
-from megatron_patch.data.webdataset.samples import Samples, find_annotations
+from megatron_patch.data.webdataset.samples import Samples, read_annotations
 from megatron_patch.data.webdataset.settings import Settings
 from megatron_patch.data.webdataset.shards import Job, TooManyRejected
 from megatron_patch.data.webdataset.workers import run
@@ -26,8 +27,8 @@ class Report:
     """Of the whole output; `records` are fewer with --part."""
     is_pairs: bool
     """VQASample, else conversations."""
-    quarantine: Path
-    """File with one line per rejected sample: position in the json, id, why."""
+    quarantine: str
+    """File or object with one line per rejected sample: position in the json, id, why."""
 
     @property
     def given(self) -> int:
@@ -53,15 +54,15 @@ def convert(settings: Settings) -> Report:
     its name when all shards are there. Raises ValueError or OSError in one line: missing input, an existing output
     (unless `overwrite`), more rejected samples than allowed.
     """
-    source = Path(settings.dir)
-    annotations = Path(settings.annotations) if settings.annotations else find_annotations(source)
-    samples = Samples(annotations, annotations.read_bytes(), settings.max_rejected_share)
-    pictures = Pictures(open_roots(_roots(settings, source)), settings.validate)
-    output = (NoOutput if settings.dry_run else LocalOutput)(Path(settings.output or source / "wds"))
+    place, data = read_annotations(settings.dir, settings.annotations)
+    samples = Samples(place, data, settings.max_rejected_share)
+    del data  # as large as the half of what was parsed
+    pictures = Pictures(open_roots(_roots(settings)), settings.validate)
+    output = open_output(settings.output or f"{settings.dir.rstrip('/') or '/'}/wds", dry_run=settings.dry_run)
     index, count = settings.share_of_shards
     job = Job(samples, pictures, output, int(settings.max_rejected_share * len(samples)))
     plan = {
-        "annotations": annotations.name,
+        "annotations": place.rpartition("/")[2],
         "sha256 of the annotations": samples.digest,
         "samples": len(samples),
         "sample type": "VQASample" if samples.is_pairs else "conversations",
@@ -76,11 +77,13 @@ def convert(settings: Settings) -> Report:
     return report
 
 
-def _roots(settings: Settings, source: Path) -> list[Path]:
+def _roots(settings: Settings) -> list[str]:
     if settings.images is not None:
-        return [Path(path.strip()) for path in settings.images.split(",") if path.strip()]
-    usual = (source, source / "images", source / "images.zip")
-    return [path for path in usual if path.exists()]
+        return [place.strip() for place in settings.images.split(",") if place.strip()]
+    if is_url(settings.dir):
+        return [settings.dir]
+    usual = (settings.dir, os.path.join(settings.dir, "images"), os.path.join(settings.dir, "images.zip"))
+    return [place for place in usual if os.path.exists(place)]
 
 
 def _write_shards(job: Job, shards: range, settings: Settings) -> list[Record]:
@@ -106,29 +109,22 @@ def _write_shards(job: Job, shards: range, settings: Settings) -> list[Record]:
 def _stop(job: Job, rejected: list[tuple[int, str, str]], settings: Settings) -> None:
     rejected.sort()
     where = "" if settings.dry_run else f"{job.output.quarantine}: "
-    if not settings.dry_run:
-        _write_quarantine(job.output.quarantine, rejected)
+    job.output.list_rejected(_lines(rejected))
     raise ValueError(
         f"{where}{len(rejected)} samples rejected, more than --max-rejected-share {settings.max_rejected_share} "
         f"allows; the last one: {rejected[-1][2]}"
     ) from None
 
 
-def _finish(output: LocalOutput, report: Report, plan: dict, *, prepare: bool) -> None:
+def _finish(output: LocalOutput | ObjectOutput, report: Report, plan: dict[str, Any], *, prepare: bool) -> None:
     counts = {record.shard: record.written for record in report.records if record.written}
     if len(counts) < 2:
-        raise ValueError(f"{output.path}: {report.written} usable samples; a train and a val split need at least 2")
-    _write_quarantine(output.quarantine, report.rejected)
-    write_manifest(output.partial, plan, report.records)
+        raise ValueError(f"{output.building}: {report.written} usable samples; a train and a val split need at least 2")
+    output.list_rejected(_lines(report.rejected))
     if prepare:
-        prepare_energon(output.partial, counts, is_pairs=report.is_pairs)
-    output.show()
+        prepare_energon(output.building, counts, is_pairs=report.is_pairs)
+    output.show(make_manifest(plan, report.records))
 
 
-def _write_quarantine(path: Path, rejected: Iterable[tuple[int, str, str]]) -> None:
-    """A line for each; no file where there is none."""
-    lines = [f"{position}\t{name}\t{why}\n" for position, name, why in rejected]
-    if lines:
-        write_text(path, "".join(lines))
-    else:
-        path.unlink(missing_ok=True)
+def _lines(rejected: list[tuple[int, str, str]]) -> list[str]:
+    return [f"{position}\t{name}\t{why}\n" for position, name, why in rejected]

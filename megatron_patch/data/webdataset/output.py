@@ -1,4 +1,7 @@
-"""Where shards go: built aside and recorded one by one, shown when all of them are there."""
+"""Where shards go: built aside and recorded one by one, shown when all of them are there.
+
+`LocalOutput`, `ObjectOutput` and `NoOutput` have the same methods.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.data.webdataset.objects import Objects, is_url
+
 PIECE = 1024**2
+RECORDS = ".records"
 PLAN = "plan.json"
 MANIFEST = "manifest.json"
 
@@ -41,11 +48,14 @@ class Record:
 class LocalOutput:
     """A folder that is built as FOLDER.partial and renamed when it is whole."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.partial = path.with_name(path.name + ".partial")
-        self.quarantine = path.with_name(path.name + ".rejected.tsv")
-        self._records = self.partial / ".records"
+    def __init__(self, place: str) -> None:
+        self.path = Path(place)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self._records = self.partial / RECORDS
+        self.quarantine = f"{place}.rejected.tsv"
+        """The list of rejected samples."""
+        self.building = str(self.partial.absolute())
+        """Where the shards are until they are shown, as energon takes it."""
 
     def begin(self, plan: dict[str, Any], overwrite: bool) -> None:
         """Make room, or go on with what the same plan began. Raises ValueError for what is in the way."""
@@ -56,24 +66,22 @@ class LocalOutput:
         begun = _read_json(self._records / PLAN)
         if self.partial.exists() and begun != plan:
             if not overwrite:
-                differing = sorted(name for name in plan if (begun or {}).get(name) != plan[name])
                 raise ValueError(
-                    f"{self.partial}: begun with another {', '.join(differing)}; finish it with the same, or give "
+                    f"{self.partial}: begun with another {_differing(begun, plan)}; finish it with the same, or give "
                     f"--overwrite, or remove it"
                 )
             _check_only_shards(self.partial)
             shutil.rmtree(self.partial)
         self._records.mkdir(parents=True, exist_ok=True)
         if begun != plan:
-            _write_whole(self._records / PLAN, plan)
+            _write_whole(self._records / PLAN, _to_json(plan))
 
     def read_record(self, shard: str) -> Record | None:
         """The record of a shard that is there as it was written, else None."""
-        content = _read_json(self._records / f"{shard}.json")
-        if content is None:
+        record = _to_record(_read_json(self._records / f"{shard}.json"))
+        if record is not None and record.written and not _is_intact(self.partial / shard, record):
             return None
-        record = Record(**{**content, "rejected": [tuple(line) for line in content["rejected"]]})
-        return record if record.written == 0 or _is_intact(self.partial / shard, record) else None
+        return record
 
     @contextmanager
     def new_shard(self, shard: str, record: Record) -> Iterator[int]:
@@ -90,12 +98,20 @@ class LocalOutput:
                     aside.rename(self.partial / shard)
                 else:
                     aside.unlink()
-            _write_whole(self._records / f"{shard}.json", asdict(record))
+            _write_whole(self._records / f"{shard}.json", _to_json(asdict(record)))
         finally:
             os.close(descriptor)
 
-    def show(self) -> None:
+    def list_rejected(self, lines: list[str]) -> None:
+        """Write the list; no file when there is none."""
+        if lines:
+            _write_whole(Path(self.quarantine), "".join(lines))
+        else:
+            Path(self.quarantine).unlink(missing_ok=True)
+
+    def show(self, manifest: dict[str, Any]) -> None:
         """Put the folder in its place, that of an older one if need be."""
+        _write_whole(self.partial / MANIFEST, _to_json(manifest))
         replaced = self.path.with_name(f".{self.path.name}.replaced.{os.getpid()}")
         if self.path.exists():
             self.path.rename(replaced)
@@ -105,15 +121,69 @@ class LocalOutput:
             if replaced.exists():
                 replaced.rename(self.path)
             raise
-        for folder in (self.path / self._records.name, replaced):
+        for folder in (self.path / RECORDS, replaced):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+class ObjectOutput:
+    """A URL of an object store. Nothing is renamed there: the manifest comes last, when all shards are there."""
+
+    def __init__(self, place: str) -> None:
+        self._objects = Objects(place)
+        self._beside = Objects(place.rstrip("/").rpartition("/")[0])
+        self.quarantine = f"{self._objects.url}.rejected.tsv"
+        self.building = self._objects.msc_url()
+
+    def begin(self, plan: dict[str, Any], overwrite: bool) -> None:
+        """Go on with what the same plan began. Raises ValueError for what is in the way: nothing is removed there."""
+        url = self._objects.url
+        if overwrite:
+            raise ValueError(f"{url}: --overwrite removes nothing from an object store; remove it yourself")
+        if self._objects.size(MANIFEST) is not None:
+            raise ValueError(f"{url}: exists; remove it, or give another --output")
+        begun = _parse_json(self._objects.read(f"{RECORDS}/{PLAN}"))
+        if begun not in (None, plan):
+            raise ValueError(
+                f"{url}: begun with another {_differing(begun, plan)}; finish it with the same, or remove it"
+            )
+        self._objects.write(f"{RECORDS}/{PLAN}", _to_json(plan).encode())
+
+    def read_record(self, shard: str) -> Record | None:
+        """The record of a shard that is there in its size, else None."""
+        record = _to_record(_parse_json(self._objects.read(f"{RECORDS}/{shard}.json")))
+        if record is not None and record.written and self._objects.size(shard) != record.size:
+            return None
+        return record
+
+    @contextmanager
+    def new_shard(self, shard: str, record: Record) -> Iterator[int]:
+        """A descriptor to write the shard to, in a temporary file. At the end it is uploaded, and then its record."""
+        with tempfile.NamedTemporaryFile(prefix=f"{shard}.") as file:
+            yield file.fileno()
+            if record.written:
+                self._objects.upload(shard, Path(file.name))
+        self._objects.write(f"{RECORDS}/{shard}.json", _to_json(asdict(record)).encode())
+
+    def list_rejected(self, lines: list[str]) -> None:
+        """See `LocalOutput`."""
+        name = self.quarantine.rpartition("/")[2]
+        if lines:
+            self._beside.write(name, "".join(lines).encode())
+        else:
+            self._beside.delete(name)
+
+    def show(self, manifest: dict[str, Any]) -> None:
+        """Write the manifest, and remove the records."""
+        self._objects.write(MANIFEST, _to_json(manifest).encode())
+        for name in (PLAN, *(f"{shard}.json" for shard in manifest["shards"])):
+            self._objects.delete(f"{RECORDS}/{name}")
 
 
 class NoOutput:
     """Takes shards and forgets them."""
 
-    def __init__(self, path: Path) -> None:
-        self.quarantine = path
+    def __init__(self, place: str) -> None:
+        self.quarantine = place
 
     def begin(self, plan: dict[str, Any], overwrite: bool) -> None:
         """Nothing is in the way."""
@@ -127,14 +197,24 @@ class NoOutput:
         with open(os.devnull, "wb") as file:
             yield file.fileno()
 
+    def list_rejected(self, lines: list[str]) -> None:
+        """The error says enough."""
 
-def write_manifest(folder: Path, plan: dict[str, Any], records: list[Record]) -> None:
-    """manifest.json: what was converted how, and each shard's size and CRC-32."""
+
+def open_output(place: str, *, dry_run: bool) -> LocalOutput | ObjectOutput | NoOutput:
+    """The output of a folder or URL."""
+    if dry_run:
+        return NoOutput(place)
+    return ObjectOutput(place) if is_url(place) else LocalOutput(place)
+
+
+def make_manifest(plan: dict[str, Any], records: list[Record]) -> dict[str, Any]:
+    """What was converted how, and each shard's counts, size and CRC-32."""
     shards = {}
     for record in records:
         content = {**asdict(record), "rejected": len(record.rejected)}
         shards[content.pop("shard")] = content
-    _write_whole(folder / MANIFEST, {**plan, "shards": shards})
+    return {**plan, "shards": shards}
 
 
 def _is_intact(path: Path, record: Record) -> bool:
@@ -176,18 +256,32 @@ def _check_only_shards(folder: Path) -> None:
             raise ValueError(f"{path}: not made by a conversion, so --overwrite does not remove it; remove it yourself")
 
 
+def _differing(begun: dict[str, Any] | None, plan: dict[str, Any]) -> str:
+    return ", ".join(sorted(name for name in plan if (begun or {}).get(name) != plan[name]))
+
+
+def _to_record(content: dict[str, Any] | None) -> Record | None:
+    if content is None:
+        return None
+    return Record(**{**content, "rejected": [tuple(line) for line in content["rejected"]]})
+
+
+def _to_json(content: Any) -> str:
+    return json.dumps(content, indent=1) + "\n"
+
+
 def _read_json(path: Path) -> Any:
+    return _parse_json(path.read_bytes() if path.is_file() else None)
+
+
+def _parse_json(data: bytes | None) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        return None if data is None else json.loads(data)
+    except ValueError:
         return None
 
 
-def _write_whole(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
+def _write_whole(path: Path, text: str) -> None:
     """The file is there as a whole or not at all."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with aside.open("w") as file:

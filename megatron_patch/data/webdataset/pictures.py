@@ -6,16 +6,17 @@ Names that lead out of the given folders are refused.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from megatron_patch.data.webdataset.formats import check_decodes, check_header, check_present
+from megatron_patch.data.webdataset.objects import ObjectFile, Objects, is_url
 from megatron_patch.data.webdataset.samples import Rejected
 from megatron_patch.data.webdataset.settings import Validation
 
@@ -111,6 +112,14 @@ class FolderRoot:
         return real
 
 
+class LocalFile(io.FileIO):
+    """A file that can also be read at any place, without moving the one that it is at."""
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """At most `size` bytes at `offset`."""
+        return os.pread(self.fileno(), size, offset)
+
+
 class _Member(NamedTuple):
     offset: int
     stored: int
@@ -120,12 +129,26 @@ class _Member(NamedTuple):
     is_encrypted: bool
 
 
+class ObjectRoot:
+    """A URL of an object store, under which pictures lie by their names."""
+
+    def __init__(self, url: str) -> None:
+        self._objects = Objects(url)
+
+    def read(self, name: str) -> bytes | None:
+        """See `Root`."""
+        if name.startswith("/") or ".." in name.split("/"):
+            raise Rejected("leads out of the folder")
+        return self._objects.read(name)
+
+
 class ZipRoot:
     """A zip archive. It is opened once: processes that are forked share its table and read at their own places."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, place: str) -> None:
+        self._file = ObjectFile(place) if is_url(place) else LocalFile(place)
         try:
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(self._file) as archive:
                 self._members = {
                     info.filename: _Member(
                         info.header_offset,
@@ -138,8 +161,7 @@ class ZipRoot:
                     for info in archive.infolist()
                 }
         except (zipfile.BadZipFile, NotImplementedError) as error:
-            raise ValueError(f"{path}: not a whole zip archive: {error}; download it again") from None
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            raise ValueError(f"{place}: not a whole zip archive: {error}; download it again") from None
 
     def read(self, name: str) -> bytes | None:
         """See `Root`."""
@@ -163,13 +185,13 @@ class ZipRoot:
     def _read_stored(self, name: str, member: _Member) -> bytes:
         """The member's bytes as they lie there, behind its own header, whose length is only written in itself."""
         guess = 30 + len(name.encode()) + 64
-        data = os.pread(self._descriptor, guess + member.stored, member.offset)
+        data = self._file.pread(guess + member.stored, member.offset)
         if len(data) < 30 or not data.startswith(b"PK\x03\x04"):
             raise Rejected("damaged in the archive: no header")
         begin = 30 + sum(struct.unpack_from("<HH", data, 26))
         if begin <= guess:
             return data[begin : begin + member.stored]
-        return os.pread(self._descriptor, member.stored, member.offset + begin)
+        return self._file.pread(member.stored, member.offset + begin)
 
 
 def _short(name: str) -> str:
@@ -177,15 +199,17 @@ def _short(name: str) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def open_roots(paths: Sequence[Path]) -> list[Root]:
-    """A root for each folder or zip archive. Raises ValueError for what is neither."""
-    allowed = [os.path.realpath(path) for path in paths if path.is_dir()]
+def open_roots(places: Sequence[str]) -> list[Root]:
+    """A root for each folder, zip archive or URL. Raises ValueError for what is neither."""
+    allowed = [os.path.realpath(place) for place in places if os.path.isdir(place)]
     roots: list[Root] = []
-    for path in paths:
-        if path.is_dir():
-            roots.append(FolderRoot(str(path), allowed))
-        elif path.is_file():
-            roots.append(ZipRoot(str(path)))
+    for place in places:
+        if os.path.isdir(place):
+            roots.append(FolderRoot(place, allowed))
+        elif os.path.isfile(place) or (is_url(place) and place.endswith(".zip")):
+            roots.append(ZipRoot(place))
+        elif is_url(place):
+            roots.append(ObjectRoot(place))
         else:
-            raise ValueError(f"{path}: neither a folder nor a zip archive; expected pictures in it")
+            raise ValueError(f"{place}: neither a folder nor a zip archive; expected pictures in it")
     return roots

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-from pathlib import Path
 
 # One question and one answer about one picture.
 PAIRS_YAML = """\
@@ -27,20 +26,23 @@ __class__: CrudeWebdataset
 SPLIT = (("train", 9.0), ("val", 1.0), ("test", 0.0))
 
 
-def prepare_energon(folder: Path, counts: dict[str, int], *, is_pairs: bool) -> None:
+def prepare_energon(place: str, counts: dict[str, int], *, is_pairs: bool) -> None:
     """Index, split 9 to 1 by shard, dataset.yaml for VQASample, or for crude samples unless `is_pairs`.
 
-    `counts`: shard name -> samples in it. Raises ValueError when energon finds other ones.
+    `place`: folder, or URL as energon takes it; `counts`: shard name -> samples in it. Raises ValueError when energon
+    finds other ones.
     """
     from megatron.energon.epathlib import EPath
     from megatron.energon.flavors import BaseWebdatasetFactory
 
+    folder = EPath(place)
     meta = folder / ".nv-meta"
-    shutil.rmtree(meta, ignore_errors=True)  # of a run that was killed here
+    if folder.is_local():
+        shutil.rmtree(meta.local_path(), ignore_errors=True)  # of a run that was killed here
     # Its remarks name the folder that is renamed afterwards.
     with contextlib.redirect_stdout(io.StringIO()):
         BaseWebdatasetFactory.prepare_dataset(
-            EPath(folder.resolve()),
+            folder,
             sorted(counts),
             split_parts_ratio=list(SPLIT),
             shuffle_seed=None,
@@ -50,5 +52,5 @@ def prepare_energon(folder: Path, counts: dict[str, int], *, is_pairs: bool) -> 
     if found != counts:
         # Energon logs a shard that it cannot read, and goes on without it.
         differing = sorted(name for name in counts if found.get(name) != counts[name])
-        raise ValueError(f"{folder}: energon counts other samples than were written in {', '.join(differing)}")
+        raise ValueError(f"{place}: energon counts other samples than were written in {', '.join(differing)}")
     (meta / "dataset.yaml").write_text(PAIRS_YAML if is_pairs else CONVERSATIONS_YAML)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.data.webdataset.objects import Objects, is_url
+
 IMAGE = "<image>"
 ANNOTATIONS = "blip_laion_cc_sbu_558k.json"
 # A dot in a key breaks a sample without a word; 90 characters fit a plain tar header.
@@ -37,11 +39,10 @@ class Sample:
 class Samples:
     """The entries of one json, checked when they are asked for."""
 
-    def __init__(self, path: Path, data: bytes, max_rejected_share: float) -> None:
-        """`data`: the json's bytes. Raises ValueError when it is no list of samples."""
-        self.path = path
+    def __init__(self, place: str, data: bytes, max_rejected_share: float) -> None:
+        """`data`: the bytes of the json at `place`. Raises ValueError when it is no list of samples."""
         self.digest = hashlib.sha256(data).hexdigest()
-        self._entries = _parse_list(path, data)
+        self._entries = _parse_list(place, data)
         self.num_pairs = sum(map(_looks_like_pair, self._entries))
         self.is_pairs = self.num_pairs == len(self) or not any(map(_is_usable_otherwise, self._entries))
         """Whether every usable sample is one question and one answer about one picture: a VQASample."""
@@ -69,8 +70,22 @@ class Samples:
         return Sample(str(entry["id"]), turns, images)
 
 
-def find_annotations(folder: Path) -> Path:
-    """The json of conversations in `folder`: LLaVA-Pretrain's, else the only one. Raises ValueError."""
+def read_annotations(folder: str, given: str | None) -> tuple[str, bytes]:
+    """Where the json of conversations is, and its bytes: the `given` one, else LLaVA-Pretrain's, else the only one.
+
+    `folder` and `given` may be URLs. Raises ValueError when it is missing, or when there are several.
+    """
+    if is_url(given or folder):
+        place = given or f"{folder.rstrip('/')}/{ANNOTATIONS}"
+        data = Objects(place).read("")
+        if data is None:
+            raise ValueError(f"{place}: missing; say which json holds the conversations with --annotations")
+        return place, data
+    path = Path(given) if given else _find_annotations(Path(folder))
+    return str(path), path.read_bytes()
+
+
+def _find_annotations(folder: Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; expected LLaVA's json and the images in it")
     if (folder / ANNOTATIONS).is_file():
@@ -150,17 +165,17 @@ def _holds_conversations(path: Path) -> bool:
     return bool(re.match(rb"\s*\[\s*\{", head)) and b'"conversations"' in head
 
 
-def _parse_list(path: Path, data: bytes) -> list[Any]:
+def _parse_list(place: str, data: bytes) -> list[Any]:
     # A million small objects, none of them garbage: looking for some takes as long as the parsing.
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         entries = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not json: {error}; download it again") from None
+        raise ValueError(f"{place}: not json: {error}; download it again") from None
     finally:
         if was_enabled:
             gc.enable()
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: expected a list of samples")
+        raise ValueError(f"{place}: expected a list of samples")
     return entries

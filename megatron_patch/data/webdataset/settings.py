@@ -16,11 +16,12 @@ class Settings:
 
     DIR holds a json of conversations (LLaVA-Pretrain's, LLaVA-CC3M-Pretrain-595K's, an instruction mix) and its
     pictures, unzipped or as images.zip. Samples that cannot be used are listed in DIR/wds.rejected.tsv, one line each:
-    position in the json, id, why. Ended too early, the same command goes on where it was.
+    position in the json, id, why. Ended too early, the same command goes on where it was. All places may be URLs of an
+    object store, such as s3://bucket/folder.
     """
 
     dir: str
-    """Folder with the json and the pictures."""
+    """Folder with the json and the pictures; a URL's json is LLaVA-Pretrain's, or --annotations."""
 
     annotations: str | None = None
     """The json; none: the one in DIR that holds conversations."""

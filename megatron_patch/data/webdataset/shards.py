@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 
-from megatron_patch.data.webdataset.output import LocalOutput, NoOutput, Record
+from megatron_patch.data.webdataset.output import LocalOutput, NoOutput, ObjectOutput, Record
 from megatron_patch.data.webdataset.pictures import Pictures
 from megatron_patch.data.webdataset.samples import Rejected, Sample, Samples
 from megatron_patch.data.webdataset.tar import TarWriter
@@ -28,7 +28,7 @@ class Job:
 
     samples: Samples
     pictures: Pictures
-    output: LocalOutput | NoOutput
+    output: LocalOutput | ObjectOutput | NoOutput
     max_rejected: int
 
     @property

@@ -21,7 +21,7 @@ def read_shards(folder: Path) -> dict[str, bytes]:
 
 def rejects(report: Report) -> dict[str, str]:
     """id -> why, from the list, which says the same as the report."""
-    lines = [line.split("\t") for line in report.quarantine.read_text().splitlines()]
+    lines = [line.split("\t") for line in Path(report.quarantine).read_text().splitlines()]
     assert [(int(position), *line) for position, *line in lines] == report.rejected
     assert report.given == report.written + len(lines)
     return {name: why for _, name, why in lines}

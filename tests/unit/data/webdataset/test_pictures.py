@@ -21,7 +21,7 @@ def test_several_roots_are_asked_in_their_order(tmp_path):
         archive.writestr("a.jpg", PICTURE + b"4")
         archive.writestr("deep/c.jpg", PICTURE + b"5")
     roots = [tmp_path / "coco", tmp_path / "gqa" / "images", tmp_path / "more.zip"]
-    pictures = Pictures(open_roots(roots), "header")
+    pictures = Pictures(open_roots(list(map(str, roots))), "header")
     assert [pictures.read(name)[-1:] for name in ("a.jpg", "b.jpg", "./b.jpg", "deep/c.jpg")] == [
         b"1",
         b"3",
@@ -31,7 +31,7 @@ def test_several_roots_are_asked_in_their_order(tmp_path):
     with pytest.raises(Rejected, match=r"image 'c\.jpg': missing"):
         pictures.read("c.jpg")
     with pytest.raises(ValueError, match="nowhere: neither a folder nor a zip archive"):
-        open_roots([tmp_path / "nowhere"])
+        open_roots([str(tmp_path / "nowhere")])
 
 
 def test_links_lead_only_into_the_given_folders(tmp_path):
@@ -47,14 +47,14 @@ def test_links_lead_only_into_the_given_folders(tmp_path):
     (tmp_path / "data2").mkdir()
     (tmp_path / "data2" / "a.jpg").write_bytes(PICTURE)
     (tmp_path / "data" / "near.jpg").symlink_to(tmp_path / "data2" / "a.jpg")
-    alone = Pictures(open_roots([tmp_path / "data"]), "header")
+    alone = Pictures(open_roots([str(tmp_path / "data")]), "header")
     assert alone.read("inside.jpg") == PICTURE
     for name in ("a.jpg", "folder/deep/a.jpg", "near.jpg"):
         with pytest.raises(Rejected, match="a link that leads out of the folder; name its target with --images"):
             alone.read(name)
     with pytest.raises(Rejected, match=r"image 'loop\.jpg'"):
         alone.read("loop.jpg")
-    both = Pictures(open_roots([tmp_path / "data", tmp_path / "elsewhere"]), "header")
+    both = Pictures(open_roots([str(tmp_path / "data"), str(tmp_path / "elsewhere")]), "header")
     assert both.read("a.jpg") == both.read("folder/deep/a.jpg") == PICTURE
 
 
@@ -67,7 +67,7 @@ def test_damage_in_an_archive(method, tmp_path):
     whole = path.read_bytes()
     middle = zipfile.ZipFile(path).getinfo("b.jpg").header_offset // 2
     path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    pictures = Pictures(open_roots([path]), "none")
+    pictures = Pictures(open_roots([str(path)]), "none")
     if method == zipfile.ZIP_BZIP2:
         with pytest.raises(Rejected, match="packed in a way other than stored and deflated"):
             pictures.read("b.jpg")
@@ -77,4 +77,4 @@ def test_damage_in_an_archive(method, tmp_path):
         pictures.read("a.jpg")
     path.write_bytes(whole[:-30])
     with pytest.raises(ValueError, match=r"images\.zip: not a whole zip archive: .*; download it again"):
-        open_roots([path])
+        open_roots([str(path)])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_patch.data.webdataset.samples import Rejected, Samples, find_annotations
+from megatron_patch.data.webdataset.samples import Rejected, Samples, read_annotations
 from tests.unit.data.samples import entry
 
 
@@ -20,14 +20,14 @@ def test_the_json_is_found_by_its_content(tmp_path):
     (tmp_path / "metadata.json").write_text(json.dumps([{"id": 1, "caption": "a"}]))
     (tmp_path / "notes.json").write_text('{"conversations": 1}')
     with pytest.raises(ValueError, match="no other json with conversations beside it; give --annotations"):
-        find_annotations(tmp_path)
+        read_annotations(str(tmp_path), None)
     (tmp_path / "chat.json").write_text(json.dumps([entry(1)], indent=2))
-    assert find_annotations(tmp_path) == tmp_path / "chat.json"
+    assert read_annotations(str(tmp_path), None)[0] == str(tmp_path / "chat.json")
     (tmp_path / "mix.json").write_text(json.dumps([entry(1)]))
     with pytest.raises(ValueError, match=r"chat\.json, mix\.json hold conversations; say which with --annotations"):
-        find_annotations(tmp_path)
+        read_annotations(str(tmp_path), None)
     (tmp_path / "blip_laion_cc_sbu_558k.json").write_text("[")
-    assert find_annotations(tmp_path).name == "blip_laion_cc_sbu_558k.json"
+    assert read_annotations(str(tmp_path), None)[0].rpartition("/")[2] == "blip_laion_cc_sbu_558k.json"
 
 
 def test_one_usable_sample_of_another_kind_makes_it_a_mix():
