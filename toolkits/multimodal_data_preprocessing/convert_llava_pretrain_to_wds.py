@@ -42,9 +42,11 @@ def _describe(settings: Settings, report: Report) -> str:
     mean = sum(record.picture_bytes for record in report.records) / max(1, pictures)
     largest = max(record.largest_picture for record in report.records)
     part = f" (part {settings.part} of {report.num_shards})" if settings.part else ""
+    lengths = f"{report.lengths}\n" if report.lengths else ""
     return (
         f"{len(report.records)} shards{part} of {'VQASample' if report.is_pairs else 'conversations'}, "
         f"{size / 1e6:,.1f} MB; {pictures} pictures of {mean / 1e3:.1f} kB, the largest {largest / 1e3:.1f} kB\n"
+        f"{lengths}"
         f"{output}: {report.given} given = {report.written} written + {len(report.rejected)} rejected{where}"
     )
 

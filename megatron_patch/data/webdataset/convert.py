@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_patch.data.webdataset.lengths import Lengths, Measure
 from megatron_patch.data.webdataset.objects import is_url
 from megatron_patch.data.webdataset.output import LocalOutput, ObjectOutput, Record, make_manifest, open_output
 from megatron_patch.data.webdataset.pictures import Pictures, open_roots
@@ -14,7 +16,7 @@ from megatron_patch.data.webdataset.progress import Progress
 from megatron_patch.data.webdataset.samples import Samples, read_annotations
 from megatron_patch.data.webdataset.settings import Settings
 from megatron_patch.data.webdataset.shards import Job, TooManyRejected
-from megatron_patch.data.webdataset.workers import run
+from megatron_patch.data.webdataset.workers import Tell, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class Report:
     """VQASample, else conversations."""
     quarantine: str
     """File or object with one line per rejected sample: position in the json, id, why."""
+    lengths: Lengths | None
+    """Of the written samples, with --tokenizer."""
 
     @property
     def given(self) -> int:
@@ -54,6 +58,7 @@ def convert(settings: Settings) -> Report:
     its name when all shards are there. Raises ValueError or OSError in one line: missing input, an existing output
     (unless `overwrite`), more rejected samples than allowed.
     """
+    measure = Measure(settings.tokenizer) if settings.tokenizer else None
     place, data = read_annotations(settings.dir, settings.annotations)
     samples = Samples(place, data, settings.max_rejected_share)
     del data  # as large as the half of what was parsed
@@ -70,8 +75,15 @@ def convert(settings: Settings) -> Report:
         "validate": settings.validate,
     }
     output.begin(plan, settings.overwrite)
-    records = _write_shards(job, range(index, job.num_shards, count), settings)
-    report = Report(records=records, num_shards=job.num_shards, is_pairs=samples.is_pairs, quarantine=output.quarantine)
+    shards = range(index, job.num_shards, count)
+    records = _write_shards(job, shards, settings)
+    report = Report(
+        records=records,
+        num_shards=job.num_shards,
+        is_pairs=samples.is_pairs,
+        quarantine=output.quarantine,
+        lengths=_measure(measure, job, records, settings) if measure else None,
+    )
     if not settings.dry_run and settings.part is None:
         _finish(output, report, plan, prepare=not settings.no_prepare)
     return report
@@ -104,6 +116,19 @@ def _write_shards(job: Job, shards: range, settings: Settings) -> list[Record]:
         answers.close()
         progress.close()
     return sorted(records, key=lambda record: record.shard)
+
+
+def _measure(measure: Measure, job: Job, records: list[Record], settings: Settings) -> Lengths:
+    rejected = {position for record in records for position, *_ in record.rejected}
+
+    def count(shard: int, tell: Tell) -> tuple[str, Counter[int]]:
+        usable = (position for position in job.positions(shard) if position not in rejected)
+        return measure.count((job.samples.get(position).turns for position in usable), tell)
+
+    shards = [int(record.shard.partition(".")[0]) for record in records]
+    results = [answer for answer in run(count, shards, settings.num_workers) if not isinstance(answer, int)]
+    counts = sum((counts for _, counts in results), Counter())
+    return Lengths(counts=counts, prompt_format=results[0][0], num_image_tokens=measure.num_image_tokens)
 
 
 def _stop(job: Job, rejected: list[tuple[int, str, str]], settings: Settings) -> None:

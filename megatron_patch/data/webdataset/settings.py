@@ -46,6 +46,10 @@ class Settings:
     max_rejected_share: float = 0.01
     """Part of the samples, 0 to 1, that may be unusable before it is an error."""
 
+    tokenizer: str | None = None
+    """Folder of the model that will be trained (a language model's, or a LLaVA's): count tokens as training will, and
+    suggest a DECODER_SEQ_LEN."""
+
     part: str | None = None
     """Such as 2/8: write the second eighth of the shards only, for one of 8 jobs. Without it, the same command joins
     the parts."""
