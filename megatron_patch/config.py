@@ -281,8 +281,6 @@ class Optimizer:
     """Optimizer states kept on the CPU and stepped there. static: all; auto: as many as free device memory asks for."""
 
     def __post_init__(self) -> None:
-        if self.optimizer_offload == "auto":
-            raise ValueError("--optimizer-offload auto: not supported yet; use static or false")
         require_finite(self)
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -324,6 +322,9 @@ class Training:
 
     log_captions: int = 4
     """Samples of the val split that the model captions at each validation, for the log and TensorBoard; 0: none."""
+
+    plan: bool = False
+    """Print what the ranks need in memory, by arithmetic, and start nothing."""
 
     exit_duration_in_mins: int | None = None
     """Minutes after which a run saves and ends, to be started again; none: it goes on to the last iteration."""

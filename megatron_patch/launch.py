@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_patch.checkpoint.companions import checkpoint_folder
 from megatron_patch.config import MOCK, Config
 from megatron_patch.families.llava import read_config
+from megatron_patch.plan import report
 
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 """Exit codes of a run that a signal ended after it was saved."""
@@ -30,8 +31,10 @@ def launch(config: Config, script: Path, argv: Sequence[str]) -> int:
 
     Raises ValueError or OSError, before anything is started, for what cannot work.
     """
-    check_files(config)
-    config.check(read_config(config.model.description))
+    if not config.training.plan:
+        check_files(config)
+    llava = read_config(config.model.description)
+    config.check(llava)
     nodes, node_rank = find_nodes(config)
     processes = processes_per_node(config, nodes)
     cut, world_size = config.parallel, nodes * processes
@@ -42,6 +45,9 @@ def launch(config: Config, script: Path, argv: Sequence[str]) -> int:
         f"{micro_batches} micro batches of {config.data.micro_batch_size} per iteration",
         flush=True,
     )
+    if config.training.plan:
+        print(report(config, llava, world_size))
+        return 0
     check_output(config.checkpoint.output)
     if nodes == 1:
         where = ["--standalone"]

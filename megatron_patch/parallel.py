@@ -44,6 +44,11 @@ def stop() -> None:
     dist.destroy_process_group()
 
 
+def free_memory() -> int | None:
+    """Bytes that are free on this process's GPU; None without one."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+
+
 def device() -> torch.device:
     """Where this process computes."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

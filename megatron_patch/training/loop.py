@@ -90,7 +90,7 @@ def start_or_resume(
         logger.info(f"loaded the weights of {config.model.pretrained_checkpoint}")
     # After the weights: the optimizer takes its fp32 copies of them when it is built.
     wrapped = wrap(chunks, config)
-    optimizer = build_optimizer(wrapped, config)
+    optimizer = build_optimizer(wrapped, config, llava)
     progress = Progress()
     if checkpoint is not None:
         progress = load_checkpoint(config, checkpoint, chunks, optimizer)

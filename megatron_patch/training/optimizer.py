@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
+from megatron_patch import parallel
 from megatron_patch.config import Config
 from megatron_patch.model.llava import LlavaModel
+from megatron_patch.plan import GIB, offload_fraction, plan
+from megatron_patch.sizes import Llava
+from megatron_patch.training.log import logger
 
 FIRST_LOSS_SCALE = 2.0**12
 """fp16: what the loss, a sum over tokens, is multiplied with at first. Halved after gradients overflow twice."""
@@ -48,10 +55,10 @@ def gather_weights(chunks: list[DistributedDataParallel], config: Config) -> Non
             chunk.start_param_sync(force_sync=True)
 
 
-def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:
+def build_optimizer(chunks: list[DistributedDataParallel], config: Config, llava: Llava) -> MegatronOptimizer:
     """Adam with decoupled weight decay, its states in fp32 and, where asked for, cut over the data-parallel ranks."""
     settings, core = config.optimizer, chunks[0].config
-    fraction = offloaded_fraction(config)
+    fraction = offloaded_fraction(config, llava)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -81,9 +88,26 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
     return optimizer
 
 
-def offloaded_fraction(config: Config) -> float:
-    """Which part of this rank's optimizer states is kept on the CPU."""
-    return {"false": 0.0, "static": 1.0}[config.optimizer.optimizer_offload]
+def offloaded_fraction(config: Config, llava: Llava) -> float:
+    """Which part of each rank's optimizer states is kept on the CPU: with auto, what the rank with least room asks for.
+
+    To be called when weights and gradients are on the device.
+    """
+    if config.optimizer.optimizer_offload != "auto":
+        return float(config.optimizer.optimizer_offload == "static")
+    free = parallel.free_memory()
+    if free is None:
+        logger.info("--optimizer-offload auto: 0% of the optimizer states offloaded, since there is no GPU")
+        return 0.0
+    memory = plan(config, llava, dist.get_world_size())[parallel_state.get_pipeline_model_parallel_rank()]
+    fraction = torch.tensor(offload_fraction(memory, free), device=parallel.device())
+    dist.all_reduce(fraction, op=dist.ReduceOp.MAX)
+    logger.info(
+        f"--optimizer-offload auto: {fraction.item():.0%} of the optimizer states offloaded; on this rank "
+        f"{free / GIB:.1f} GiB are free, for {memory.optimizer / GIB:.1f} GiB of states and "
+        f"{(memory.activations + memory.working) / GIB:.1f} GiB of activations"
+    )
+    return fraction.item()
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: Config, iteration: int) -> OptimizerParamScheduler:

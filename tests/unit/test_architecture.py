@@ -18,16 +18,19 @@ ALLOWED = {
     "arguments.py": (),
     "conversion.py": ("config", "arguments"),
     "parallel.py": ("config",),
-    "launch.py": ("config", "families", "checkpoint"),
+    "activations.py": ("config", "sizes"),
+    "plan.py": ("activations", "config", "families", "sizes"),
+    "launch.py": ("config", "families", "checkpoint", "plan"),
     "patches": (),
     "families": ("sizes",),
     "model": ("config", "sizes"),
     "checkpoint": ("checks", "config", "sizes", "families", "model"),
     "data": ("config", "sizes"),
-    "training": ("config", "sizes", "families", "model", "checkpoint", "data", "parallel"),
+    "training": ("config", "sizes", "families", "model", "checkpoint", "data", "parallel", "plan"),
     "__init__.py": ("patches",),
 }
 WITHOUT_MEGATRON_CORE = ("config.py", "sizes.py", "arguments.py", "conversion.py", "launch.py", "families", "data")
+WITHOUT_MEGATRON_CORE += ("activations.py", "plan.py")
 MEGATRON_CORE_IN_CHECKPOINT = ("resume.py", "torch_dist.py")
 FILES = sorted(PACKAGE.rglob("*.py"))
 

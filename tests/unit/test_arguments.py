@@ -22,7 +22,8 @@ FLAGS = """
 --packing-buffer-size --prompt-format --image-transform --use-im-start-end
 --lr --min-lr --lr-warmup-iters --weight-decay --adam-beta1 --adam-beta2 --adam-eps --clip-grad --optimizer-offload
 --train-iters --recompute --recompute-method --recompute-num-layers
---seed --log-interval --eval-interval --eval-iters --log-captions --exit-duration-in-mins --distributed-timeout-minutes
+--seed --log-interval --eval-interval --eval-iters --log-captions --plan --exit-duration-in-mins
+--distributed-timeout-minutes
 --output --save-interval --keep-checkpoints
 """.split()
 

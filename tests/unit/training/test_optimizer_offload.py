@@ -12,6 +12,7 @@ from megatron_patch.checkpoint import resume
 from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.config import Parallel
 from megatron_patch.families.llava import read_config
+from megatron_patch.plan import plan
 from megatron_patch.training import optimizer as optimizer_module
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.optimizer import build_scheduler
@@ -59,7 +60,7 @@ def assert_equal(reports, expected, precision, exactly=True):
 def test_steps_equal_no_offload(mcore, tmp_path, one_process, monkeypatch, precision, fraction):
     expected = train(mcore, tmp_path / "none", STEPS, precision=precision)
     assert expected[-1][0] < expected[0][0] - 0.5
-    monkeypatch.setattr(optimizer_module, "offloaded_fraction", lambda config: fraction)
+    monkeypatch.setattr(optimizer_module, "offloaded_fraction", lambda *_: fraction)
     assert_equal(train(mcore, tmp_path / "offload", STEPS, "static", precision), expected, precision, exactly=False)
 
 
@@ -77,3 +78,15 @@ def test_a_run_goes_on_with_and_without_offload(mcore, tmp_path, one_process, pr
     reports = train(mcore, tmp_path / "broken", 2, before, precision, save=True)
     reports += train(mcore, tmp_path / "broken", STEPS - 2, after, precision)
     assert_equal(reports, expected, precision, exactly=before == after)
+
+
+def test_auto_takes_what_free_memory_asks_for(mcore, tmp_path, one_process, monkeypatch):
+    config, llava = tiny_runs.config(mcore, tmp_path), read_config(mcore)
+    config = replace(config, optimizer=replace(config.optimizer, optimizer_offload="auto"))
+    fraction = optimizer_module.offloaded_fraction
+    assert fraction(config, llava) == 0  # no GPU
+    (memory,) = plan(config, llava, world_size=1)
+    for part, expected in ((0.0, 1.0), (0.5, 0.5), (2.0, 0.0)):
+        free = (memory.activations + memory.working + part * memory.optimizer) / 0.9
+        monkeypatch.setattr(parallel, "free_memory", lambda free=free: free)
+        assert fraction(config, llava) == pytest.approx(expected)

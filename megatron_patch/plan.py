@@ -1,0 +1,203 @@
+"""What the ranks of a run need in memory, from its settings alone: arithmetic, without torch.
+
+Weights, gradients and optimizer states are counted exactly, as megatron.core's DistributedDataParallel and
+DistributedOptimizer lay them out; activations as `activations.py` says. Not counted: what lives for one operation
+(except the logits), the allocator's fragments, communication's buffers, the CUDA context.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_patch.activations import ELEMENT, activations
+from megatron_patch.config import Config
+from megatron_patch.families.family import Weight
+from megatron_patch.families.llava import pipeline_copies, rows
+from megatron_patch.sizes import Llava
+
+GIB = 2**30
+BUCKET = 40_000_000
+"""Elements of a bucket of overlapped gradients, with few data-parallel ranks (distributed_data_parallel.py:63)."""
+
+LAYER = re.compile(r"language_model\.decoder\.layers\.(\d+)\.")
+# The order in which modules register their weights, which is the (reversed) order in the buffers.
+PARTS = ("vision_model.", "vision_projection.", "language_model.embedding.", "language_model.decoder.layers.")
+PARTS += ("language_model.decoder.", "language_model.output_layer.")
+WITHIN = ("class_token", "ln_pre", "conv1", "position_embeddings", "input_layernorm", "linear_proj", "linear_qkv")
+WITHIN += ("pre_mlp_layernorm", "linear_fc1", "linear_fc2", "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes that the rank of a pipeline stage needs which needs most."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Kept between forward and backward, of all micro batches on their way."""
+
+    working: int
+    """For the time of one layer: what is recomputed or fetched of it; or the logits and their fp32 copy."""
+
+    on_cpu: int
+    """Besides, in the CPU's memory: what is offloaded."""
+
+    @property
+    def total(self) -> int:
+        """On the device."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.working
+
+
+def plan(
+    config: Config, llava: Llava, world_size: int, fused_norm: bool = True, fraction: float | None = None
+) -> list[Memory]:
+    """The memory of each pipeline stage, with `world_size` processes.
+
+    `fused_norm`: as on a GPU; torch's norm on a CPU keeps more. `fraction`: of the optimizer states that is on the CPU;
+    None: as the settings say, with 0 for auto.
+    """
+    if fraction is None:
+        fraction = 1.0 if config.optimizer.optimizer_offload == "static" else 0.0
+    data_parallel_size = world_size // config.parallel.model_parallel_size
+    micro_batches = config.data.num_micro_batches(config.parallel, world_size)
+    return [
+        _stage(config, llava, stage, data_parallel_size, micro_batches, fused_norm, fraction)
+        for stage in range(config.parallel.pipeline_model_parallel_size)
+    ]
+
+
+def offload_fraction(memory: Memory, free: int) -> float:
+    """Which part of the optimizer states finds no room in `free` bytes, 0 to 1, once weights and gradients are there.
+
+    A tenth of it is left for what is not counted.
+    """
+    room = 0.9 * free - memory.activations - memory.working
+    return min(1.0, max(0.0, 1 - room / memory.optimizer)) if memory.optimizer else 0.0
+
+
+def report(config: Config, llava: Llava, world_size: int) -> str:
+    """The plan as a table in GiB, a line per pipeline stage."""
+    words = config.model.decoder_seq_length - llava.vision.num_image_tokens
+    lines = [
+        f"memory of a rank in GiB (2^30 bytes), {config.data.micro_batch_size} x {config.model.decoder_seq_length} "
+        f"tokens per micro batch, {words} labels in each sequence:",
+        f"{'stage':>5} {'parameters':>11} {'gradients':>11} {'optimizer':>11} {'activations':>11} {'working':>11} "
+        f"{'total':>11} {'on the CPU':>11}",
+    ]
+    for stage, memory in enumerate(plan(config, llava, world_size)):
+        parts = (memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.working)
+        lines.append(
+            f"{stage:>5} " + " ".join(f"{part / GIB:>11.3f}" for part in (*parts, memory.total, memory.on_cpu))
+        )
+    if config.optimizer.optimizer_offload == "auto":
+        lines.append(
+            "--optimizer-offload auto: as much of the optimizer as does not fit goes to the CPU; above, nothing"
+        )
+    return "\n".join(lines)
+
+
+def _stage(
+    config: Config,
+    llava: Llava,
+    stage: int,
+    data_parallel_size: int,
+    micro_batches: int,
+    fused_norm: bool,
+    fraction: float,
+) -> Memory:
+    size = ELEMENT[config.model.precision]
+    parameters = gradients = states = 0
+    for chunk in range(config.parallel.virtual_pipeline_model_parallel_size):
+        weights = list(chunk_weights(config, llava, stage, chunk))
+        trained = [numel for numel, is_trained in weights if is_trained]
+        frozen = sum(numel for numel, is_trained in weights if not is_trained)
+        held, owned = sum(trained), sum(trained)
+        if config.parallel.use_distributed_optimizer and trained:
+            ranks = data_parallel_size * config.parallel.context_parallel_size
+            overlapped = config.parallel.overlap_grad_reduce and stage == chunk == 0
+            held, owned = _buffer(trained, ranks, max(BUCKET, 10**6 * data_parallel_size) if overlapped else None)
+        parameters += size * (held + frozen)
+        gradients += 4 * held
+        states += owned
+    # Adam's two; with 16-bit weights also their fp32 copy. Offloaded: both, the fp32 weight and the gradient.
+    optimizer = round(states * (1 - fraction)) * (8 if size == 4 else 12)
+    on_cpu = round(states * fraction) * 16
+
+    kept, working = activations(config, llava, stage, micro_batches, fused_norm)
+    if config.training.recompute == "offload":
+        on_cpu, kept = on_cpu + kept, 0
+    return Memory(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=kept,
+        working=working,
+        on_cpu=on_cpu,
+    )
+
+
+def chunk_weights(config: Config, llava: Llava, stage: int, chunk: int) -> Iterator[tuple[int, bool]]:
+    """Elements of each weight of a (virtual) stage on one tensor-parallel rank, and whether it is trained."""
+    cut, model = config.parallel, config.model
+    stages, chunks = cut.pipeline_model_parallel_size, cut.virtual_pipeline_model_parallel_size
+    count = cut.num_layers_per_chunk(llava)
+    first = chunk * stages + stage
+    layers = range(first * count, (first + 1) * count)
+    is_first, is_last = first == 0, first == stages * chunks - 1
+    table = {weight.mcore: weight for weight in rows(llava)}
+    if stages > 1:
+        table |= {copy: table[original] for copy, original in pipeline_copies(llava).items()}
+    for name in sorted(table, key=_registered):
+        match = LAYER.match(name)
+        at_start = not name.startswith("language_model.") or name.startswith("language_model.embedding.")
+        if int(match[1]) in layers if match else is_first if at_start else is_last:
+            frozen = {"vision_model": model.freeze_vit, "language_model": model.freeze_lm}
+            yield _numel(table[name], llava, cut.tensor_model_parallel_size), not frozen.get(name.split(".")[0], False)
+
+
+def _registered(name: str) -> tuple[int, int, int, bool]:
+    part = next(index for index, prefix in enumerate(PARTS) if name.startswith(prefix))
+    number = re.search(r"layers\.(\d+)\.", name)
+    within = next(index for index, word in enumerate(WITHIN) if word in name)
+    return part, int(number[1]) if number else -1, within, name.endswith("bias")
+
+
+def _numel(weight: Weight, llava: Llava, tensor_parallel_size: int) -> int:
+    shape = list(weight.shape)
+    if weight.layout == "vocab":
+        shape[0] = llava.language.padded_vocab_size(tensor_parallel_size)
+    return math.prod(shape) // (tensor_parallel_size if weight.axis is not None else 1)
+
+
+def _buffer(trained: list[int], ranks: int, bucket: int | None) -> tuple[int, int]:
+    """Elements of the buffer of a distributed optimizer, and of the weights in it those that one rank steps, at most.
+
+    param_and_grad_buffer.py:664-741: weights begin at multiples of 64, buckets end at ones of 128 and of the ranks.
+    """
+    multiple = math.lcm(ranks, 128)
+    spans, buckets, start, bucket_start = [], [], 0, 0
+    for number, numel in enumerate(reversed(trained), start=1):
+        start = _up(start, 64)
+        spans.append((start, start + numel))
+        start += numel
+        if number == len(trained) or (bucket is not None and start - bucket_start >= bucket):
+            start = _up(start, multiple)
+            buckets.append((bucket_start, start))
+            bucket_start = start
+    owned = [0] * ranks
+    for first, last in buckets:
+        length = (last - first) // ranks
+        for begin, end in spans:
+            if begin < last and end > first:
+                for rank in range((begin - first) // length, (end - 1 - first) // length + 1):
+                    shard = first + rank * length
+                    owned[rank] += min(end, shard + length) - max(begin, shard)
+    return start, max(owned)
+
+
+def _up(number: int, multiple: int) -> int:
+    return math.ceil(number / multiple) * multiple
