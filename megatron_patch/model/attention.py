@@ -74,7 +74,8 @@ class SDPAttention(MegatronModule):
             key, value = (_Gather.apply(tensor, self.context_group) for tensor in (key, value))  # [CP, s, b, groups, d]
         # Sample by sample: one mask for all would compute every pair of positions to throw most of them away.
         segments = zip(query.split(lengths), key.split(lengths, dim=-4), value.split(lengths, dim=-4), strict=True)
-        return torch.cat([self._attend_segment(*segment) for segment in segments])
+        contexts = [self._attend_segment(*segment) for segment in segments]
+        return contexts[0] if len(contexts) == 1 else torch.cat(contexts)  # a copy would be kept for the backward pass
 
     def _attend_segment(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """A sample's `query` [s, b, n, d], `key` and `value` (with context parallelism all ranks') -> [s, b, n * d]."""
