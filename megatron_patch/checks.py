@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import fields
 
@@ -26,6 +27,12 @@ def require_not_negative(settings: object, *names: str) -> None:
     for name in names:
         if getattr(settings, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(settings, name)}: expected 0 or more")
+
+
+def require_transformer_engine(given: str, instead: str) -> None:
+    """Raise ValueError where Transformer Engine is not installed."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError(f"{given}: needs transformer-engine[pytorch], which is not installed; use {instead}")
 
 
 def divisors(number: int) -> list[int]:

@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_patch.checks import divisors, listing, require_finite, require_not_negative, require_positive
+from megatron_patch.checks import (
+    divisors,
+    listing,
+    require_finite,
+    require_not_negative,
+    require_positive,
+    require_transformer_engine,
+)
+from megatron_patch.parallel_config import Parallel
 from megatron_patch.sizes import Llava
 
 MOCK = Path("mock")
@@ -45,7 +53,8 @@ class Model:
     """Keep the vision tower's weights as they are."""
 
     precision: Precision = "bf16"
-    """Type of weights and activations; fp16 scales the loss as it goes. Gradients and optimizer states are fp32."""
+    """Type of weights and activations; fp16 scales the loss as it goes; fp8 multiplies bf16 weights in fp8. Gradients
+    and optimizer states are fp32."""
 
     use_flash_attn: bool = True
     """Fused attention (torch's scaled_dot_product_attention or Transformer Engine's); false: the unfused one."""
@@ -55,7 +64,9 @@ class Model:
 
     def __post_init__(self) -> None:
         if self.precision == "fp8":
-            raise ValueError("--precision fp8: not supported yet; use bf16, fp16 or fp32")
+            require_transformer_engine("--precision fp8", "bf16, fp16 or fp32")
+            if self.transformer_impl == "local":
+                raise ValueError("--precision fp8 --transformer-impl local: these layers have no fp8; use auto")
         if self.pretrained_checkpoint is None and self.model_config is None:
             raise ValueError(
                 "--pretrained-checkpoint none: then --model-config is needed, a folder with the LLaVA's config.json, "
@@ -67,110 +78,6 @@ class Model:
     def description(self) -> Path:
         """Folder that describes the model: config.json, tokenizer, processor."""
         return self.model_config or self.pretrained_checkpoint
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parallel:
-    """How the model and the batch are cut over ranks."""
-
-    tensor_model_parallel_size: int = 1
-    """Ranks that share every layer's weights. Divides the attention heads and the query groups."""
-
-    pipeline_model_parallel_size: int = 1
-    """Stages that share the language model's layers. Divides their number."""
-
-    virtual_pipeline_model_parallel_size: int = 1
-    """Chunks of layers that each pipeline stage holds in turns (interleaved schedule); 1: one after another."""
-
-    context_parallel_size: int = 1
-    """Ranks that share every sequence."""
-
-    sequence_parallel: bool | None = None
-    """Cut norms and dropouts along the sequence over the tensor-parallel ranks; none: wherever TP is more than 1."""
-
-    env: Literal["dsw", "dlc"] = "dsw"
-    """Where it runs. dsw: this machine; dlc: several, told by WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT."""
-
-    use_distributed_optimizer: bool = True
-    """Cut the optimizer's states over the data-parallel ranks (ZeRO-1)."""
-
-    overlap_grad_reduce: bool = False
-    """Add up gradients over the data-parallel ranks in pieces, while the backward pass goes on."""
-
-    overlap_param_gather: bool = False
-    """Gather the weights that data-parallel ranks have stepped in pieces, while the next forward pass goes on."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-        require_positive(self, "virtual_pipeline_model_parallel_size")
-        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ValueError("--sequence-parallel true: needs --tensor-model-parallel-size of 2 or more; use none")
-        if self.virtual_pipeline_model_parallel_size > 1 and self.pipeline_model_parallel_size == 1:
-            raise ValueError(
-                f"--virtual-pipeline-model-parallel-size {self.virtual_pipeline_model_parallel_size}: needs "
-                f"--pipeline-model-parallel-size of 2 or more; use 1"
-            )
-        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
-            raise ValueError(
-                "--overlap-param-gather true: needs --use-distributed-optimizer true and --overlap-grad-reduce true; "
-                "use false"
-            )
-
-    def check(self, llava: Llava) -> None:
-        """Raise ValueError when the model cannot be cut like this."""
-        self.check_tensor_parallel(llava)
-        stages, layers = self.pipeline_model_parallel_size, llava.language.num_layers
-        if layers % stages:
-            raise ValueError(
-                f"--pipeline-model-parallel-size {stages}: the language model has {layers} layers, which {stages} does "
-                f"not divide; use {listing(divisors(layers))}"
-            )
-        chunks = self.virtual_pipeline_model_parallel_size
-        if layers // stages % chunks:
-            raise ValueError(
-                f"--virtual-pipeline-model-parallel-size {chunks}: a stage has {layers // stages} layers, which "
-                f"{chunks} does not divide; use {listing(divisors(layers // stages))}"
-            )
-
-    def check_tensor_parallel(self, llava: Llava) -> None:
-        """Raise ValueError when a layer cannot be cut like this."""
-        size = self.tensor_model_parallel_size
-        cut = (
-            ("the language model", "attention heads", llava.language.num_attention_heads),
-            ("the language model", "query groups", llava.language.num_query_groups),
-            ("the language model", "feed-forward channels", llava.language.ffn_hidden_size),
-            ("the projector", "channels", llava.language.hidden_size),
-            ("the vision tower", "attention heads", llava.vision.num_attention_heads),
-            ("the vision tower", "feed-forward channels", llava.vision.ffn_hidden_size),
-        )
-        for model, what, count in cut:
-            if count % size:
-                allowed = [n for n in range(1, 65) if all(c % n == 0 for _, _, c in cut)]
-                raise ValueError(
-                    f"--tensor-model-parallel-size {size}: {model} has {count} {what}, which {size} does not divide; "
-                    f"use {listing(allowed)}"
-                )
-
-    def num_layers_per_chunk(self, llava: Llava) -> int:
-        """Layers of the language model that stand together: of a stage, or of one of its virtual stages."""
-        chunks = self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
-        return llava.language.num_layers // chunks
-
-    @property
-    def uses_sequence_parallel(self) -> bool:
-        """Whether activations between layers are cut along the sequence over the tensor-parallel ranks."""
-        return self.tensor_model_parallel_size > 1 if self.sequence_parallel is None else self.sequence_parallel
-
-    @property
-    def sequence_multiple(self) -> int:
-        """What a sequence's length must be a multiple of: two pieces per context-parallel rank, equal per TP rank."""
-        pieces = 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
-        return pieces * (self.tensor_model_parallel_size if self.uses_sequence_parallel else 1)
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model together."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +184,15 @@ class Optimizer:
     clip_grad: float = 1.0
     """Largest norm of all gradients together; larger ones are scaled down. 0: no clipping."""
 
+    use_precision_aware_optimizer: bool = False
+    """Transformer Engine's Adam: fp32 weights are kept as what their bf16 ones lack, moments in the types below."""
+
+    exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
+    """With the precision-aware optimizer: type of the gradients' running mean."""
+
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
+    """With the precision-aware optimizer: type of the squared gradients' running mean."""
+
     optimizer_offload: Literal["false", "static", "auto"] = "false"
     """Optimizer states kept on the CPU and stepped there. static: all; auto: as many as free device memory asks for."""
 
@@ -290,6 +206,19 @@ class Optimizer:
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"--min-lr {self.min_lr}: expected a number from 0 to --lr {self.lr}")
         require_not_negative(self, "lr", "lr_warmup_iters", "weight_decay", "clip_grad")
+        if self.use_precision_aware_optimizer:
+            require_transformer_engine("--use-precision-aware-optimizer true", "false")
+            if self.optimizer_offload != "false":
+                raise ValueError(
+                    f"--use-precision-aware-optimizer true: not with --optimizer-offload {self.optimizer_offload}, "
+                    f"since the CPU's Adam is plain; use one of them"
+                )
+        for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+            given = getattr(self, name)
+            if given != "fp32" and not self.use_precision_aware_optimizer:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {given}: needs --use-precision-aware-optimizer true; use fp32"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,9 +332,14 @@ class Config:
                 f"--lr-warmup-iters {self.optimizer.lr_warmup_iters}: "
                 f"expected less than --train-iters {self.training.train_iters}"
             )
-        if self.optimizer.optimizer_offload != "false" and not self.parallel.use_distributed_optimizer:
+        for name in ("optimizer_offload", "use_precision_aware_optimizer"):
+            given = str(getattr(self.optimizer, name)).lower()
+            if given != "false" and not self.parallel.use_distributed_optimizer:
+                raise ValueError(f"--{name.replace('_', '-')} {given}: needs --use-distributed-optimizer true")
+        if self.model.precision == "fp8" and (self.training.recompute == "offload" or self.data.packs):
             raise ValueError(
-                f"--optimizer-offload {self.optimizer.optimizer_offload}: needs --use-distributed-optimizer true"
+                "--precision fp8: not with --recompute offload, which would copy its weights, nor with "
+                "--packing-buffer-size, whose samples would not fill what its kernels ask for; use bf16"
             )
         if self.parallel.context_parallel_size > 1 and not self.model.use_flash_attn:
             raise ValueError(

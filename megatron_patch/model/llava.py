@@ -26,7 +26,8 @@ from megatron_patch.model.offload import ActivationOffload
 from megatron_patch.model.specs import block_spec, norm, projector_submodules
 from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
+"""Of weights and activations. Transformer Engine takes bf16 to fp8 and back around its matrix products."""
 
 
 class LlavaModel(MegatronModule):
@@ -235,6 +236,7 @@ def language_config(config: Config, sizes: LanguageModel) -> TransformerConfig:
         variable_seq_lengths=config.parallel.pipeline_model_parallel_size > 1,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
+        fp8=_fp8(config),
         **_recompute(config, config.training.recompute_method, config.training.recompute_num_layers),
         **_common(config),
     )
@@ -251,6 +253,7 @@ def vision_config(config: Config, sizes: VisionModel) -> TransformerConfig:
         normalization="LayerNorm",
         activation_func=quick_gelu,
         bias_activation_fusion=False,
+        fp8=_fp8(config),
         **({} if config.model.freeze_vit else _recompute(config)),
         **_common(config),
     )
@@ -298,6 +301,11 @@ def _common(config: Config) -> dict:
             else {"init_method": _keep, "output_layer_init_method": _keep}
         ),
     }
+
+
+def _fp8(config: Config) -> str | None:
+    """E4M3 forward, E5M2 for gradients (arXiv:2209.05433). Not for the projector and the vocabulary."""
+    return "hybrid" if config.model.precision == "fp8" else None
 
 
 def _keep(weight: Tensor) -> Tensor:

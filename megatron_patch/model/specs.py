@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import torch
+import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -16,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 
 from megatron_patch.config import Model
 from megatron_patch.model.attention import SDPAttention
@@ -26,6 +28,9 @@ SPEC_NEUTRAL_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+
+FP8_MULTIPLE = 16
+"""Tokens that fp8's matrix products take at a time (Transformer Engine asks for it in the weights' gradients)."""
 
 
 class TorchNorm:
@@ -49,6 +54,8 @@ def uses_transformer_engine(model: Model) -> bool:
         raise ValueError(
             "--transformer-impl transformer_engine: needs a GPU and the package transformer-engine[pytorch]; use local"
         )
+    if model.precision == "fp8" and not available:
+        raise ValueError("--precision fp8: needs a GPU and the package transformer-engine[pytorch]; use bf16")
     return available and model.transformer_impl != "local"
 
 
@@ -69,7 +76,8 @@ def block_spec(
     `mask_type`: causal for the language model. The vision tower's is no_mask (megatron.core's own local vision spec
     says causal, which is silently wrong).
     """
-    layer = _transformer_engine_layer(mask_type) if uses_transformer_engine(model) else _local_layer(model, mask_type)
+    make_layer = _transformer_engine_layer if uses_transformer_engine(model) else _local_layer
+    layer = make_layer(model, mask_type)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm(model)
     )
@@ -109,13 +117,32 @@ def _local_layer(model: Model, mask_type: AttnMaskType) -> ModuleSpec:
     )
 
 
-def _transformer_engine_layer(mask_type: AttnMaskType) -> ModuleSpec:
+def padded(linear: type) -> type:
+    """The class of a linear layer that pads its tokens [s, b, h] to what fp8's kernels ask for.
+
+    A picture is 577 of them, and the text is padded before the model. The rows that are added come to nothing: their
+    outputs are cut off, so that their gradients are zero.
+    """
+
+    class Padded(linear):
+        def forward(self, tokens: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+            length = tokens.shape[0]
+            output, bias = super().forward(F.pad(tokens, (0, 0, 0, 0, 0, -length % FP8_MULTIPLE)), *args, **kwargs)
+            return output[:length], bias
+
+    return Padded
+
+
+def _transformer_engine_layer(model: Model, mask_type: AttnMaskType) -> ModuleSpec:
     from megatron.core.extensions.transformer_engine import (
         TEDotProductAttention,
         TELayerNormColumnParallelLinear,
         TERowParallelLinear,
     )
 
+    column, row = TELayerNormColumnParallelLinear, TERowParallelLinear
+    if model.precision == "fp8" and mask_type == AttnMaskType.no_mask:  # the vision tower
+        column, row = padded(column), padded(row)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -123,16 +150,16 @@ def _transformer_engine_layer(mask_type: AttnMaskType) -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": mask_type},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=TELayerNormColumnParallelLinear,
+                    linear_qkv=column,
                     core_attention=TEDotProductAttention,
-                    linear_proj=TERowParallelLinear,
+                    linear_proj=row,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear),
+                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

@@ -19,6 +19,8 @@ from megatron_patch.training.log import logger
 
 FIRST_LOSS_SCALE = 2.0**12
 """fp16: what the loss, a sum over tokens, is multiplied with at first. Halved after gradients overflow twice."""
+STATE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.uint8}
+"""As megatron.core calls them; fp8 are bytes to it."""
 LOSS_SCALE_WINDOW = 1000
 """fp16: steps without overflow after which the scale is doubled."""
 
@@ -78,7 +80,10 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config, llava
             optimizer_cpu_offload=fraction > 0,
             optimizer_offload_fraction=fraction,
             # Has the fp32 copies of 16-bit weights on the CPU too.
-            use_precision_aware_optimizer=fraction > 0 and (core.bf16 or core.fp16),
+            use_precision_aware_optimizer=settings.use_precision_aware_optimizer
+            or (fraction > 0 and (core.bf16 or core.fp16)),
+            exp_avg_dtype=STATE_DTYPES[settings.exp_avg_dtype],
+            exp_avg_sq_dtype=STATE_DTYPES[settings.exp_avg_sq_dtype],
         ),
         chunks,
     )

@@ -26,7 +26,7 @@ from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.data.task_encoder import Batch
 from megatron_patch.data.tokenize import IGNORE
 from megatron_patch.model.llava import DTYPES, find_image_rows
-from megatron_patch.model.specs import uses_transformer_engine
+from megatron_patch.model.specs import FP8_MULTIPLE, uses_transformer_engine
 from megatron_patch.sizes import Llava
 from megatron_patch.training.flops import Work
 from megatron_patch.training.params_norm import params_norm
@@ -109,6 +109,7 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
     """
     dtype = DTYPES[config.model.precision]
     num_micro_batches = config.data.num_micro_batches(config.parallel, dist.get_world_size())
+    multiple = FP8_MULTIPLE if config.model.precision == "fp8" else 1
     image = read_image_settings(config.model.description)
     # Transformer Engine wants them on the device; megatron.core's own layers would wait for them there.
     borders_device = parallel.device() if uses_transformer_engine(config.model) else torch.device("cpu")
@@ -120,7 +121,7 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
         if not (part.pre_process or part.post_process or config.data.packs):
             return chunk(None, None, None, None), _no_losses
         batch = _next_batch(batches)
-        text = cut_text(batch, llava.image_token_id, config.parallel)
+        text = cut_text(batch, llava.image_token_id, config.parallel, multiple)
         input_ids = image_rows = pixel_values = labels = None
         if part.pre_process:
             input_ids = text["input_ids"].to(parallel.device(), non_blocking=True)
@@ -154,16 +155,16 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
     return run
 
 
-def cut_text(batch: Batch, image_token_id: int, cut: Parallel) -> dict[str, Tensor]:
+def cut_text(batch: Batch, image_token_id: int, cut: Parallel, multiple: int = 1) -> dict[str, Tensor]:
     """What the model takes of a batch's text on this context-parallel rank: int64 [b, s / CP] each.
 
     `input_ids`; `image_rows`: the number of the patch, of all the batch's, that lies at a position, -1 for words;
-    `labels`. Padded on the right to a length that the ranks can share; each row, or each sample of a packed sequence,
-    in zigzag order, as the attention expects.
+    `labels`. Padded on the right to a length that ranks can share in multiples of `multiple`; each row, or each sample
+    of a packed sequence, in zigzag order, as the attention expects.
     """
     image_rows = find_image_rows(batch.input_ids, image_token_id)
     text = {"input_ids": (batch.input_ids, 0), "image_rows": (image_rows, -1), "labels": (batch.labels, IGNORE)}
-    padding = -image_rows.shape[1] % cut.sequence_multiple
+    padding = -image_rows.shape[1] % (cut.sequence_multiple * multiple)
     padded = {name: F.pad(tensor, (0, padding), value=value) for name, (tensor, value) in text.items()}
     lengths = batch.segment_lengths or [image_rows.shape[1] + padding]
     return {name: _zigzag(tensor, lengths, cut.context_parallel_size) for name, tensor in padded.items()}

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "megatron_patch"
 ALLOWED = {
     "checks.py": (),
     "sizes.py": (),
-    "config.py": ("checks", "sizes"),
+    "parallel_config.py": ("checks", "sizes"),
+    "config.py": ("checks", "parallel_config", "sizes"),
     "arguments.py": (),
     "conversion.py": ("config", "arguments"),
     "parallel.py": ("config",),
@@ -30,7 +31,7 @@ ALLOWED = {
     "__init__.py": ("patches",),
 }
 WITHOUT_MEGATRON_CORE = ("config.py", "sizes.py", "arguments.py", "conversion.py", "launch.py", "families", "data")
-WITHOUT_MEGATRON_CORE += ("activations.py", "plan.py")
+WITHOUT_MEGATRON_CORE += ("parallel_config.py", "activations.py", "plan.py")
 MEGATRON_CORE_IN_CHECKPOINT = ("resume.py", "torch_dist.py")
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ FLAGS = """
 --overlap-grad-reduce --overlap-param-gather
 --data-path --valid-data-path --micro-batch-size --global-batch-size --num-workers --shuffle-buffer-size
 --packing-buffer-size --prompt-format --image-transform --use-im-start-end
---lr --min-lr --lr-warmup-iters --weight-decay --adam-beta1 --adam-beta2 --adam-eps --clip-grad --optimizer-offload
+--lr --min-lr --lr-warmup-iters --weight-decay --adam-beta1 --adam-beta2 --adam-eps --clip-grad
+--use-precision-aware-optimizer --exp-avg-dtype --exp-avg-sq-dtype --optimizer-offload
 --train-iters --recompute --recompute-method --recompute-num-layers
 --seed --log-interval --eval-interval --eval-iters --log-captions --plan --exit-duration-in-mins
 --distributed-timeout-minutes
@@ -65,7 +67,7 @@ def test_a_later_flag_wins():
         ("--micro-batch-size x", "--micro-batch-size 'x': expected INT"),
         ("--micro-batch-sise 3", "--micro-batch-sise: no such flag; did you mean --micro-batch-size?"),
         ("stray", "stray: no such flag; --help lists them"),
-        ("--precision fp8", "--precision fp8: not supported yet; use bf16, fp16 or fp32"),
+        ("--exp-avg-dtype bf16", "--exp-avg-dtype bf16: needs --use-precision-aware-optimizer true; use fp32"),
         (
             "--context-parallel-size 2 --use-flash-attn false",
             "--use-flash-attn false: megatron.core's unfused attention",
@@ -90,6 +92,35 @@ def test_a_later_flag_wins():
     ],
 )
 def test_mistakes_are_one_line(capsys, words, said):
+    assert said in error_of(capsys, *words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--precision fp8", "needs transformer-engine[pytorch], which is not installed; use bf16, fp16 or"),
+        ("--use-precision-aware-optimizer true", "transformer-engine[pytorch], which is not installed; use false"),
+    ],
+)
+def test_what_needs_transformer_engine_is_refused_without(capsys, monkeypatch, words, said):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert said in error_of(capsys, *words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--precision fp8 --transformer-impl local", "--transformer-impl local: these layers have no fp8; use auto"),
+        ("--precision fp8 --recompute offload", "--precision fp8: not with --recompute offload"),
+        ("--use-precision-aware-optimizer true --optimizer-offload static", "the CPU's Adam is plain; use one of them"),
+        (
+            "--use-precision-aware-optimizer true --use-distributed-optimizer false",
+            "--use-precision-aware-optimizer true: needs --use-distributed-optimizer true",
+        ),
+    ],
+)
+def test_what_does_not_go_together_with_transformer_engine(capsys, monkeypatch, words, said):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert said in error_of(capsys, *words.split())
 
 

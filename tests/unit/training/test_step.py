@@ -40,6 +40,7 @@ def test_sequences_are_padded_to_what_ranks_can_share(monkeypatch):
         assert torch.equal(text["labels"], whole[:, places])
         rows = torch.tensor([[-1, 0, 1, -1, -1, -1, -1, -1], [2, 3, -1, -1, -1, -1, -1, -1]])
         assert torch.equal(text["image_rows"], rows[:, places])
+    assert cut_text(batch(), IMAGE, cut, multiple=16)["input_ids"].shape == (2, 64)  # fp8: 16 on each rank
     assert replace(cut, sequence_parallel=False).sequence_multiple == 4
     assert Parallel(tensor_model_parallel_size=2).sequence_multiple == 2
 
