@@ -301,6 +301,9 @@ class Checkpoint:
     save_interval: int = 1000
     """Iterations between saves. The last iteration is saved too."""
 
+    async_save: bool = False
+    """Write checkpoints while training goes on, from a copy of each rank's state in host memory."""
+
     keep_checkpoints: int | None = None
     """Newest checkpoints to keep; none: all."""
 

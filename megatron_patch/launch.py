@@ -11,11 +11,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_patch.checkpoint.companions import checkpoint_folder
 from megatron_patch.config import MOCK, Config
 from megatron_patch.families.llava import read_config
 from megatron_patch.plan import report
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 """Exit codes of a run that a signal ended after it was saved."""
@@ -130,20 +134,30 @@ def _torchrun(config: Config, arguments: list[str]) -> int:
 
     # How long torchrun lets its processes save after it handed them a signal, in seconds.
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "600")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the line below says it in one
+    logging.disable(logging.CRITICAL)  # the line below says it in one
     try:
         main(arguments)
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
+        rank, failure = _first(failed.failures)
         if failure.exitcode in STOPPED:  # one of several nodes got the signal: all of them saved
             return failure.exitcode
-        how = (
-            f"signal {signal.Signals(-failure.exitcode).name}"
-            if failure.exitcode < 0
-            else f"exit code {failure.exitcode}"
-        )
-        print(f"error: rank {rank} ended with {how}; see {config.checkpoint.output / 'log'}", file=sys.stderr)
+        print(f"error: rank {rank}{_account(failure, config.checkpoint.output / 'log')}", file=sys.stderr)
         return 1
     return 0
+
+
+def _first(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank that ended the others: the first that said why, else the first that ended, if by a signal."""
+    said = {rank: failure for rank, failure in failures.items() if isinstance(failure.message, dict)}
+    return min((said or failures).items(), key=lambda item: (item[1].timestamp, item[1].exitcode >= 0))
+
+
+def _account(failure: ProcessFailure, log: Path) -> str:
+    """What a rank said, or how it ended without a word."""
+    if isinstance(failure.message, dict):
+        return ": " + failure.message["message"].partition(": ")[2]
+    if failure.exitcode < 0:
+        return f" ended with signal {signal.Signals(-failure.exitcode).name}; see {log}"
+    return f" ended with exit code {failure.exitcode}; see {log}"

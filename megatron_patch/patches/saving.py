@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import functools
+import os
+import pickle
 import queue
 from types import ModuleType
+from typing import Any
 
 from megatron_patch.patches import Repair
 
 
 def no_process_for_results(module: ModuleType) -> None:
-    """What was written is collected in this process, where a synchronous save writes it.
+    """What was written is handed back in memory that the trainer shares with the process it forks to write.
 
     strategies/filesystem_async.py:51 starts a server process for the purpose, which imports the training script anew
     (seconds in the first save) and outlives a killed trainer, with its memory and its hold on the terminal.
-    Needed as long as saves are synchronous.
+    Needed as long as results pass through a multiprocessing.Manager.
     """
-    results: queue.Queue = queue.Queue()
-    module._get_write_results_queue = lambda: results
+    module._get_write_results_queue = Results
+
+
+class Results:
+    """Holds one object, which this process or one forked from it puts in, of any size: no pipe that could fill up."""
+
+    def __init__(self) -> None:
+        self.file = os.fdopen(os.memfd_create("write results"), "r+b")
+
+    def put(self, results: Any) -> None:
+        """Put it in."""
+        pickle.dump(results, self.file)
+        self.file.flush()
+
+    def get_nowait(self) -> Any:
+        """Take it. Raises queue.Empty when nothing was put in, by a process that was killed for instance."""
+        self.file.seek(0)
+        try:
+            return pickle.load(self.file)
+        except EOFError:
+            raise queue.Empty from None
 
 
 def states_of_several_buckets(module: ModuleType) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -10,11 +12,19 @@ logger = logging.getLogger("megatron_patch")
 
 
 def start_log(folder: Path, rank: int) -> None:
-    """Send every rank's messages to `folder`/rank_XXX.log, and rank 0's to the terminal too."""
+    """Send all that this rank says to `folder`/rank_XXX.log, and rank 0's messages to the terminal too.
+
+    What libraries, the processes that read data and the kernel's faults print goes to the file alone: the terminal has
+    one line per event, and the launcher says there what ended the run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank_{rank:03d}.log")]
     if rank == 0:
-        handlers.append(logging.StreamHandler(sys.stdout))
+        handlers.append(logging.StreamHandler(os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)))
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(handlers[0].stream.fileno(), stream.fileno())
+    faulthandler.enable()
     for handler in handlers:
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
         handler.setLevel(logging.INFO)

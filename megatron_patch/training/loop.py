@@ -15,9 +15,10 @@ from megatron.energon import SavableDataLoader
 
 from megatron_patch import parallel
 from megatron_patch.checkpoint import resume
-from megatron_patch.checkpoint.companions import TRACKER, copy_companions
+from megatron_patch.checkpoint.companions import copy_companions
 from megatron_patch.checkpoint.convert import load_rank
 from megatron_patch.checkpoint.resume import Progress
+from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.checkpoint.stages import Stage
 from megatron_patch.config import Config
 from megatron_patch.data.loader import restore_position, save_position, train_loader, valid_loader
@@ -48,6 +49,7 @@ def train(config: Config) -> int:
     run_batch, caption = batch_runner(config, llava), captioner(config, llava)
     world_size, is_writer = dist.get_world_size(), dist.get_rank() == 0
     metrics = Metrics(config, llava, first_iteration=progress.iteration + 1, world_size=world_size, is_writer=is_writer)
+    saver = Saver(config, chunks, optimizer)
     if progress.iteration >= config.training.train_iters:
         logger.info(f"nothing to do: {progress.iteration} of {config.training.train_iters} iterations are done")
 
@@ -61,18 +63,19 @@ def train(config: Config) -> int:
         if config.validates and not stops and is_due(iteration, config.training.eval_interval, config):
             metrics.log_validation(iteration, validate(config, llava, wrapped, run_batch))
             metrics.log_captions(iteration, caption(wrapped))
+        saver.poll()
         if stops or is_due(iteration, config.checkpoint.save_interval, config):
             metrics.flush()
             gather_weights(wrapped, config)
-            position = save_position(loader) if writes_position(config) else None
-            logger.info(f"saved {resume.save(config, chunks, optimizer, progress, position)}")
+            saver.save(progress, save_position(loader) if writes_position(config) else None)
         if stops:
-            why = (
-                stop.signal.name if stop.signal else f"--exit-duration-in-mins {config.training.exit_duration_in_mins}"
-            )
-            logger.info(f"stopped by {why} after iteration {iteration}; the same command goes on from there")
             break
+    saver.wait()
     metrics.flush()
+    if stop.reason:
+        logger.info(
+            f"stopped by {stop.reason} after iteration {progress.iteration}; the same command goes on from there"
+        )
     return stop.exit_code
 
 
@@ -93,29 +96,13 @@ def start_or_resume(
     optimizer = build_optimizer(wrapped, config, llava)
     progress = Progress()
     if checkpoint is not None:
-        progress = load_checkpoint(config, checkpoint, chunks, optimizer)
+        progress = resume.load(config, checkpoint, chunks, optimizer)
         logger.info(f"resumed from {checkpoint} at iteration {progress.iteration}")
     if dist.get_rank() == 0:
         # Beside the weights, so that a checkpoint can be exported without the folder that it came from.
         copy_companions(config.model.description, config.checkpoint.folder)
         write_processor(config, llava.language.family, config.checkpoint.folder)
     return chunks, wrapped, optimizer, progress, checkpoint
-
-
-def load_checkpoint(
-    config: Config, checkpoint: Path, chunks: list[LlavaModel], optimizer: MegatronOptimizer
-) -> Progress:
-    """`resume.load`, with damaged files as one ValueError: torch and megatron.core raise all kinds of others."""
-    try:
-        return resume.load(config, checkpoint, chunks, optimizer)
-    except ValueError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{checkpoint}: cannot be read ({type(error).__name__}: {reason}); write an earlier iteration into "
-            f"{checkpoint.parent / TRACKER}"
-        ) from error
 
 
 def build_model(config: Config, llava: Llava) -> list[LlavaModel]:

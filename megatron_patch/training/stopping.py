@@ -24,6 +24,9 @@ class Stop:
     def __init__(self, minutes: float | None) -> None:
         self.signal: signal.Signals | None = None
         """The signal for which all ranks stop."""
+        self.reason = ""
+        """What stops all ranks, in words."""
+        self.minutes = minutes
         self._noted = 0  # by the handler alone: it may run at any moment, in `due` too
         self.end = None if minutes is None else time.monotonic() + 60 * minutes
         for number in SIGNALS:
@@ -38,7 +41,11 @@ class Stop:
         reason = torch.tensor([self._noted, late], dtype=torch.int32, device=parallel.device())
         dist.all_reduce(reason, op=dist.ReduceOp.MAX)
         number, late = reason.tolist()
-        self.signal = signal.Signals(number) if number else None
+        if number:
+            self.signal = signal.Signals(number)
+            self.reason = self.signal.name
+        elif late:
+            self.reason = f"--exit-duration-in-mins {self.minutes}"
         return bool(number or late)
 
     @property

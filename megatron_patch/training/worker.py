@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 
 from megatron_patch.config import Config
 from megatron_patch.training.log import start_log
 
 
 def run(config: Config) -> int:
-    """Train and return the exit code. What a user can mend is one line on stderr, its traceback in the rank's log."""
+    """Train and return the exit code. What ended the run goes to the launcher, its traceback into the rank's log."""
     rank = int(os.environ["RANK"])
     start_log(config.checkpoint.output / "log", rank)
     # Here, so that what libraries remark while they are loaded goes to the log.
@@ -28,8 +27,27 @@ def run(config: Config) -> int:
         parallel.stop()
         if held is not None:
             held.close()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except Exception as error:
         logging.getLogger().error("stopped", exc_info=True)
-        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        if not _others_are_gone(error):
+            _tell_launcher(error)
         return 1
     return code
+
+
+def _others_are_gone(error: Exception) -> bool:
+    """Whether this rank only lost the others, of which one knows why."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo" in str(error)
+
+
+def _tell_launcher(error: Exception) -> None:
+    """Hand it what ends the run, in torchrun's way: one line, which it prints once however many ranks have it."""
+    from torch.distributed.elastic.multiprocessing.errors.handlers import get_error_handler
+
+    line = " ".join(str(error).split())
+    expected = isinstance(error, (ValueError, OSError, FloatingPointError))
+    if not expected:
+        line = f"{type(error).__name__}: {line[:300]}; its traceback is in the rank's log"
+    get_error_handler().record_exception(RuntimeError(line))

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 from megatron.core import parallel_state
 
-from megatron_patch.checkpoint import resume
 from megatron_patch.checkpoint.resume import Progress
+from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.config import Config, Parallel
 from megatron_patch.families.llava import read_config
 from megatron_patch.training import optimizer as optimizer_module
@@ -44,7 +44,7 @@ def train(config: Config, steps: int) -> list[float]:
         scheduler.step(1)
         losses.append(train_step(wrapped, optimizer, batches, run).totals.loss)
     gather_weights(wrapped, config)
-    resume.save(config, chunks, optimizer, Progress(progress.iteration + steps, 0), None)
+    Saver(config, chunks, optimizer).save(Progress(progress.iteration + steps, 0), None)
     norm = sum(parameter.detach().double().square().sum() for parameter in chunks[0].parameters()).sqrt()
     return [*losses, norm.item()]
 

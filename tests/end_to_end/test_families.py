@@ -13,9 +13,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
-from megatron_patch.checkpoint import resume
 from megatron_patch.checkpoint.hf import HfReader
 from megatron_patch.checkpoint.resume import Progress
+from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.config import Config, Parallel
 from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.families.llava import hub_name, parts, read_config
@@ -91,7 +91,7 @@ def train(config: Config, steps: int) -> list[float]:
     for _ in range(steps):
         scheduler.step(1)
         losses.append(train_step(wrapped, optimizer, batches, run).totals.loss)
-    resume.save(config, chunks, optimizer, Progress(steps, steps * 4), None)
+    Saver(config, chunks, optimizer).save(Progress(steps, steps * 4), None)
     return losses
 
 

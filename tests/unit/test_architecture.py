@@ -32,7 +32,7 @@ ALLOWED = {
 }
 WITHOUT_MEGATRON_CORE = ("config.py", "sizes.py", "arguments.py", "conversion.py", "launch.py", "families", "data")
 WITHOUT_MEGATRON_CORE += ("parallel_config.py", "activations.py", "plan.py")
-MEGATRON_CORE_IN_CHECKPOINT = ("resume.py", "torch_dist.py")
+MEGATRON_CORE_IN_CHECKPOINT = ("resume.py", "saving.py")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

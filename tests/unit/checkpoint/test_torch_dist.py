@@ -15,10 +15,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.parallel_state import get_pipeline_model_parallel_rank, get_tensor_model_parallel_rank
 
-from megatron_patch.checkpoint import companions, resume
+from megatron_patch.checkpoint import companions
 from megatron_patch.checkpoint.convert import load_rank, open_mcore, write_shards
 from megatron_patch.checkpoint.hf import HfReader
 from megatron_patch.checkpoint.resume import Progress
+from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.checkpoint.stages import pipeline_stages, stage_lengths
 from megatron_patch.checkpoint.torch_dist import TorchDistReader, stored_key
 from megatron_patch.config import Parallel
@@ -40,7 +41,7 @@ def save_trained(config):
     llava = read_config(config.model.description)
     chunks, wrapped, optimizer, _, _ = start_or_resume(config, llava)
     train_step(wrapped, optimizer, itertools.cycle(tiny_runs.batches(llava, 2)), batch_runner(config, llava))
-    resume.save(config, chunks, optimizer, Progress(1, 4), None)
+    Saver(config, chunks, optimizer).save(Progress(1, 4), None)
     return rank(), tensors(chunks[0])
 
 

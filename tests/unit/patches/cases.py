@@ -121,9 +121,16 @@ def own_step_for_each_parameter() -> None:
 
 
 def no_process_for_results() -> None:
-    """After a save, no process is left."""
+    """After a save, no process is left; a forked process hands back results that no pipe holds."""
     _save_and_load(*_optimizer())
     assert not multiprocessing.active_children()
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    results = filesystem_async._get_write_results_queue()
+    writer = multiprocessing.get_context("fork").Process(target=results.put, args=(b"0" * 2**20,))
+    writer.start()
+    writer.join()
+    assert len(results.get_nowait()) == 2**20
 
 
 def states_of_several_buckets() -> None:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_patch import parallel
-from megatron_patch.checkpoint import resume
 from megatron_patch.checkpoint.resume import Progress
+from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.config import Parallel
 from megatron_patch.families.llava import read_config
 from megatron_patch.plan import plan
@@ -43,7 +43,7 @@ def train(mcore, output, steps, offload="false", precision="fp32", save=False):
         step = train_step(wrapped, optimizer, batches, run)
         reports.append((step.totals.loss, step.grad_norm))
     if save:
-        resume.save(config, chunks, optimizer, Progress(progress.iteration + steps, 0), None)
+        Saver(config, chunks, optimizer).save(Progress(progress.iteration + steps, 0), None)
     return reports
 
 

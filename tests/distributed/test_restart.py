@@ -1,0 +1,201 @@
+"""A run that ended at any moment, started again, is the unbroken run bit for bit; or it says why it cannot be."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_patch.checkpoint import checksums
+from megatron_patch.checkpoint.companions import TRACKER
+from megatron_patch.config import Config, Parallel
+from tests import tiny_runs
+from tests.distributed import runs
+from tests.unit.data.samples import convert_folder, write_pretrain
+
+STEPS = 5
+INTERVAL = 2
+ONE, TP2, PP2 = Parallel(), Parallel(tensor_model_parallel_size=2), Parallel(pipeline_model_parallel_size=2)
+CUTS = pytest.mark.parametrize("cut", [ONE, TP2, PP2], ids=["one process", "TP2", "PP2"])
+POINTS = ("state written", "synced", "renamed", "tracker written", "tracker renamed")
+
+
+@pytest.fixture(scope="module")
+def train():
+    with runs.server() as train:
+        yield train
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pretrain(folder / "raw", 30)
+    convert_folder(folder / "raw")
+    return folder / "raw" / "wds"
+
+
+@pytest.fixture(scope="module")
+def settings(mcore, dataset):
+    """A function (output, cut, **fields of Checkpoint) -> Config."""
+
+    def make(output: Path, cut: Parallel = ONE, **checkpoint) -> Config:
+        config = tiny_runs.config(mcore, output, parallel=cut, train_iters=STEPS)
+        return replace(
+            config,
+            data=replace(config.data, data_path=dataset, num_workers=1, shuffle_buffer_size=8),
+            checkpoint=replace(config.checkpoint, save_interval=INTERVAL, **checkpoint),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def unbroken(train, settings, tmp_path_factory):
+    """A function (cut) -> (losses, sums of the last weights) of a run that saves without a background process."""
+    known = {}
+
+    def get(cut: Parallel):
+        if cut not in known:
+            output = tmp_path_factory.mktemp("unbroken")
+            end = train(settings(output, cut), cut.model_parallel_size)
+            assert end.codes == [0] * cut.model_parallel_size, end
+            known[cut] = (runs.losses(output), runs.weights(output))
+        return known[cut]
+
+    return get
+
+
+def assert_same(output: Path, unbroken) -> None:
+    assert runs.losses(output) == unbroken[0]
+    assert runs.weights(output) == unbroken[1]
+
+
+def tracked(config: Config) -> int:
+    """The iteration that a run would go on from; its files are what was written."""
+    iteration = int((config.checkpoint.folder / TRACKER).read_text())
+    checksums.check(config.checkpoint.folder / f"iter_{iteration:07d}")
+    return iteration
+
+
+@CUTS
+def test_killed_after_every_step(train, settings, unbroken, tmp_path, cut):
+    """Killed after its first step, resumed and killed after the second, and so on; it saves in the background."""
+    config, size = settings(tmp_path, cut, async_save=True), cut.model_parallel_size
+    for step in range(1, STEPS + 1):
+        rank = step % size
+        end = train(config, size, (runs.killed_after_step, rank, (step,)))
+        assert end.codes[rank] == -signal.SIGKILL, end
+    assert train(config, size).codes == [0] * size
+    assert_same(tmp_path, unbroken(cut))
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_while_saving(train, settings, unbroken, tmp_path, point):
+    """In the second save. The tracker names the first until the second is whole; nothing half-written stays."""
+    config = settings(tmp_path, async_save=True)
+    assert train(config, 1, (runs.killed_at, 0, (point, 2))).codes == [-signal.SIGKILL]
+    assert tracked(config) == (2 * INTERVAL if point == "tracker renamed" else INTERVAL)
+    assert train(config, 1).codes == [0]
+    assert not list(config.checkpoint.folder.glob("*.partial"))
+    assert_same(tmp_path, unbroken(ONE))
+
+
+def test_killed_while_the_background_writes(train, settings, unbroken, tmp_path):
+    """What it began is not taken for a checkpoint, and the process that wrote ends with it."""
+    config = settings(tmp_path, async_save=True)
+    end = train(config, 1, (runs.trainer_killed_while_its_writer_works, 0, (INTERVAL,)))
+    assert end.codes == [-signal.SIGKILL], end
+    (partial,) = config.checkpoint.folder.glob("*.partial")
+    stat = Path("/proc", (partial / "__0_0.distcp").read_text(), "stat")
+    time.sleep(0.5)
+    assert not stat.exists() or " Z " in stat.read_text()
+    assert not (config.checkpoint.folder / TRACKER).exists()
+    assert train(config, 1).codes == [0]
+    assert_same(tmp_path, unbroken(ONE))
+
+
+def test_the_background_process_is_killed(train, settings, tmp_path):
+    """The run ends with one line, and the checkpoint before is whole and the only thing there."""
+    config = settings(tmp_path, PP2, async_save=True)
+    end = train(config, 2, (runs.writer_ends, 1, (2 * INTERVAL, 0)))
+    assert end.codes == [1, 1]
+    assert len(set(end.errors)) == 1
+    assert "iter_0000004: cannot be saved (a process that writes was killed); the checkpoints before" in end.errors[0]
+    assert tracked(config) == INTERVAL
+    assert [path.name for path in config.checkpoint.folder.glob("iter_*")] == [f"iter_{INTERVAL:07d}"]
+
+
+def test_a_signal_to_one_rank(train, settings, unbroken, tmp_path):
+    """All finish the step, save, in the background too, and end with the signal's code."""
+    config = settings(tmp_path, PP2, async_save=True)
+    end = train(config, 2, (runs.signalled_after_step, 1, (3, signal.SIGTERM)))
+    assert end.codes == [128 + signal.SIGTERM] * 2, end
+    assert tracked(config) == 3
+    assert train(config, 2).codes == [0, 0]
+    assert_same(tmp_path, unbroken(PP2))
+
+
+def test_another_cut_goes_on(train, settings, unbroken, tmp_path):
+    """TP2 goes on as PP2: the same samples, losses equal but for the order of sums."""
+    assert train(settings(tmp_path, TP2), 2, (runs.killed_after_step, 0, (3,))).codes[0] == -signal.SIGKILL
+    assert train(settings(tmp_path, PP2), 2).codes == [0, 0]
+    assert runs.losses(tmp_path) == pytest.approx(unbroken(ONE)[0], abs=1e-5)
+
+
+def test_a_loss_that_is_no_number(train, settings, tmp_path):
+    """It ends before the step changes anything, names samples, and the last checkpoint is of before."""
+    config = settings(tmp_path, PP2)
+    end = train(config, 2, (runs.weights_spoilt_after_step, 0, (3,)))
+    assert any(re.search(r"FloatingPointError: the loss of samples .*0000.* is nan", error) for error in end.errors), (
+        end
+    )
+    assert tracked(config) == INTERVAL
+    assert sorted(runs.losses(tmp_path)) == [1, 2, 3]
+
+
+class TestRefused:
+    """What cannot go on exactly, or is damaged: one line, the same on all ranks."""
+
+    @pytest.fixture(scope="class")
+    def saved(self, train, settings, tmp_path_factory) -> Config:
+        config = settings(tmp_path_factory.mktemp("saved"), PP2, keep_checkpoints=1)
+        assert train(config, 2, (runs.killed_after_step, 0, (4,))).codes[0] == -signal.SIGKILL
+        return config
+
+    def refused(self, train, config: Config) -> set[str]:
+        end = train(config, 2)
+        assert end.codes == [1, 1]
+        return set(end.errors)
+
+    @pytest.mark.parametrize("file", ["__0_0.distcp", "__1_1.distcp", ".metadata", "common.pt", "data_position_000.pt"])
+    @pytest.mark.parametrize("damage", ["flipped", "missing"])
+    def test_damaged(self, train, saved, file, damage):
+        path = saved.checkpoint.folder / f"iter_{INTERVAL:07d}" / file
+        good = path.read_bytes()
+        half = len(good) // 2
+        if damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(good[:half] + bytes([good[half] ^ 1]) + good[half + 1 :])
+        try:
+            (error,) = self.refused(train, saved)
+        finally:
+            path.write_bytes(good)
+        said = "missing, though" if damage == "missing" else "not what was written"
+        assert f"{path}: {said}" in error
+        assert f"write an earlier iteration into {saved.checkpoint.folder / TRACKER}" in error
+        assert "\n" not in error
+
+    def test_other_workers(self, train, saved):
+        changed = replace(saved, data=replace(saved.data, num_workers=2))
+        assert any("num_workers was 1 when it was saved and is 2 now" in said for said in self.refused(train, changed))
+
+    def test_other_data_parallel_size(self, train, saved):
+        """Rank 0's place was another, rank 1's does not exist."""
+        one, other = sorted(self.refused(train, replace(saved, parallel=ONE)))
+        assert "data_position_001.pt: missing; the run was saved with fewer data-parallel ranks" in one
+        assert "data-parallel size was 1 when it was saved and is 2 now" in other
