@@ -22,8 +22,6 @@ from megatron_patch.checkpoint.mp_rank import MpRankReader
 from megatron_patch.checkpoint.reader import Reader, Views
 from megatron_patch.checkpoint.stages import Stage, pipeline_stages
 from megatron_patch.checkpoint.stream import BUFFER, convert, read
-from megatron_patch.checkpoint.torch_dist import TorchDistReader
-from megatron_patch.checkpoint.torch_dist_writer import write_torch_dist
 from megatron_patch.checkpoint.view import View
 from megatron_patch.families.family import Weight
 from megatron_patch.families.layout import hf_shapes, merge, pad_vocab, shard, split
@@ -217,8 +215,10 @@ def open_mcore(folder: Path, llava: Llava, check: bool = True) -> Reader:
                 f"{Path(folder) / CONFIG}: the vocabulary has {own} words, and the model that was asked for "
                 f"{llava.language.vocab_size}; describe the model by the checkpoint's own config.json"
             )
+    kind = MpRankReader
+    if (target / ".metadata").is_file():
+        from megatron_patch.checkpoint.torch_dist import TorchDistReader as kind  # half a second, where it is needed
     rows = llava_rows(llava)
-    kind = TorchDistReader if (target / ".metadata").is_file() else MpRankReader
     reader = kind(target, rows, check)
     reader = _without_copies(reader, pipeline_copies(llava))
     check_mcore(rows, reader)
@@ -292,6 +292,8 @@ def write_dist(
     progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> None:
     """Write `folder`/release as a torch_dist checkpoint, then the tracker file. Arguments: as `write_shards`."""
+    from megatron_patch.checkpoint.torch_dist_writer import write_torch_dist
+
     ((stage,),) = pipeline_stages([llava.language.num_layers])
     whole = rank_views(mcore, llava, stage, tp_rank=0, tp_size=1)
     common = {"args": args, "checkpoint_version": mp_rank.CHECKPOINT_VERSION, "iteration": 0}
