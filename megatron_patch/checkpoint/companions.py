@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.families.llava import LANGUAGE_FAMILIES, LLAMA3_ROPE, VISION_FAMILIES, vision_config
+from megatron_patch.files import OLD_CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -22,20 +23,10 @@ GENERATION_CONFIG = "generation_config.json"
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 UNUSED = "unused.safetensors"
 RECORD = "conversion.json"
 PARITY = "parity.json"
 CARD = "README.md"
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 # The source's tokenizer as it was, before `<image>` came into it.
 SOURCE_TOKENIZER = "source_tokenizer"
 IN_SOURCE_TOKENIZER = (*TOKENIZER, CHAT_TEMPLATE)
@@ -108,7 +99,7 @@ def read_json(folder: Path, name: str = CONFIG) -> dict[str, Any]:
 
 def check_json(folder: Path) -> None:
     """Raise ValueError, one line that names the file, where a json file beside the weights holds no object."""
-    for name in FILES:
+    for name in (*FILES, OLD_CHAT_TEMPLATE):
         if name.endswith(".json") and (Path(folder) / name).is_file():
             read_json(folder, name)
 

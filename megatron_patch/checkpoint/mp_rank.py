@@ -221,6 +221,8 @@ def rank_files(folder: Path, records: dict[str, manifest.RankRecord] | None = No
     files = [[existing_file(found[s, r], FILE, what) for r in range(ranks)] for s in range(stages)]
     if records is not None:
         _check_ranks(folder, files, records)
+    else:
+        _check_iterations([path for paths in files for path in paths])
     _check_sizes(files)
     return files
 
@@ -236,6 +238,17 @@ def _check_ranks(folder: Path, files: list[list[Path]], records: dict[str, manif
                 f"{folder / name}: {manifest.FILE} does not name it; remove what is not of this checkpoint"
             )
         manifest.check_size(there[name], records[name])
+
+
+def _check_iterations(paths: list[Path]) -> None:
+    """Ranks that no manifest holds together say at least the same iteration."""
+    contents = (open_torch_file(path) for path in paths)
+    found = [content.get("iteration") if isinstance(content, dict) else None for content in contents]
+    for path, iteration in zip(paths, found, strict=True):
+        if iteration != found[0]:
+            raise ValueError(
+                f"{path}: says iteration {iteration}, {paths[0]} says {found[0]}; copy the shards of one checkpoint"
+            )
 
 
 def _check_sizes(files: list[list[Path]]) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_patch.files import OLD_CHAT_TEMPLATE
+
 IMAGE = "<image>"
 MARKED_IMAGE = "<im_start><image><im_end>"
 """`<image>` between NeVA's tokens, as `use_im_start_end` writes it."""
@@ -224,7 +226,7 @@ def find_format(given: str, folder: Path, family: str) -> str:
 
 def read_template(folder: Path, tokenizer: Any) -> str | None:
     """A checkpoint's own chat template, wherever it is kept; None: it has none."""
-    path = Path(folder) / "chat_template.json"  # as processors kept it before transformers 4.52
+    path = Path(folder) / OLD_CHAT_TEMPLATE
     template = json.loads(path.read_text())["chat_template"] if path.is_file() else tokenizer.chat_template
     return template if isinstance(template, str) else None
 

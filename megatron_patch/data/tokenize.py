@@ -13,21 +13,10 @@ from torch import Tensor
 
 from megatron_patch.data.prompts import IMAGE, Piece, read_template
 from megatron_patch.data.sentence_piece import add_pieces, remove_last_piece
+from megatron_patch.files import TOKENIZER, TOKENIZER_CONFIG
 
 IGNORE = -100
 """Label of a position from which nothing is learned."""
-
-
-# Everything of a tokenizer that transformers may read, except its chat template, which is not LLaVA's.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -62,13 +51,13 @@ def install_tokenizer(source: Path, target: Path, added_tokens: Sequence[str] = 
     does not read the copy as meant.
     """
     source, target = Path(source), Path(target)
-    files = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    files = [name for name in TOKENIZER if (source / name).is_file()]
     if not {"tokenizer.json", "tokenizer.model"} & set(files):
         raise ValueError(f"{source}: neither tokenizer.json nor tokenizer.model; expected a tokenizer of transformers")
     if target.exists() and target.samefile(source):
         raise ValueError(f"{target}: is the source itself; give another folder")
     target.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
+    for name in TOKENIZER:
         # What another tokenizer left there would be read together with this one.
         (target / name).unlink(missing_ok=True)
         if name in files:
@@ -79,7 +68,7 @@ def install_tokenizer(source: Path, target: Path, added_tokens: Sequence[str] = 
     tokens: dict[str, int] = {}
     for token in (IMAGE, *added_tokens):
         tokens[token] = known.setdefault(token, max(known.values()) + 1)
-    _edit_json(target / "tokenizer_config.json", lambda config: _configured(config, tokens, "tokenizer.json" in files))
+    _edit_json(target / TOKENIZER_CONFIG, lambda config: _configured(config, tokens, "tokenizer.json" in files))
     if "tokenizer.json" in files:
         _edit_json(target / "tokenizer.json", lambda tokenizer: _extended(tokenizer, tokens))
     if "added_tokens.json" in files:
@@ -110,7 +99,7 @@ def source_chat_template(source: Path) -> str | None:
 
 def remove_image_token(folder: Path) -> None:
     """Take `<image>` out of a tokenizer that `install_tokenizer` made, for a language model that stands alone."""
-    for name in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json", "special_tokens_map.json"):
+    for name in (TOKENIZER_CONFIG, "tokenizer.json", "added_tokens.json", "special_tokens_map.json"):
         if (Path(folder) / name).is_file():
             _edit_json(Path(folder) / name, _without_image)
     if (Path(folder) / "tokenizer.model").is_file():

@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.end_to_end.scripts import ROOT, environment
+from tests.canary import Canary
+from tests.end_to_end.scripts import CONVERT_MODEL, ROOT, call, environment
 from toolkits.model_checkpoints_convertor.convert import main
 
 
@@ -72,6 +74,7 @@ def test_wrong_types_in_config_json(tmp_path, capsys, sources, source, key, valu
         ("llm", "tokenizer.json", '{"version"', "not valid json"),
         ("llm", "tokenizer_config.json", "[]", "holds a list; expected an object"),
         ("llm", "generation_config.json", "", "not valid json"),
+        ("llm", "chat_template.json", "{{ messages }}", "not valid json"),
         ("clip", "preprocessor_config.json", "null", "holds a NoneType; expected an object"),
         ("clip", "preprocessor_config.json", "\ufffd", "not valid json"),
     ],
@@ -100,6 +103,24 @@ def test_a_tokenizer_that_transformers_cannot_read(tmp_path, capsys, sources, co
     finally:
         path.write_text(before)
     assert f"{sources['llm']}: its tokenizer is not readable" in line
+
+
+def test_a_projector_with_code_in_it_is_not_run(tmp_path, capsys, sources):
+    torch.save({"model.mm_projector.0.weight": Canary(tmp_path / "canary")}, tmp_path / "mm_projector.bin")
+    flags = {"source-llm-ckpt-path": sources["llm"], "source-clip-ckpt-path": sources["clip"]}
+    flags |= {"target-ckpt-path": tmp_path / "target", "projector": tmp_path / "mm_projector.bin"}
+    assert main([f"--{name}={value}" for name, value in flags.items()]) == 1
+    assert "mm_projector.bin: not a file of tensors and plain values" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mm_projector.bin"]
+
+
+def test_no_shell_reads_a_path(tmp_path):
+    """Of the script: neither substitutions nor quotes nor separators in a name are more than a name."""
+    hostile = "$(touch canary) `touch canary`; touch canary & ' \" *"
+    result = call(CONVERT_MODEL, "auto", hostile, hostile, hostile, 1, 1, "false", "fp32", hostile, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == f"error: {hostile}/config.json: missing; expected the folder of a checkpoint\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path, mistral, clip):

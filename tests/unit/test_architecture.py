@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ PACKAGE = ROOT / "megatron_patch"
 ALLOWED = {
     "checks.py": (),
     "sizes.py": (),
+    "files.py": (),
     "parallel_config.py": ("checks", "sizes"),
     "config.py": ("checks", "parallel_config", "sizes"),
     "arguments.py": (),
@@ -25,8 +27,8 @@ ALLOWED = {
     "patches": (),
     "families": ("sizes",),
     "model": ("config", "sizes"),
-    "checkpoint": ("checks", "config", "sizes", "families", "model"),
-    "data": ("config", "sizes"),
+    "checkpoint": ("checks", "config", "files", "sizes", "families", "model"),
+    "data": ("config", "sizes", "files"),
     "training": ("config", "sizes", "families", "model", "checkpoint", "data", "parallel", "plan"),
     "__init__.py": ("patches",),
 }
@@ -56,6 +58,16 @@ def test_imports(path):
     assert not any(name.startswith(("megatron.training", "toolkits", "examples", "tests")) for name in used)
     if place in WITHOUT_MEGATRON_CORE or (place == "checkpoint" and path.name not in MEGATRON_CORE_IN_CHECKPOINT):
         assert not any(name.startswith("megatron.core") for name in used)
+
+
+def test_no_shell_string_is_built():
+    """Commands are lists of words, so that a path can be anything."""
+    for folder in ("megatron_patch", "toolkits", "examples", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text()
+            assert not any(word in text for word in ("shell=True", "os.system(", "os.popen(")), path
+        for path in (ROOT / folder).rglob("*.sh"):
+            assert not re.search(r"^\s*eval\b|\bsh -c\b", path.read_text(), re.MULTILINE), path
 
 
 def test_nobody_edits_the_path_or_reads_global_arguments():

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from megatron_patch.checkpoint import disk
 from megatron_patch.checkpoint.hf import HfReader, HfWriter, load_safetensors, save_tensors
+from tests.canary import Canary
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),
@@ -183,20 +184,10 @@ def test_a_header_of_odd_length(tmp_path):
     assert torch.equal(HfReader(tmp_path)["a"], torch.arange(4.0).reshape(2, 2))
 
 
-class _Canary:
-    """A pickle that creates a file when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (Path(self.path),))
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_bin_is_not_run(tmp_path, zipped):
     canary = tmp_path / "canary"
-    torch.save({"a": _Canary(canary)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    torch.save({"a": Canary(canary)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match="not a file of tensors and plain values"):
         HfReader(tmp_path)
     assert not canary.exists()
@@ -219,7 +210,7 @@ def test_a_few_tensors_carry_their_digests(tmp_path):
 
 def test_an_array_of_objects_is_not_unpickled(tmp_path):
     canary = tmp_path / "canary"
-    torch.save({"a": np.array([_Canary(canary)], dtype=object)}, tmp_path / "pytorch_model.bin")
+    torch.save({"a": np.array([Canary(canary)], dtype=object)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="not a file of tensors and plain values"):
         HfReader(tmp_path)
     assert not canary.exists()

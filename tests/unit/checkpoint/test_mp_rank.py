@@ -12,6 +12,7 @@ import torch
 from megatron_patch.checkpoint.convert import open_mcore
 from megatron_patch.families.llava import read_config
 from megatron_patch.families.transformer_engine import to_transformer_engine_name
+from tests.canary import Canary
 
 
 @pytest.fixture
@@ -126,6 +127,11 @@ def rekeyed(copy, *keys):
     torch.save({**content, **dict.fromkeys(keys, model)}, path)
 
 
+def other_iteration(copy):
+    path = rank_file(copy, 1)
+    torch.save({**torch.load(path, weights_only=True), "iteration": 7}, path)
+
+
 def no_model(copy):
     rekeyed(copy, "weights")
 
@@ -163,6 +169,7 @@ def two_stages_with_an_embedding(copy):
         (missing_layer, "layers.3.input_layernorm.weight .* missing"),
         (other_shape, rf"{QKV} has shape \[319, 96\], by config.json \[320, 96\] is expected"),
         (object_among_tensors, f"mp_rank_01/model_optim_rng.pt: {NORM} is a str; expected a tensor"),
+        (other_iteration, "mp_rank_01/model_optim_rng.pt: says iteration 7, .*mp_rank_00.* says 0; copy the shards"),
         (no_model, "mp_rank_01/model_optim_rng.pt: has no 'model', nor 'model0', ...; expected a Megatron-Core shard"),
         (virtual_stages_with_a_gap, "mp_rank_01/model_optim_rng.pt: holds model0, model2; expected"),
         (
@@ -186,22 +193,14 @@ def test_ranks_that_disagree(mcore, copy):
         reader[NORM]
 
 
-class _Canary:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (Path(self.path),))
-
-
 @pytest.mark.parametrize("where", ["args", "_extra_state"])
 def test_code_in_a_shard_is_not_run(mcore, copy, tmp_path, where):
     canary = tmp_path / "canary"
     content = torch.load(rank_file(copy, 1), weights_only=True)
     if where == "args":
-        content["args"] = _Canary(canary)
+        content["args"] = Canary(canary)
     else:
-        content["model"]["language_model.output_layer._extra_state"] = _Canary(canary)
+        content["model"]["language_model.output_layer._extra_state"] = Canary(canary)
     torch.save(content, rank_file(copy, 1))
     with pytest.raises(ValueError, match=r"mp_rank_01/model_optim_rng.pt: not a file of tensors and plain values"):
         open_mcore(copy, read_config(mcore))

@@ -28,6 +28,7 @@ from megatron_patch.model.llava import LlavaModel, language_config
 from megatron_patch.training.loop import load_pretrained, start_or_resume
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
+from tests.canary import Canary
 from tests.distributed.ranks import run_ranks
 from toolkits.model_checkpoints_convertor.convert import main as convert
 
@@ -184,18 +185,10 @@ def test_damaged_data(mcore, copy, damage, message):
     assert "\n" not in str(error.value)
 
 
-class _Canary:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (Path(self.path),))
-
-
 @pytest.mark.parametrize("content", ["code", b"", b"garbage", pickle.dumps({"a": 1}), "half"])
 def test_unfit_metadata_is_refused_and_not_run(mcore, copy, tmp_path, content):
     path, canary = folder_of(copy) / ".metadata", tmp_path / "canary"
-    made = {"code": pickle.dumps(_Canary(canary)), "half": path.read_bytes()[:200]}
+    made = {"code": pickle.dumps(Canary(canary)), "half": path.read_bytes()[:200]}
     path.write_bytes(made.get(content, content))
     with pytest.raises(ValueError, match=r"\.metadata: (not|holds a)") as error:
         open_mcore(copy, read_config(mcore))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megatron_patch.families.llava import read_config
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.training.loop import load_pretrained
 from tests import tiny_runs
+from tests.canary import Canary
 from tests.distributed.ranks import run_ranks
 from tests.unit.checkpoint.test_torch_dist import ONE, TP2, cut_by_us, rank, reshard, save_whole, tensors
 
@@ -142,6 +144,23 @@ def test_a_missing_file(copy, name):
     what = f"{name}: missing" if name != METADATA else "holds no mp_rank_"
     with pytest.raises(FileNotFoundError, match=what):
         open_mcore(copy, read_config(copy))
+
+
+def test_code_in_a_block_is_not_run(copy, tmp_path):
+    """In the place of a tensor, in a checkpoint without a manifest."""
+    release = copy / "release"
+    (release / manifest.FILE).unlink()
+    metadata = read_metadata(release / METADATA)
+    index = next(index for index in metadata.storage_data if index.fqn == "vision_model.class_token")
+    torch.save(Canary(tmp_path / "canary"), release / "__0_1.distcp")
+    place = metadata.storage_data[index]
+    place.relative_path, place.offset, place.length = "__0_1.distcp", 0, (release / "__0_1.distcp").stat().st_size
+    (release / METADATA).write_bytes(pickle.dumps(metadata))
+    with pytest.raises(
+        ValueError, match=r"__0_1.distcp: vision_model.class_token at .* is not readable .*could run code"
+    ):
+        open_mcore(copy, read_config(copy))[CLASS]
+    assert not (tmp_path / "canary").exists()
 
 
 def test_blocks_that_changed_places(copy):

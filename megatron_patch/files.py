@@ -1,0 +1,14 @@
+"""Names of files beside the weights that more than one part of the package reads or writes."""
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Everything of a tokenizer that transformers may read, except its chat template, which is not LLaVA's.
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+OLD_CHAT_TEMPLATE = "chat_template.json"  # as processors kept it before transformers 4.52
