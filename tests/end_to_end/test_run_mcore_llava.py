@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -180,8 +181,14 @@ def test_a_signal_saves_and_the_run_goes_on(photos, mcore, tmp_path, number, cod
         ({"AC": "maybe"}, (), "--recompute 'maybe': expected one of none, sel, full"),
         ({"DO": "yes"}, (), "--use-distributed-optimizer 'yes': expected true or false"),
         ({"CP": 0}, (), "--context-parallel-size 0: expected 1 or more"),
-        ({"PR": "fp8"}, (), "--precision fp8: not supported yet"),
-        ({"OPTIMIZER_OFFLOAD": "static"}, (), "--optimizer-offload static: not supported yet"),
+        pytest.param(
+            {"PR": "fp8"},
+            (),
+            "--precision fp8: needs transformer-engine[pytorch], which is not installed; use bf16",
+            marks=pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="it is installed"),
+        ),
+        ({"OPTIMIZER_OFFLOAD": "static", "DO": "false"}, (), "--optimizer-offload static: needs --use-distributed-opt"),
+        ({"AC": "sel"}, ("--recompute-num-layers", "2"), "--recompute-num-layers 2: needs --recompute full"),
         ({"DATASET_PATH": "/no/such/folder"}, (), "--data-path /no/such/folder: no such folder"),
         ({"PRETRAIN_CHECKPOINT_PATH": "/no/such"}, (), "--pretrained-checkpoint /no/such: no such folder"),
         ({"ENV": "laptop"}, (), "--env 'laptop': expected one of dsw, dlc"),
