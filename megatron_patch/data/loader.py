@@ -8,12 +8,14 @@ import json
 import logging
 import math
 import multiprocessing
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.energon import SavableDataLoader, WorkerConfig, load_dataset
+from megatron.energon.epathlib import EPath
 from megatron.energon.errors import FatalSampleError
 from megatron.energon.metadataset.loader_interface import LoadedDatasetList
 
@@ -39,6 +41,7 @@ class Failures:
 
     def __init__(self, dataset: Path, num_samples: int) -> None:
         """`num_samples`: of this rank, which `MAX_UNREADABLE_SHARE` is taken of."""
+        self.dataset = dataset
         self.allowed = math.ceil(MAX_UNREADABLE_SHARE * num_samples)
         self.message = f"{dataset}: more than {self.allowed} of a rank's {num_samples} samples cannot be read"
         self._count = multiprocessing.get_context("fork").Value("i", 0)
@@ -81,6 +84,10 @@ class Loader(SavableDataLoader[Batch]):
         except FatalSampleError as error:
             # From a worker it arrives with a traceback as its text.
             raise ValueError(f"{self.failures.message}; the log names them; mend or convert the data anew") from error
+        except Exception as error:
+            # Not one sample's: of a shard, or of a process that reads. From there, the last line says what it was.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise ValueError(f"{self.failures.dataset}: reading failed ({reason}); convert the data anew") from error
         finally:
             if self._iterator is not None:
                 # Left to the garbage collector, which first ends the queues' threads, each worker takes 5 seconds.
@@ -194,12 +201,27 @@ def _describe(path: Path, split: str) -> tuple[int, str]:
     """How many samples a split has, and a digest of its shards' names and counts."""
     worker_config = WorkerConfig(rank=0, world_size=1, num_workers=0)
     loaded = _open(path, split, worker_config=worker_config)
+    for part in loaded.datasets:
+        for shard in part.dataset.shards:
+            _check_shard(shard.path)
     parts = [
         [[shard.name, shard.count] for shard in part.dataset.shards] + [part.weight, part.repetitions]
         for part in loaded.datasets
     ]
     digest = hashlib.sha256(json.dumps([parts, loaded.blend_mode.value]).encode()).hexdigest()[:16]
     return sum(len(part.dataset) for part in loaded.datasets), digest
+
+
+def _check_shard(path: EPath) -> None:
+    """Raise ValueError for a tar that is not there, or shorter than its index: 8 bytes per sample, the last its end."""
+    index = EPath(f"{path}.idx")
+    for file in (path, index):
+        if not file.is_file():
+            raise ValueError(f"{file}: missing, though the dataset lists it; copy or convert the data again")
+    with index.open("rb") as file:
+        (end,) = struct.unpack("<Q", file.read()[-8:])
+    if path.size() < end:
+        raise ValueError(f"{path}: {path.size()} bytes, expected {end} by its index; copy or convert the data again")
 
 
 def _open(path: Path, split: str, **options: Any) -> LoadedDatasetList:

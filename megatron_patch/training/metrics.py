@@ -121,7 +121,10 @@ class Metrics:
         for name, value in values.items():
             self.board.add_scalar(name, value, iteration)
         # A resumed run writes an iteration that a killed one had done again: the later line counts.
-        self.lines.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        try:
+            self.lines.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.lines.name}: cannot be written ({error.strerror})") from error
 
     def _report_spike(self, iteration: int, loss: float) -> None:
         if self.usual and loss > SPIKE * statistics.median(self.usual):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import tempfile
 import time
@@ -142,6 +143,11 @@ def trainer_killed_while_its_writer_works(iteration: int) -> None:
 def signalled_after_step(iteration: int, number: int) -> None:
     """A signal comes when a step is through."""
     after_step(iteration, lambda: os.kill(os.getpid(), number))
+
+
+def files_limited_after_step(iteration: int, size: int) -> None:
+    """From then on no file of this process takes more than `size` bytes, as on a disk that is full."""
+    after_step(iteration, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
 
 
 def weights_spoilt_after_step(iteration: int) -> None:

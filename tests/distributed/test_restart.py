@@ -129,6 +129,20 @@ def test_the_background_process_is_killed(train, settings, tmp_path):
     assert [path.name for path in config.checkpoint.folder.glob("iter_*")] == [f"iter_{INTERVAL:07d}"]
 
 
+@pytest.mark.parametrize(
+    ("rank", "size", "asynchronous"), [(1, 2**20, True), (0, 2**20, False), (0, 2**12, False)], ids=str
+)
+def test_no_room_for_a_checkpoint(train, settings, tmp_path, rank, size, asynchronous):
+    """For a rank's weights, or for what rank 0 writes beside them: one line, and nothing half-written is left."""
+    config = settings(tmp_path, PP2, async_save=asynchronous)
+    end = train(config, 2, (runs.files_limited_after_step, rank, (2 * INTERVAL - 1, size)))
+    assert end.codes[rank] == 1
+    assert any("File too large" in said or "is the disk full?" in said for said in end.errors), end
+    assert all("\n" not in said for said in end.errors)
+    assert tracked(config) == INTERVAL
+    assert [path.name for path in config.checkpoint.folder.glob("iter_*")] == [f"iter_{INTERVAL:07d}"]
+
+
 def test_a_signal_to_one_rank(train, settings, unbroken, tmp_path):
     """All finish the step, save, in the background too, and end with the signal's code."""
     config = settings(tmp_path, PP2, async_save=True)
@@ -189,6 +203,14 @@ class TestRefused:
         assert f"{path}: {said}" in error
         assert f"write an earlier iteration into {saved.checkpoint.folder / TRACKER}" in error
         assert "\n" not in error
+
+    def test_no_tracker(self, train, saved):
+        tracker = saved.checkpoint.folder / TRACKER
+        text = tracker.read_text()
+        tracker.unlink()
+        (error,) = self.refused(train, saved)
+        tracker.write_text(text)
+        assert f"has iter_{INTERVAL:07d} and no {TRACKER}; write the iteration to go on from into it" in error
 
     def test_other_workers(self, train, saved):
         changed = replace(saved, data=replace(saved.data, num_workers=2))

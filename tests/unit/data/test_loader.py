@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from dataclasses import replace
 from itertools import chain, islice
@@ -324,3 +325,30 @@ def test_validation_needs_a_path(model, dataset):
     config = replace(config, data=replace(config.data, valid_data_path=None))
     with pytest.raises(ValueError, match="--valid-data-path none"):
         valid_loader(config, model[1], rank=0, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda tar: tar.unlink(), "00002.tar: missing, though the dataset lists it"),
+        (lambda tar: os.truncate(tar, 5000), r"00002.tar: 5000 bytes, expected \d+ by its index"),
+        (lambda tar: tar.with_name("00002.tar.idx").unlink(), "00002.tar.idx: missing, though the dataset lists it"),
+    ],
+    ids=["missing", "cut off", "no index"],
+)
+def test_a_shard_that_is_not_whole_is_named_before_training(model, dataset, tmp_path, damage, said):
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    damage(copy / "00002.tar")
+    with pytest.raises(ValueError, match=said):
+        build(model, copy)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_shard_is_one_line(model, dataset, tmp_path, num_workers):
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    for tar in copy.glob("*.tar"):
+        tar.write_bytes(tar.read_bytes()[:512] + b"\xff" * (tar.stat().st_size - 512))
+    with pytest.raises(ValueError, match=r"copy: reading failed \(.*\); convert the data anew") as caught:
+        take(build(model, copy, num_workers=num_workers), 30)
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)
