@@ -70,6 +70,17 @@ def test_rejected_samples_are_counted_and_named(tmp_path):
     assert (tmp_path / "wds.rejected.tsv").read_text() == "7\t\"000007\"\timage 'nowhere.jpg': missing\n"
 
 
+def test_parts_and_their_join(tmp_path):
+    write_pretrain(tmp_path, 30)
+    for part in ("1/12", "12/12"):
+        result = run(tmp_path, "--part", part)
+        assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[0].startswith("0 shards (part 12/12 of 10) of VQASample")
+    result = run(tmp_path, "--no-prepare")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("wds: 30 given = 30 written + 0 rejected\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "why"),
     [

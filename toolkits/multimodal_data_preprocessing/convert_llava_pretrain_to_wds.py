@@ -40,7 +40,7 @@ def _describe(settings: Settings, report: Report) -> str:
     size = sum(record.size for record in report.records)
     pictures = sum(record.pictures for record in report.records)
     mean = sum(record.picture_bytes for record in report.records) / max(1, pictures)
-    largest = max(record.largest_picture for record in report.records)
+    largest = max((record.largest_picture for record in report.records), default=0)
     part = f" (part {settings.part} of {report.num_shards})" if settings.part else ""
     lengths = f"{report.lengths}\n" if report.lengths else ""
     return (

@@ -118,7 +118,7 @@ def _write_shards(job: Job, shards: range, settings: Settings) -> list[Record]:
     return sorted(records, key=lambda record: record.shard)
 
 
-def _measure(measure: Measure, job: Job, records: list[Record], settings: Settings) -> Lengths:
+def _measure(measure: Measure, job: Job, records: list[Record], settings: Settings) -> Lengths | None:
     rejected = {position for record in records for position, *_ in record.rejected}
 
     def count(shard: int, tell: Tell) -> tuple[str, Counter[int]]:
@@ -128,6 +128,8 @@ def _measure(measure: Measure, job: Job, records: list[Record], settings: Settin
     shards = [int(record.shard.partition(".")[0]) for record in records]
     results = [answer for answer in run(count, shards, settings.num_workers) if not isinstance(answer, int)]
     counts = sum((counts for _, counts in results), Counter())
+    if not counts:  # of a part without shards
+        return None
     return Lengths(counts=counts, prompt_format=results[0][0], num_image_tokens=measure.num_image_tokens)
 
 
