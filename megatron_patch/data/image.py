@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megatron_patch.data.webdataset.formats import MAX_PIXELS
+
 PREPROCESSOR = "preprocessor_config.json"
-MAX_PIXELS = 89_478_485
-"""Pixels that a picture may have, as it is or resized (what PIL calls a decompression bomb beyond)."""
 
 Transform = Literal["clip", "pad", "square"]
 """clip: shortest edge to `size`, then the middle. pad: before that, the mean colour around it to make it square, as in

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from megatron_patch.data.webdataset.samples import Rejected
 
 MAX_PIXELS = 89_478_485
-"""Pixels that a picture may have (what PIL calls a decompression bomb beyond)."""
+"""Pixels that a picture may have, as it is or resized (what PIL calls a decompression bomb beyond)."""
 TAIL = 1024
 """Bytes that may follow a picture's end: of what a camera or a server appended."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from megatron_patch.data.webdataset.samples import IMAGE
+from megatron_patch.data.prompts import IMAGE, find_format, prompt_format
 from megatron_patch.data.webdataset.workers import Tell
 
 CLIP_L_336 = 576
@@ -91,7 +91,6 @@ class Measure:
     @functools.cache  # noqa: B019  (once in each process, which ends with it)
     def _load(self) -> tuple[str, Any, Any]:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this is one of several processes already
-        from megatron_patch.data.prompts import find_format, prompt_format
         from megatron_patch.data.tokenize import install_tokenizer, load_tokenizer
 
         name = find_format("auto", self._folder, self._family)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.data.prompts import IMAGE
 from megatron_patch.data.webdataset.objects import Objects, is_url
 
-IMAGE = "<image>"
 ANNOTATIONS = "blip_laion_cc_sbu_558k.json"
 # A dot in a key breaks a sample without a word; 90 characters fit a plain tar header.
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
