@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_patch.checkpoint import manifest
+from megatron_patch.checkpoint import checksums, manifest
 from megatron_patch.checkpoint.reader import Reader, existing_file, reason, stored_view
 from megatron_patch.checkpoint.torch_zip import Stored, describe
 from megatron_patch.checkpoint.view import View
@@ -54,14 +54,16 @@ class TorchDistReader(Reader):
     """Whole, unpadded tensors under the local spec's names and global layer indices.
 
     Optimizer states and other objects beside the model are left out. `rows` is the model's table. `check`: compare what
-    is read with `manifest.json`, where there is one. Raises ValueError or FileNotFoundError, one line that names the
-    file, for a checkpoint that is incomplete, damaged or carries code.
+    is read with the converter's `manifest.json`, or all files with a run's `SHA256SUMS`. Raises ValueError or
+    FileNotFoundError, one line that names the file, for a checkpoint that is incomplete, damaged or carries code.
     """
 
     def __init__(self, folder: Path, rows: Iterable[Weight], check: bool = True) -> None:
         self.folder = Path(folder)
         self.source = str(folder)
         self.rows = {weight.mcore: weight for weight in rows}
+        if check and (self.folder / checksums.FILE).is_file():
+            checksums.check(self.folder)
         records = (manifest.read(self.folder) if check else None) or {}
         for record in records.values():
             path = existing_file(self.folder, record.file, f"{manifest.FILE} names it; copy the checkpoint again")
