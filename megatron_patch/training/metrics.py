@@ -6,10 +6,8 @@ import dataclasses
 import json
 import math
 import os
-import statistics
 import textwrap
 import time
-from collections import deque
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,8 +21,6 @@ from megatron_patch.training.flops import megatron_lm_flops, step_flops
 from megatron_patch.training.log import logger
 from megatron_patch.training.step import Step, Totals
 
-SPIKE = 10
-"""A loss so many times the median of the last 20 is reported."""
 LONG_WAIT = 0.05
 """Part of an iteration that may be spent waiting for data; more is said in the log line."""
 
@@ -45,7 +41,6 @@ class Metrics:
         self.steps: list[Step] = []
         self.first_iteration = first_iteration
         self.start = time.monotonic()
-        self.usual: deque[float] = deque(maxlen=20)
         self.shown: set[str] = set()  # keys of pictures
         if is_writer:
             self.lines = (config.checkpoint.output / "log" / "metrics.jsonl").open("a", buffering=1)
@@ -78,7 +73,6 @@ class Metrics:
         if step.grad_norm is not None:
             values["grad-norm"] = step.grad_norm
         self._record(iteration, values)
-        self._report_spike(iteration, totals.loss)
         self.steps.append(step)
         last = self.config.training.train_iters
         if iteration % self.config.training.log_interval == 0 or iteration == last:
@@ -125,11 +119,6 @@ class Metrics:
             self.lines.write(json.dumps({"iteration": iteration, **values}) + "\n")
         except OSError as error:
             raise OSError(f"{self.lines.name}: cannot be written ({error.strerror})") from error
-
-    def _report_spike(self, iteration: int, loss: float) -> None:
-        if self.usual and loss > SPIKE * statistics.median(self.usual):
-            logger.warning(f"iteration {iteration}: loss {loss:.4f} is more than {SPIKE} times the usual one")
-        self.usual.append(loss)
 
     def _tflops_per_second(self, steps: list[Step]) -> float:
         """What each device computed per second, in 1e12 operations; see `flops.step_flops`."""

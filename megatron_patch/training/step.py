@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -29,9 +31,12 @@ from megatron_patch.model.llava import DTYPES, find_image_rows
 from megatron_patch.model.specs import FP8_MULTIPLE, uses_transformer_engine
 from megatron_patch.sizes import Llava
 from megatron_patch.training.flops import Work
+from megatron_patch.training.log import logger
 from megatron_patch.training.params_norm import params_norm
 
 Schedule = Callable[..., list[dict[str, Tensor]]]
+SPIKE = 10
+"""A loss so many times the median of the last 20 is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +120,7 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
     borders_device = parallel.device() if uses_transformer_engine(config.model) else torch.device("cpu")
     schedule: Schedule = get_forward_backward_func()
     keys: list[list[str]] = []  # of the micro batches whose losses are known here
+    usual: deque[float] = deque(maxlen=20)  # losses of the last iterations
 
     def forward_step(batches: Iterator[Batch], chunk: DistributedDataParallel) -> tuple[Tensor, Callable]:
         part = unwrap_model(chunk)
@@ -150,7 +156,11 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
         for samples, report in zip(keys, reports, strict=True):
             if not report["totals"][0].isfinite():
                 raise FloatingPointError(f"the loss of samples {', '.join(samples)} is {report['totals'][0].item()}")
-        return _total(reports, batches.seconds)
+        totals = _total(reports, batches.seconds)
+        if not forward_only:
+            report_spike(totals.loss, usual, keys, reports)
+            usual.append(totals.loss)
+        return totals
 
     return run
 
@@ -212,6 +222,18 @@ def _next_batch(batches: Iterator[Batch]) -> Batch:
     if group.size() > 1:
         dist.broadcast_object_list(box, group=group, group_src=0, device=parallel.device())
     return box[0]
+
+
+def report_spike(loss: float, usual: Iterable[float], keys: list[list[str]], reports: list[dict[str, Tensor]]) -> None:
+    """Warn of a global batch's loss far above the usual ones. `keys`, `reports`: of its micro batches on this rank.
+
+    The ranks of the last stage name the samples of their highest micro batch, the others say the fact alone.
+    """
+    losses = list(usual)
+    if losses and loss > SPIKE * statistics.median(losses):
+        means = [(report["totals"][0] / report["totals"][1].clamp(min=1)).item() for report in reports]
+        highest = f": {max(means):.4f} in samples {', '.join(keys[means.index(max(means))])}" if means else ""
+        logger.warning(f"loss {loss:.4f} is more than {SPIKE} times the usual one{highest}")
 
 
 def _no_losses(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -153,6 +153,17 @@ def test_a_signal_to_one_rank(train, settings, unbroken, tmp_path):
     assert_same(tmp_path, unbroken(PP2))
 
 
+def test_a_run_set_back_by_hand_keeps_what_it_saves(train, settings, tmp_path):
+    """Newer checkpoints than its own are there, and only one is to be kept."""
+    config = settings(tmp_path)
+    assert train(config, 1).codes == [0]
+    (config.checkpoint.folder / TRACKER).write_text(str(INTERVAL))
+    end = train(settings(tmp_path, keep_checkpoints=1), 1, (runs.killed_after_step, 0, (STEPS,)))
+    assert end.codes == [-signal.SIGKILL]
+    assert tracked(config) == 2 * INTERVAL
+    assert sorted(path.name for path in config.checkpoint.folder.glob("iter_*")) == ["iter_0000004", "iter_0000005"]
+
+
 def test_another_cut_goes_on(train, settings, unbroken, tmp_path):
     """TP2 goes on as PP2: the same samples, losses equal but for the order of sums."""
     assert train(settings(tmp_path, TP2), 2, (runs.killed_after_step, 0, (3,))).codes[0] == -signal.SIGKILL

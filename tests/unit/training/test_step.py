@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
 from megatron_patch.config import Parallel
 from megatron_patch.data.task_encoder import Batch
-from megatron_patch.training.step import COUNTS, TimedIterator, Totals, cut_text, packed_seq_params
+from megatron_patch.training.step import COUNTS, TimedIterator, Totals, cut_text, packed_seq_params, report_spike
 
 IMAGE = 9
 
@@ -76,3 +78,12 @@ def test_the_wait_for_batches_is_measured():
     batches = TimedIterator(slow())
     assert [next(batches), next(batches)] == ["a", "b"]
     assert 0.1 <= batches.seconds < 0.2
+
+
+@pytest.mark.parametrize("loss", [19.9, 20.1])
+def test_a_spike_names_the_samples_of_its_highest_micro_batch(caplog, monkeypatch, loss):
+    monkeypatch.setattr(logging.getLogger("megatron_patch"), "propagate", True)
+    reports = [{"totals": torch.tensor([total, 4.0, 2, 9])} for total in (8.0, 200.0)]
+    report_spike(loss, [1.9, 2.0, 50.0], [["a", "b"], ["c", "d"]], reports)
+    said = ["loss 20.1000 is more than 10 times the usual one: 50.0000 in samples c, d"]
+    assert caplog.messages == (said if loss > 20 else [])
