@@ -227,7 +227,7 @@ def ours(config: Config) -> Step:
     missing, unexpected = chunks[0].load_state_dict(weights, strict=False)
     assert all(name.endswith("_extra_state") for name in (*missing, *unexpected)), (missing, unexpected)
     wrapped = wrap(chunks, config)
-    optimizer = build_optimizer(wrapped, config)
+    optimizer = build_optimizer(wrapped, config, llava)
     scheduler, run = build_scheduler(optimizer, config, 0), batch_runner(config, llava)
 
     def step(batch: Batch) -> float:
