@@ -1,4 +1,4 @@
-"""Real processes for tests: gloo, a `file://` store (no ports to collide on), results handed back by rank."""
+"""Real processes for tests: gloo or NCCL, a `file://` store (no ports to collide on), results handed back by rank."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -28,8 +29,11 @@ def run_ranks(function: Callable[..., Any], sizes: Parallel, world_size: int, *a
 def run_jobs(jobs: Sequence[Job], world_size: int) -> list[list[Any]]:
     """One job after another on the same processes, since starting one takes seconds; for each what the ranks returned.
 
-    A single process is this one: starting another takes longer than most of what it would do.
+    A single process is this one: starting another takes longer than most of what it would do. On a machine with GPUs,
+    each process needs one of its own: NCCL shares none.
     """
+    if torch.cuda.is_available() and world_size > torch.cuda.device_count():
+        pytest.skip(f"needs {world_size} GPUs")
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world_size, Path(folder), list(jobs))
         if world_size == 1:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import subprocess
 import sys
 
 import pytest
-import torch
 
 from megatron_patch import patches
-from megatron_patch.patches import no_cuda, no_transformer_engine, optimizer_offload, saving
 from tests.unit.patches import cases
 
-PARTS = (no_cuda, no_transformer_engine, optimizer_offload, saving)
-REPAIRS = [repair.make.__name__ for part in PARTS for repair in part.REPAIRS]
+REPAIRS = [repair.make.__name__ for repair in patches.needed()]  # on this machine, with or without a GPU
 # Forked from a process that has torch loaded and megatron.core not: starts at once, repairs are made anew.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "tests.unit.patches.cases"])
-
-without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the repairs are for machines without a GPU")
 
 
 def exit_codes(case: str, *left_out: str | None) -> list[int]:
@@ -32,7 +28,9 @@ def exit_codes(case: str, *left_out: str | None) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-@without_cuda
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is not None, reason="some repairs are for machines without it"
+)
 @pytest.mark.parametrize("repair", REPAIRS)
 def test_fails_without_the_repair_and_passes_with_it(repair):
     assert exit_codes(repair, repair, None) == [1, 0]
