@@ -99,6 +99,7 @@ class LlavaModel(MegatronModule):
         pixel_values: Tensor | None,
         labels: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Hidden states, logits or losses of one micro batch.
 
@@ -111,9 +112,11 @@ class LlavaModel(MegatronModule):
             pixel_values: normalised [n, 3, h, w]; n may be 0; None past the first stage.
             labels: int64 [b, s], the id to be predicted at each position, -100 where nothing is; None: no loss wanted.
             packed_seq_params: where the samples of a packed sequence (b = 1) begin and end; None: a sample per row.
+            wanted: bool [b, s], positions whose logits are returned where there are no labels; None: all.
 
         Returns:
-            Last stage: fp32 losses [number of labels], or without labels this rank's logits [b, s, vocabulary / TP].
+            Last stage: fp32 losses [number of labels], or without labels this rank's logits [b, s, vocabulary / TP], of
+            wanted positions [number of them, vocabulary / TP], an earlier position before a later one.
             Other stages: hidden states [s, b, h], of s this rank's part under sequence parallelism.
         """
         with ActivationOffload(self) if self.offloads_activations else contextlib.nullcontext():
@@ -125,6 +128,7 @@ class LlavaModel(MegatronModule):
                 decoder_input=embeddings,
                 labels=labels,
                 packed_seq_params=packed_seq_params,
+                loss_mask=wanted,
             )
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
@@ -175,8 +179,10 @@ class _LanguageModel(GPTModel):
 
     true_vocab_size: int
 
-    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **unused) -> Tensor:
-        """`hidden_states` [s, b, h], `labels` [b, s] -> fp32 losses [number of labels], or logits [b, s, vocab / TP].
+    def _postprocess(
+        self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None, **unused
+    ) -> Tensor:
+        """`hidden_states` [s, b, h] and `labels` [b, s] or `loss_mask`, LlavaModel's `wanted` -> what it returns.
 
         A caption labels some 30 of 620 positions: logits of the others would be the largest tensor of a step.
         """
@@ -189,14 +195,17 @@ class _LanguageModel(GPTModel):
                 hidden_states, tensor_parallel_output_grad=False
             )
         shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        if labels is None:
+        if labels is None and loss_mask is None:
             logits, _ = self.output_layer(hidden_states, weight=shared)
             return self._without_padding(logits).transpose(0, 1).contiguous()
-        is_label = labels.transpose(0, 1) != -100  # [s, b]
-        chosen = hidden_states[is_label].unsqueeze(1)  # [labels, 1, h]
-        logits, _ = self.output_layer(chosen, weight=shared)  # [labels, 1, vocab / TP]
-        targets = labels.transpose(0, 1)[is_label].unsqueeze(1)  # [labels, 1]
-        losses = tensor_parallel.vocab_parallel_cross_entropy(self._without_padding(logits).float(), targets)
+        is_chosen = (loss_mask if labels is None else labels != -100).transpose(0, 1)  # [s, b]
+        chosen = hidden_states[is_chosen].unsqueeze(1)  # [chosen, 1, h]
+        logits, _ = self.output_layer(chosen, weight=shared)  # [chosen, 1, vocab / TP]
+        logits = self._without_padding(logits)
+        if labels is None:
+            return logits.squeeze(1)
+        targets = labels.transpose(0, 1)[is_chosen].unsqueeze(1)  # [chosen, 1]
+        losses = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), targets)
         return losses.squeeze(1)
 
     def _without_padding(self, logits: Tensor) -> Tensor:

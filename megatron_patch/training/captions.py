@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -54,6 +55,12 @@ def captioner(config: Config, llava: Llava) -> Callable[[list[DistributedDataPar
     count = config.training.log_captions if config.validates else 0
     if count == 0:
         return lambda chunks: []
+    # At the first validation: a run that does not come to one reads no samples.
+    make = functools.cache(lambda: _captioner(config, llava, count))
+    return lambda chunks: make()(chunks)
+
+
+def _captioner(config: Config, llava: Llava, count: int) -> Callable[[list[DistributedDataParallel]], list[Caption]]:
     encoder = LlavaTaskEncoder(config, llava)
     ((_, _), (answer, _)) = encoder.prompt.pieces([("question", "answer")])
     ends = torch.tensor(sorted({encoder.tokenizer(answer).input_ids[-1], encoder.tokenizer.eos_token_id} - {None}))
@@ -149,8 +156,9 @@ def _next_words(
         # Context parallelism deals out sequences: the positions go along in the place of labels.
         text = cut_text(Batch(keys=[], input_ids=input_ids, labels=positions, pixels=pixels), llava.image_token_id, cut)
         words, image_rows = (text[name].to(parallel.device()) for name in ("input_ids", "image_rows"))
+        is_last = (text["labels"] == (lengths - 1).unsqueeze(1)).to(parallel.device())  # [b, s / CP]
         outputs = schedule(
-            forward_step_func=lambda _, chunk: (chunk(words, image_rows, pixel_values), None),
+            forward_step_func=lambda _, chunk: (chunk(words, image_rows, pixel_values, wanted=is_last), None),
             data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=num_micro_batches,
@@ -160,10 +168,10 @@ def _next_words(
         )
         likeliest = torch.full(lengths.shape, -1, device=parallel.device())  # [b]
         if parallel_state.is_pipeline_last_stage():
-            is_last = (text["labels"] == (lengths - 1).unsqueeze(1)).to(parallel.device())  # [b, s / CP]
-            logits = gather_from_tensor_model_parallel_region(outputs[0][is_last])  # [rows that end here, vocabulary]
+            rows = is_last.transpose(0, 1).nonzero()[:, 1]  # in the order of the logits; those that end on this rank
+            logits = gather_from_tensor_model_parallel_region(outputs[0])  # [rows, vocabulary]
             logits[:, llava.image_token_id :][:, :1] = float("-inf")  # no word, and there is no picture for it
-            likeliest[is_last.any(dim=1)] = logits.argmax(dim=-1)
+            likeliest[rows] = logits.argmax(dim=-1)
             dist.all_reduce(likeliest, dist.ReduceOp.MAX, parallel_state.get_context_parallel_group())
         dist.broadcast(
             likeliest,

@@ -101,7 +101,7 @@ def test_photographs_through_all_scripts_across_a_kill(place, photos, weights):
             TRAIN_ITERS=ITERATIONS,
             LR_WARMUP_ITERS=3,
         ),
-        *("--freeze-lm", "false", "--eval-iters", "2", "--num-workers", "1"),
+        *("--freeze-lm", "false", "--eval-iters", "2", "--log-captions", "1", "--num-workers", "1"),
     ]
     command = [str(word) for word in command]
     process = subprocess.Popen(
