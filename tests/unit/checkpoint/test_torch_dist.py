@@ -6,6 +6,7 @@ import itertools
 import os
 import pickle
 import shutil
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from megatron_patch.checkpoint.hf import HfReader
 from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.checkpoint.stages import pipeline_stages, stage_lengths
-from megatron_patch.checkpoint.torch_dist import TorchDistReader, stored_key
+from megatron_patch.checkpoint.torch_dist import TorchDistReader, read_metadata, stored_key
 from megatron_patch.config import Parallel
 from megatron_patch.families.llava import read_config, rows
 from megatron_patch.model.llava import LlavaModel, language_config
@@ -204,6 +205,29 @@ def test_unfit_metadata_is_refused_and_not_run(mcore, copy, tmp_path, content):
         open_mcore(copy, read_config(mcore), check=False)
     assert not canary.exists()
     assert "\n" not in str(error.value)
+
+
+class _AsPython3112(pickle.Pickler):
+    """Pickles members of enums as Python 3.11.2 does, and anything else's attribute just so."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_metadata_of_any_python_is_read(trained, tmp_path):
+    metadata = read_metadata(folder_of(trained[0]) / ".metadata")
+    with (tmp_path / ".metadata").open("wb") as file:
+        _AsPython3112(file, protocol=4).dump(metadata)
+    assert b"getattr" in (tmp_path / ".metadata").read_bytes()
+    assert read_metadata(tmp_path / ".metadata").state_dict_metadata == metadata.state_dict_metadata
+
+
+def test_attributes_of_other_classes_than_enums_are_refused(tmp_path):
+    (tmp_path / ".metadata").write_bytes(
+        b"cbuiltins\ngetattr\n(ctorch.distributed.checkpoint.metadata\nMetadata\nV__init__\ntR."
+    )
+    with pytest.raises(ValueError, match="asks for __init__ of something else than an enum"):
+        read_metadata(tmp_path / ".metadata")
 
 
 def test_metadata_that_leads_out_of_the_folder(mcore, trained):
