@@ -158,15 +158,16 @@ def make_batch(size: int, seed: int) -> Batch:
     return Batch(keys=[str(row) for row in range(size)], input_ids=input_ids, labels=labels, pixels=pixels)
 
 
-def make_config(folder: Path, freeze: bool, precision: str, micro_batch_size: int, flash: bool = True) -> Config:
+def make_config(folder: Path, freeze: bool, precision: str, batches: list[Batch]) -> Config:
     """What our side is told; the learning rate stays the same."""
+    micro_batch_size = len(batches[0].keys)
     return Config(
         model=Model(
             model_config=folder,
+            decoder_seq_length=max(batch.labels.shape[1] for batch in batches),
             precision=precision,
             freeze_lm=freeze,
             freeze_vit=freeze,
-            use_flash_attn=flash,
         ),
         data=Data(data_path=folder, micro_batch_size=micro_batch_size, global_batch_size=micro_batch_size),
         optimizer=Optimizer(lr=LEARNING_RATE, min_lr=LEARNING_RATE),

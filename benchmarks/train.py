@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from megatron_patch.config import Config, Model
 from megatron_patch.families.llava import read_config
+from megatron_patch.plan import plan
 from megatron_patch.sizes import Llava
 from megatron_patch.training.flops import Work, forward_flops, step_flops
 
@@ -69,7 +70,7 @@ def measure(options: argparse.Namespace) -> bool:
     for stage in options.stages.split(","):
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             write_description(Path(folder), options.size)
-            config = make_config(Path(folder), STAGES[stage], precision, options.micro_batch_size)
+            config = make_config(Path(folder), STAGES[stage], precision, batches)
             print(f"{options.size}, {stage} trains, {precision}: {machine()}; load average {os.getloadavg()[0]:.1f}")
             results = contest(config, batches, options.rounds)
             agree = report(config, batches[1:], results, peak_tflops(machine(), precision)) and agree
@@ -90,13 +91,16 @@ def report(config: Config, batches: list[Batch], results: dict[str, Result], pea
     print(f"{tokens:.0f} tokens, {work.num_labels} of them labels, per step; load average {os.getloadavg()[0]:.1f}\n")
     print(f"{'':26}{'s/step':>9}{'tokens/s':>10}{'ratio':>7}{'TFLOP/s':>9}{'CPU s':>9}{'ratio':>7}   each step's s")
     plain = results["transformers"]
+    planned = plan(config, read_config(config.model.description), world_size=1)[0].total
     for name, result in results.items():
         seconds, cpu = statistics.median(result.seconds), statistics.median(result.cpu_seconds)
         ratios = statistics.median(plain.seconds) / seconds, statistics.median(plain.cpu_seconds) / cpu
         rate = sum(flops[name].values()) / seconds / 1e12
         row = f"{name:26}{seconds:9.3f}{tokens / seconds:10.0f}{ratios[0]:7.2f}{rate:9.3g}{cpu:9.3f}{ratios[1]:7.2f}   "
         row += " ".join(f"{step:.3g}" for step in result.seconds)
-        row += f"   {result.peak_bytes / 1e9:.1f} GB" if result.peak_bytes else ""
+        if result.peak_bytes:
+            row += f"   {result.peak_bytes / 1e9:.2f} GB"
+            row += f" (plan: {planned / 1e9:.2f})" if name == "ours" else ""
         print(row + (f", {rate / peak:.1%} of the peak" if peak else ""))
 
     print(f"\n{'1e9 operations per step':26}" + "".join(f"{name:>26}" for name in results))
