@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,12 @@ def call(*words: object, cwd: Path, timeout: float = 300) -> subprocess.Complete
     return subprocess.run(
         [str(word) for word in words], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout
     )
+
+
+def processor_seconds() -> float:
+    """Processor time that ended commands took so far: what else the machine does hardly counts, unlike on a clock."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def train_arguments(output: Path, **changed: object) -> list[object]:

