@@ -42,9 +42,7 @@ def to_mcore(
     tensor is missing, is not in the table, or has not the shape that the config gives.
     """
     rows = list(rows)
-    expected = {name: shape for weight in rows for name, shape in zip(weight.hf, hf_shapes(weight), strict=True)}
-    check_coverage(expected, hf, also=unused)
-
+    check_hf(rows, hf, unused)
     views = {weight.mcore: _lazy(merge, weight, hf, weight.hf, dtype) for weight in rows}
     return _Planned(hf, {weight.mcore: weight.shape for weight in rows}, views)
 
@@ -149,6 +147,12 @@ def _pieces(table: View) -> Iterator[View]:
     count = max(1, BUFFER // (table.columns * table.dtype.itemsize))
     for start in range(0, table.rows, count):
         yield table.narrow(0, start, min(count, table.rows - start))
+
+
+def check_hf(rows: Iterable[Weight], hf: Reader, unused: Sequence[str] = ()) -> None:
+    """Raise ValueError unless `hf` holds exactly the table's tensors and `unused`, in the shapes of the config."""
+    expected = {name: shape for weight in rows for name, shape in zip(weight.hf, hf_shapes(weight), strict=True)}
+    check_coverage(expected, hf, also=unused)
 
 
 def check_mcore(rows: Iterable[Weight], mcore: Reader) -> None:

@@ -229,6 +229,8 @@ class _BinFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tensors = open_torch_file(path)
+        if not isinstance(self.tensors, dict) or not all(isinstance(name, str) for name in self.tensors):
+            raise ValueError(f"{path}: not a dict of tensors by their names; expected one")
         for name, value in self.tensors.items():
             if not isinstance(value, Stored | Tensor):
                 raise ValueError(f"{path}: {name} is a {type(value).__name__}; expected a tensor")
@@ -277,6 +279,8 @@ def _read_index(path: Path) -> dict[str, list[str]]:
             if Path(file_name).name != file_name:
                 raise ValueError(f"file name {file_name!r} of {name} leads out of the folder")
             files.setdefault(file_name, []).append(name)
+        if not files:
+            raise ValueError("its weight_map names no tensor")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not an index of weights ({error!r})") from None
     return files

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_patch.checkpoint.companions import UNUSED
-from megatron_patch.checkpoint.convert import append_mean_rows, new_projector
+from megatron_patch.checkpoint.convert import append_mean_rows, check_hf, new_projector
 from megatron_patch.checkpoint.hf import HfReader, load_safetensors
 from megatron_patch.checkpoint.mm_projector import read_mm_projector
 from megatron_patch.checkpoint.reader import InMemory, Joined, Reader, Views
@@ -51,8 +51,10 @@ def open_sources(llava: Llava, llm: Path, clip: Path | None, projector: Path | N
         else:
             last = read_mm_projector(projector)
         reader = Joined([*models, last])
+    reader, unused = _without_tied_copy(llava, reader), unused_names(llava)
+    check_hf(rows(llava), reader, unused)
     files = [path for model in models for path in model.files()]
-    return Sources(_without_tied_copy(llava, reader), tuple(unused_names(llava)), files)
+    return Sources(reader, tuple(unused), files)
 
 
 def with_rows(reader: Reader, llava: Llava, num_rows: int) -> Reader:
@@ -89,7 +91,7 @@ def open_unused(llava: Llava, carriers: Sequence[Path], clip: Path | None, check
 
 def _without_tied_copy(llava: Llava, reader: Reader) -> Reader:
     """Leave out the output layer that some files of tied models hold. Raises ValueError when it is another tensor."""
-    if not llava.language.share_embeddings_and_output_weights or LM_HEAD not in reader:
+    if not llava.language.share_embeddings_and_output_weights or not {LM_HEAD, EMBED_TOKENS} <= set(reader):
         return reader
     if not torch.equal(reader[LM_HEAD], reader[EMBED_TOKENS]):
         raise ValueError(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.canary import Canary
 from tests.end_to_end.scripts import CONVERT_MODEL, ROOT, call, environment
@@ -102,6 +103,29 @@ def test_a_tokenizer_that_transformers_cannot_read(tmp_path, capsys, sources, co
     finally:
         path.write_text(before)
     assert f"{sources['llm']}: its tokenizer is not readable" in line
+
+
+@pytest.mark.parametrize(
+    ("tied", "name", "shape", "message"),
+    [
+        (False, "lm_head", None, "language_model.lm_head.weight is missing"),
+        (True, "model.embed_tokens", None, "language_model.model.embed_tokens.weight is missing"),
+        (False, "lm_head", (100, 96), r"lm_head.weight has shape [100, 96], by config.json [300, 96] is expected"),
+    ],
+)
+def test_an_embedding_or_output_layer_that_is_not_there(tmp_path, capsys, sources, tied, name, shape, message):
+    config, weights = sources["llm"] / "config.json", sources["llm"] / "model.safetensors"
+    before = config.read_text(), weights.read_bytes()
+    config.write_text(json.dumps({**json.loads(before[0]), "tie_word_embeddings": tied}))
+    tensors = {**load_file(weights), f"{name}.weight": None if shape is None else torch.zeros(shape)}
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, weights)
+    try:
+        line = refused(capsys, tmp_path / "target", sources)
+    finally:
+        config.write_text(before[0])
+        weights.write_bytes(before[1])
+    assert str(sources["llm"]) in line
+    assert message in line
 
 
 def test_a_projector_with_code_in_it_is_not_run(tmp_path, capsys, sources):

@@ -94,6 +94,10 @@ def bad_index(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
 
 
+def empty_index(folder):
+    write_index(folder, "model.safetensors.index.json", {})
+
+
 def index_out_of_the_folder(folder):
     write_index(folder, "model.safetensors.index.json", {"a": "../secret.safetensors"})
 
@@ -121,6 +125,7 @@ def truncated_bin(folder):
         (absent_tensor, "has no tensor d, which model.safetensors.index.json says is in it"),
         (unlisted_tensor, "holds c, which model.safetensors.index.json does not say"),
         (bad_index, "model.safetensors.index.json: not an index of weights"),
+        (empty_index, "model.safetensors.index.json: not an index of weights .*names no tensor"),
         (index_out_of_the_folder, "leads out of the folder"),
         (truncated, "model.safetensors: not a readable safetensors file"),
         (empty, "model.safetensors: not a readable safetensors file"),
@@ -216,9 +221,18 @@ def test_an_array_of_objects_is_not_unpickled(tmp_path):
     assert not canary.exists()
 
 
-def test_a_bin_with_something_else_in_it(tmp_path):
-    torch.save({"a": torch.ones(2), "b": "text"}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="b is a str; expected a tensor"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"a": torch.ones(2), "b": "text"}, "b is a str; expected a tensor"),
+        ([torch.ones(2)], "not a dict of tensors"),
+        (torch.ones(2), "not a dict of tensors"),
+        ({1: torch.ones(2)}, "not a dict of tensors by their names"),
+    ],
+)
+def test_a_bin_with_something_else_in_it(tmp_path, content, message):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=f"pytorch_model.bin: {message}"):
         HfReader(tmp_path)
 
 
