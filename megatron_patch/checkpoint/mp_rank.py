@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_patch.checkpoint import disk, manifest
 from megatron_patch.checkpoint.disk import OutputFile
 from megatron_patch.checkpoint.reader import Reader, existing_file, open_torch_file, stored_view
-from megatron_patch.checkpoint.stages import LANGUAGE_LAYER
+from megatron_patch.checkpoint.stages import LANGUAGE_LAYER, Stage
 from megatron_patch.checkpoint.stream import Target, copy, read
 from megatron_patch.checkpoint.torch_zip import Stored, TorchArchive
 from megatron_patch.checkpoint.view import View
@@ -51,18 +51,27 @@ class MpRankReader(Reader):
         count = _num_chunks(files, loaded)
         # Virtual stages take turns: the first of every pipeline rank, then the second of every one.
         first_layer = 0
+        last = (count - 1, len(files) - 1)
         for chunk in range(count):
-            for paths, ranks in zip(files, loaded, strict=True):
-                first_layer += self._add_stage(paths, [chunks[chunk] for chunks in ranks], first_layer)
+            for number, (paths, ranks) in enumerate(zip(files, loaded, strict=True)):
+                ends = Stage(range(0), (chunk, number) == (0, 0), (chunk, number) == last)
+                first_layer += self._add_stage(paths, [chunks[chunk] for chunks in ranks], first_layer, ends)
 
-    def _add_stage(self, paths: list[Path], models: Sequence[dict[str, View]], first_layer: int) -> int:
-        """Take in what the ranks of one (virtual) stage hold. Returns how many layers that are."""
+    def _add_stage(self, paths: list[Path], models: Sequence[dict[str, View]], first_layer: int, ends: Stage) -> int:
+        """Take in what the ranks of one (virtual) stage hold. Returns how many layers that are.
+
+        `ends`: which of the model's ends it is. Without a manifest only this tells that stages are in order.
+        """
         layers = 0
         for name in models[0]:
             global_name, layer = _shifted(name, first_layer)
             layers = max(layers, layer + 1)
-            if global_name in self.shards:
-                raise ValueError(f"{paths[0]}: holds {name}, which another stage holds too; convert or copy it again")
+            if layer < 0 and ends.local_name(name) is None:
+                where = "last" if Stage(range(0), True, False).local_name(name) is None else "first"
+                raise ValueError(
+                    f"{paths[0]}: holds {name}, which only the {where} pipeline stage holds; the stages are out of "
+                    "order, convert or copy the checkpoint again"
+                )
             self.shards[global_name] = [_shard_of(model, name, path) for model, path in zip(models, paths, strict=True)]
         _check_same(models, paths)
         return layers

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_patch.checkpoint.convert import open_mcore
+from megatron_patch.checkpoint.convert import open_mcore, write_shards
+from megatron_patch.checkpoint.stages import pipeline_stages
 from megatron_patch.families.llava import read_config
 from megatron_patch.families.transformer_engine import to_transformer_engine_name
 from tests.canary import Canary
@@ -176,7 +177,7 @@ def two_stages_with_an_embedding(copy):
             virtual_stages_in_one_rank,
             "mp_rank_01/model_optim_rng.pt: holds 2 virtual stages, .*mp_rank_00.* 1; convert",
         ),
-        (two_stages_with_an_embedding, "mp_rank_00_001/.*: holds .*, which another stage holds"),
+        (two_stages_with_an_embedding, "mp_rank_00_000/.*: holds .*layer.*, which only the last pipeline stage holds"),
     ],
 )
 def test_damage_is_one_line_that_names_it(mcore, copy, damage, message):
@@ -184,6 +185,20 @@ def test_damage_is_one_line_that_names_it(mcore, copy, damage, message):
     with pytest.raises((ValueError, OSError), match=message) as error:
         open_mcore(copy, read_config(mcore))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2])
+def test_stages_in_another_order(tmp_path, mcore, num_chunks):
+    llava = read_config(mcore)
+    stages = pipeline_stages([2, 2], num_chunks)
+    write_shards(tmp_path, open_mcore(mcore, llava), llava, tp_size=1, stages=stages, args={})
+    (tmp_path / "release" / "manifest.json").unlink()
+    assert len(open_mcore(tmp_path, llava)) == len(open_mcore(mcore, llava))
+    first, last, aside = (tmp_path / "release" / name for name in ("mp_rank_00_000", "mp_rank_00_001", "aside"))
+    for path, name in ((first, aside), (last, first), (aside, last)):
+        path.rename(name)
+    with pytest.raises(ValueError, match=r"mp_rank_00_00./.*: holds .*, which only the .* pipeline stage holds"):
+        open_mcore(tmp_path, llava)
 
 
 def test_ranks_that_disagree(mcore, copy):
