@@ -5,6 +5,7 @@ A table is data. Nothing here touches a tensor: `layout.py` reads the same rows 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -106,7 +107,8 @@ def checked(name: str, value: Any, kind: type) -> Any:
     ]
     types = (int, float) if kind is float else kind
     is_number = kind in (int, float)
-    fits = isinstance(value, types) and not (is_number and (isinstance(value, bool) or value <= 0))
+    # Python's json reads NaN and Infinity too, which are no numbers of a model.
+    fits = isinstance(value, types) and not (is_number and (isinstance(value, bool) or not 0 < value < math.inf))
     if not fits:
         raise ValueError(f"{name} is {value!r}; expected {expected}")
     return value

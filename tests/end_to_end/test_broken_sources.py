@@ -46,6 +46,8 @@ def refused(capsys, target: Path, sources: dict[str, Path]) -> str:
         ("llm", "num_attention_heads", 0, "num_attention_heads is 0; expected a whole number above 0"),
         ("llm", "num_key_value_heads", {}, "num_key_value_heads is {}; expected a whole number above 0"),
         ("llm", "head_dim", True, "head_dim is True; expected a whole number above 0"),
+        ("llm", "rms_norm_eps", float("nan"), "rms_norm_eps is nan; expected a number above 0"),
+        ("llm", "rope_theta", float("inf"), "rope_theta is inf; expected a number above 0"),
         ("llm", "rms_norm_eps", "1e-5", "rms_norm_eps is '1e-5'; expected a number above 0"),
         ("llm", "tie_word_embeddings", "no", "tie_word_embeddings is 'no'; expected true or false"),
         ("llm", "rope_theta", "x", "rope_theta is 'x'; expected a number above 0"),
