@@ -21,17 +21,12 @@ from megatron_patch.checkpoint.view import Source, View, as_rows
 # In the order in which transformers looks for them.
 FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
+# Weights. Whole numbers are codes of a quantized model, which a cast would take for values.
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
     "F64": torch.float64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
 }
 SHA256 = "sha256 of "  # and a tensor's name: a key of a header's metadata
 
@@ -239,7 +234,10 @@ class _BinFile:
         return self.tensors.keys()
 
     def view(self, name: str) -> View:
-        return stored_view(self.path, name, self.tensors[name])
+        value = self.tensors[name]
+        if value.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{self.path}: {name}: is of type {value.dtype}; expected one of {', '.join(DTYPES)}")
+        return stored_view(self.path, name, value)
 
 
 def _open_files(folder: Path) -> Iterator[tuple[_SafetensorsFile | _BinFile, Iterable[str]]]:

@@ -148,6 +148,7 @@ def describe(hf_config: dict[str, Any]) -> Llava:
     """Sizes in megatron.core's names of what a LlavaConfig (as a dict) says."""
     if hf_config.get("model_type") != "llava":
         raise ValueError(f"model_type is {hf_config.get('model_type')!r}, expected 'llava'")
+    _check_not_quantized(hf_config)
     for name, allowed in REQUIRED.items():
         if hf_config.get(name, allowed[0]) not in allowed:
             raise ValueError(f"{name} is {hf_config[name]!r}, only {allowed[0]!r} is supported")
@@ -167,6 +168,7 @@ def _image_token_id(hf_config: dict[str, Any]) -> int:
 
 def describe_language_model(hf_config: dict[str, Any]) -> LanguageModel:
     """Sizes of a language model from its own config.json. Raises ValueError for a kind without a table."""
+    _check_not_quantized(hf_config)
     family = _family(LANGUAGE_FAMILIES, hf_config, "language model")
     sizes = family.read_settings(hf_config)
     sizes["rotary_base"], sizes["rope_scaling_factor"] = _rope(hf_config)
@@ -174,6 +176,11 @@ def describe_language_model(hf_config: dict[str, Any]) -> LanguageModel:
     sizes["num_query_groups"] = sizes["num_query_groups"] or sizes["num_attention_heads"]
     sizes["kv_channels"] = sizes["kv_channels"] or sizes["hidden_size"] // sizes["num_attention_heads"]
     return LanguageModel(family=family.name, **sizes)
+
+
+def _check_not_quantized(hf_config: dict[str, Any]) -> None:
+    if hf_config.get("quantization_config") is not None:
+        raise ValueError("quantization_config: quantized weights are not supported; give the bf16, fp16 or fp32 model")
 
 
 def _rope(hf_config: dict[str, Any]) -> tuple[float, float | None]:
@@ -207,6 +214,7 @@ def _rope_factor(rope: dict[str, Any]) -> float | None:
 
 def describe_vision_model(hf_config: dict[str, Any]) -> VisionModel:
     """Sizes of a vision tower from its own config.json, a whole CLIPModel's included."""
+    _check_not_quantized(hf_config)
     hf_config = vision_config(hf_config)
     family = _family(VISION_FAMILIES, hf_config, "vision tower")
     num_layers = checked("num_hidden_layers", hf_config.get("num_hidden_layers", 12), int)

@@ -52,6 +52,8 @@ def refused(capsys, target: Path, sources: dict[str, Path]) -> str:
         ("llm", "tie_word_embeddings", "no", "tie_word_embeddings is 'no'; expected true or false"),
         ("llm", "rope_theta", "x", "rope_theta is 'x'; expected a number above 0"),
         ("llm", "rope_parameters", "llama3", "rope_parameters is 'llama3'; expected an object"),
+        ("llm", "quantization_config", {"bits": 4}, "quantization_config: quantized weights are not supported"),
+        ("clip", "quantization_config", {"bits": 8}, "quantization_config: quantized weights are not supported"),
         ("llm", "model_type", ["mistral"], "model_type ['mistral'] is not supported"),
         ("clip", "image_size", None, "image_size is None; expected a whole number above 0"),
         ("clip", "num_hidden_layers", "3", "num_hidden_layers is '3'; expected a whole number above 0"),

@@ -175,10 +175,18 @@ def test_hostile_headers_are_refused(tmp_path, write):
         HfReader(tmp_path)
 
 
-def test_types_without_a_name_here_are_refused_when_asked_for(tmp_path):
-    text = '{"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}'
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "I8", "BOOL"])
+def test_types_of_no_weights_are_refused_when_asked_for(tmp_path, dtype):
+    text = f'{{"a": {{"dtype": "{dtype}", "shape": [4], "data_offsets": [0, 4]}}}}'
     raw(tmp_path, text.encode(), data=bytes(4))
-    with pytest.raises(ValueError, match="a: is of type F8_E4M3; expected one of BF16, F16, F32"):
+    with pytest.raises(ValueError, match=f"a: is of type {dtype}; expected one of BF16, F16, F32"):
+        HfReader(tmp_path).view("a")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+def test_types_of_no_weights_in_a_bin(tmp_path, dtype):
+    torch.save({"a": torch.zeros(4, dtype=dtype)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=f"pytorch_model.bin: a: is of type {dtype}; expected one of BF16, F16, F32"):
         HfReader(tmp_path).view("a")
 
 
