@@ -16,7 +16,7 @@ from megatron_patch.checkpoint.disk import OutputFile
 from megatron_patch.checkpoint.reader import Reader, existing_file, open_torch_file, stored_view
 from megatron_patch.checkpoint.stages import LANGUAGE_LAYER, Stage
 from megatron_patch.checkpoint.stream import Target, copy, read
-from megatron_patch.checkpoint.torch_zip import Stored, TorchArchive
+from megatron_patch.checkpoint.torch_zip import Skipped, Stored, TorchArchive
 from megatron_patch.checkpoint.view import View
 from megatron_patch.families.family import Weight
 from megatron_patch.families.layout import check_replicas, ranges, runs, unshard
@@ -251,7 +251,7 @@ def _check_ranks(folder: Path, files: list[list[Path]], records: dict[str, manif
 
 def _check_iterations(paths: list[Path]) -> None:
     """Ranks that no manifest holds together say at least the same iteration."""
-    contents = (open_torch_file(path) for path in paths)
+    contents = (open_shard(path) for path in paths)
     found = [content.get("iteration") if isinstance(content, dict) else None for content in contents]
     for path, iteration in zip(paths, found, strict=True):
         if iteration != found[0]:
@@ -262,7 +262,7 @@ def _check_iterations(paths: list[Path]) -> None:
 
 def _check_sizes(files: list[list[Path]]) -> None:
     """Compare the ranks found with what the first one says of its run: a missing last rank leaves no gap."""
-    content = open_torch_file(files[0][0])
+    content = open_shard(files[0][0])
     args = content.get("args") if isinstance(content, dict) else None
     if not isinstance(args, dict):
         return
@@ -275,6 +275,11 @@ def _check_sizes(files: list[list[Path]]) -> None:
             )
 
 
+def open_shard(path: Path) -> Any:
+    """What a rank's file holds. Of Megatron-LM's own, random states and settings are objects: these are skipped."""
+    return open_torch_file(path, skip=True)
+
+
 def model_parts(path: Path, content: Any) -> dict[str, dict[str, Any]]:
     """What a rank's file holds: `model`, or `model0`, `model1`, ... of virtual stages. Raises ValueError for less."""
     named = content.items() if isinstance(content, dict) else ()
@@ -284,6 +289,9 @@ def model_parts(path: Path, content: Any) -> dict[str, dict[str, Any]]:
     expected = ["model"] if "model" in found else [f"model{chunk}" for chunk in range(len(found))]
     if found.keys() != set(expected):
         raise ValueError(f"{path}: holds {', '.join(found)}; expected 'model', or 'model0' and so on without a gap")
+    for name, value in (item for part in found.values() for item in part.items()):
+        if not isinstance(name, str) or isinstance(value, Skipped):
+            raise ValueError(f"{path}: {name} is an object, or its name is no text; expected tensors by their names")
     return {key: found[key] for key in expected}
 
 
@@ -291,7 +299,7 @@ def _chunks(path: Path, records: dict[str, manifest.RankRecord] | None) -> list[
     """The tensors of each (virtual) stage in a rank's file, by the local spec's names; `_extra_state` is left out."""
     parts = {
         key: {name: value for name, value in part.items() if not name.endswith("._extra_state")}
-        for key, part in model_parts(path, open_torch_file(path)).items()
+        for key, part in model_parts(path, open_shard(path)).items()
     }
     values = {_prefix(key) + name: value for key, part in parts.items() for name, value in part.items()}
     for name, value in values.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -115,15 +116,15 @@ def existing_file(folder: Path, name: str, what: str) -> Path:
     return path
 
 
-def open_torch_file(path: Path) -> dict:
-    """What a file of torch.save holds, with `Stored` in the place of its tensors: none is read.
+def open_torch_file(path: Path, skip: bool = False) -> dict:
+    """What a file of torch.save holds, with `Stored` in the place of its tensors: none is read. `skip`: as `describe`.
 
     A file whose tensors are no plain byte ranges (from before torch 1.6, compressed, not contiguous) is mapped into
     memory and holds tensors. Raises ValueError, one line, for a damaged file or one that holds more than plain values.
     """
     try:
         with path.open("rb") as file:
-            return describe(file)
+            return describe(file, skip=skip)
     except Exception:  # what is wrong, if anything, torch.load says in `load_tensors`
         return load_tensors(path)
 
@@ -145,12 +146,14 @@ def load_tensors(path: Path) -> dict:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a damaged file
+        named = re.search(r"GLOBAL (\S+) was not", str(error))
+        what = f"it names {named[1]}, which could run code" if named else reason(error)
         raise ValueError(
-            f"{path}: not a file of tensors and plain values ({reason(error)}); expected one that "
+            f"{path}: not a file of tensors and plain values ({what}); expected one that "
             "torch.load(weights_only=True) reads"
         ) from error
 
 
 def reason(error: Exception) -> str:
     """What a library's error says, on one line."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(re.sub("\x1b\\[[0-9;]*m", "", str(error)).splitlines()), type(error).__name__)

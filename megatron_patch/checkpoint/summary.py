@@ -12,8 +12,7 @@ import torch
 
 from megatron_patch.checkpoint import companions, manifest
 from megatron_patch.checkpoint.hf import FILES, HfReader
-from megatron_patch.checkpoint.mp_rank import model_parts, rank_files
-from megatron_patch.checkpoint.reader import open_torch_file
+from megatron_patch.checkpoint.mp_rank import model_parts, open_shard, rank_files
 from megatron_patch.checkpoint.torch_dist import model_tensors, read_metadata
 from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
 from megatron_patch.sizes import LanguageModel, VisionModel
@@ -92,7 +91,7 @@ def _megatron_core(folder: Path) -> Stored:
 
 
 def _rank_tensors(file: Path) -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:
-    values = (value for model in model_parts(file, open_torch_file(file)).values() for value in model.values())
+    values = (value for model in model_parts(file, open_shard(file)).values() for value in model.values())
     return ((value.dtype, tuple(value.shape)) for value in values if hasattr(value, "shape"))
 
 

@@ -51,6 +51,26 @@ class Stored:
     shape: tuple[int, ...]
 
 
+class Skipped:
+    """What stands for an object of a class that is not admitted. It keeps nothing of what the file says about it."""
+
+    def __new__(cls, *arguments: object) -> Skipped:
+        return super().__new__(cls)
+
+    def _ignore(self, *arguments: object) -> Skipped:
+        return self
+
+    # All that a pickle asks of an object.
+    __call__ = __setstate__ = __setitem__ = append = extend = _ignore
+
+
+class Namespace(dict):
+    """What stands for an argparse.Namespace, in which Megatron-LM saves its settings."""
+
+    def __setstate__(self, state: dict) -> None:
+        self.update(state)
+
+
 @dataclass
 class _Entry:
     """A record of the archive that is being written."""
@@ -61,11 +81,13 @@ class _Entry:
     crc: int = 0
 
 
-def describe(file: IO[bytes], start: int = 0) -> Any:
+def describe(file: IO[bytes], start: int = 0, skip: bool = False) -> Any:
     """What torch.load would give, with `Stored` in the place of tensors. `start`: of the archive, within a larger file.
 
-    Nothing in it is executed. Raises an exception of any kind for another or a damaged file, for tensors whose values
-    do not lie one after another, and for anything but tensors and plain values: torch.load has to say what is wrong.
+    `skip`: `Skipped` stands in the place of any other object, and `Namespace` of argparse's; else they are an error.
+    Nothing in it is executed, nor imported. Raises an exception of any kind for another or a damaged file, for tensors
+    whose values do not lie one after another, and for anything but tensors and plain values: torch.load has to say what
+    is wrong.
     """
     with zipfile.ZipFile(file) as archive:
         places = {}
@@ -80,14 +102,15 @@ def describe(file: IO[bytes], start: int = 0) -> Any:
         if archive.read(root + "byteorder") != b"little":
             raise ValueError("written by a machine with the other byte order")
         records = {name.removeprefix(root + "data/"): place for name, place in places.items()}
-        return _Unpickler(io.BytesIO(archive.read(pickled)), records, start).load()
+        return _Unpickler(io.BytesIO(archive.read(pickled)), records, start, skip).load()
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits what torch.save writes for tensors, and no other name."""
+    """Admits what torch.save writes for tensors, and no other name. No name is looked up in its module."""
 
-    def __init__(self, file: IO[bytes], records: dict[str, tuple[int, int]], start: int) -> None:
+    def __init__(self, file: IO[bytes], records: dict[str, tuple[int, int]], start: int, skip: bool) -> None:
         super().__init__(file)
+        self.skip = skip
         self.records = records
         self.start = start
 
@@ -102,6 +125,9 @@ class _Unpickler(pickle.Unpickler):
             ("collections", "OrderedDict"): OrderedDict,
             ("torch", "Size"): torch.Size,
         }
+        if self.skip:
+            admitted["argparse", "Namespace"] = Namespace
+            return admitted.get((module, name), Skipped)
         if (module, name) not in admitted:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code")
         return admitted[module, name]

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
+from argparse import Namespace
+from collections import defaultdict, deque
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -217,6 +222,26 @@ def test_code_in_a_shard_is_not_run(mcore, copy, tmp_path, where):
     else:
         content["model"]["language_model.output_layer._extra_state"] = Canary(canary)
     torch.save(content, rank_file(copy, 1))
-    with pytest.raises(ValueError, match=r"mp_rank_01/model_optim_rng.pt: not a file of tensors and plain values"):
+    if where == "args":
         open_mcore(copy, read_config(mcore))
+    else:
+        with pytest.raises(ValueError, match=r"mp_rank_01/model_optim_rng.pt: .*_extra_state is an object"):
+            open_mcore(copy, read_config(mcore))
     assert not canary.exists()
+
+
+def test_megatron_lms_own_objects_beside_the_model(mcore, copy):
+    """Its settings are an argparse.Namespace, of which the sizes are still compared; the rest is skipped."""
+    for rank in range(2):
+        content = torch.load(rank_file(copy, rank), weights_only=True)
+        content["args"] = Namespace(**content["args"], started=timedelta(1))
+        state = {"random_rng_state": random.getstate(), "np_rng_state": np.random.get_state()}
+        content["rng_state"] = [{**state, "torch_rng_state": torch.get_rng_state()}]
+        content["optimizer"] = {"state": defaultdict(dict, {0: {"exp_avg": torch.ones(3)}}), "last": deque([1])}
+        torch.save(content, rank_file(copy, rank))
+    llava = read_config(mcore)
+    expected, found = open_mcore(mcore, llava), open_mcore(copy, llava)
+    assert torch.equal(found[QKV], expected[QKV])
+    missing_last_rank(copy)
+    with pytest.raises(ValueError, match="says tensor_model_parallel_size 2"):
+        open_mcore(copy, llava)
