@@ -17,9 +17,14 @@ MARGIN = 64 * 1024**2
 
 
 def check_target(target: Path) -> None:
-    """Raise ValueError when `target` is anything but an empty or a new folder: nothing is overwritten."""
+    """Raise ValueError when `target` is anything but an empty or a new folder: nothing is overwritten.
+
+    Nor may it be a folder whose place another cannot take: the working folder, or where a disk is mounted.
+    """
     target = Path(target)
     if target.is_dir():
+        if target.samefile(Path.cwd()) or os.path.ismount(target.resolve()):
+            raise ValueError(f"{target}: is the working folder or a mount point; give a new folder in it")
         if any(target.iterdir()):
             raise ValueError(f"{target}: is not empty; give a new folder, or remove what is there")
     elif target.exists() or target.is_symlink():
@@ -44,8 +49,8 @@ def written_aside(target: Path, num_bytes: int = 0) -> Iterator[Path]:
     Raises ValueError when `target` is not empty, another process is writing it, or the disk has no room for
     `num_bytes`. What a killed one left is removed. The order on the disk: data, folder, rename, folder above.
     """
-    target = Path(target)
     check_target(target)
+    target = Path(target).resolve()  # of a link, the folder that it leads to
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.partial"
     lock = _lock(partial, target)

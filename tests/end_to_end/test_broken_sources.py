@@ -150,7 +150,8 @@ def test_no_shell_reads_a_path(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path, mistral, clip):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_is_one_line_and_leaves_nothing(tmp_path, mistral, clip, number, code):
     """In the middle of the weights."""
     slow = (
         "import time, toolkits.model_checkpoints_convertor.convert as c\n"
@@ -169,9 +170,9 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path, mistral, clip):
         text=True,
     )
     assert process.stdout.readline() == "there\n"
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert f"interrupted: {tmp_path / 'target'} was not written" in said
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []

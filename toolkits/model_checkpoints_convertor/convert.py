@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,16 +16,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tqdm import tqdm
+try:
+    from tqdm import tqdm
 
-from megatron_patch.arguments import flag, parse
-from megatron_patch.checkpoint import companions
-from megatron_patch.checkpoint.output import check_target, written_aside
-from megatron_patch.checkpoint.stages import Stage, pipeline_stages, stage_lengths
-from megatron_patch.config import Parallel
-from megatron_patch.conversion import DTYPES, Conversion
-from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
-from megatron_patch.sizes import Llava
+    from megatron_patch.arguments import flag, parse
+    from megatron_patch.checkpoint import companions
+    from megatron_patch.checkpoint.output import check_target, written_aside
+    from megatron_patch.checkpoint.stages import Stage, pipeline_stages, stage_lengths
+    from megatron_patch.config import Parallel
+    from megatron_patch.conversion import DTYPES, Conversion
+    from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
+    from megatron_patch.sizes import Llava
+except KeyboardInterrupt:
+    sys.exit(130)  # nothing has begun
 
 if TYPE_CHECKING:
     from megatron_patch.checkpoint.reader import Reader
@@ -37,9 +41,18 @@ FIXED_PROMPT = (
 """What --verify asks both models about a picture."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which is answered as Ctrl-C is."""
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise Terminated
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one conversion. Returns the exit code; a mistake is one line on stderr."""
     conversion = parse(Conversion, sys.argv[1:] if argv is None else argv)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         if conversion.mg2hf:
             export_hf(conversion)
@@ -50,9 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"interrupted: {conversion.target_ckpt_path} was not written", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, Terminated) else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
-from megatron_patch.checkpoint.output import written_aside
+from megatron_patch.checkpoint.output import check_target, written_aside
 
 
 def listing(folder):
@@ -51,6 +52,25 @@ def test_what_exists_is_kept(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file: is not a folder"):
         write(tmp_path / "file")
+
+
+def test_a_link_to_an_empty_folder_is_filled(tmp_path):
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    write(link)
+    assert listing(folder) == ["deep"]
+    assert listing(tmp_path) == ["folder", "link"]
+
+
+def test_what_cannot_be_replaced_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for target in (Path(), tmp_path):
+        with pytest.raises(ValueError, match="is the working folder or a mount point; give a new folder in it"):
+            check_target(target)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="dangling: is not a folder"):
+        check_target(tmp_path / "dangling")
 
 
 def test_what_appeared_meanwhile_is_kept(tmp_path):
