@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from megatron_patch.families.llava import read_config
 from megatron_patch.training.captions import Caption
@@ -35,8 +36,10 @@ STEP = Step(totals=TOTALS, grad_norm=0.5, params_norm=7.0, loss_scale=1.0, secon
 
 
 @pytest.fixture
-def run(mcore, tmp_path):
+def run(mcore, tmp_path, monkeypatch):
     """A function (first iteration, number of iterations, step) that logs them as a process would."""
+    # Counts this process's event files in their names, by which files of one second are sorted: 10 would precede 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     (tmp_path / "log").mkdir()
 
     def log(first: int, count: int, step: Step = STEP, **changed):
