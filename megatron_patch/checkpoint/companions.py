@@ -88,6 +88,8 @@ def read_json(folder: Path, name: str = CONFIG) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing; expected the folder of a checkpoint") from None
+    except IsADirectoryError:
+        raise IsADirectoryError(f"{path}: is a folder; expected a file") from None
     except NotADirectoryError:
         raise NotADirectoryError(f"{folder}: not a folder; expected the folder of a checkpoint") from None
     except ValueError as error:

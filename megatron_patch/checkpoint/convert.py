@@ -21,7 +21,7 @@ from megatron_patch.checkpoint.disk import sync, sync_tree
 from megatron_patch.checkpoint.mp_rank import MpRankReader
 from megatron_patch.checkpoint.reader import Reader, Views
 from megatron_patch.checkpoint.stages import Stage, pipeline_stages
-from megatron_patch.checkpoint.stream import BUFFER, convert, read
+from megatron_patch.checkpoint.stream import BUFFER, read
 from megatron_patch.checkpoint.view import View
 from megatron_patch.families.family import Weight
 from megatron_patch.families.layout import hf_shapes, merge, pad_vocab, shard, split
@@ -97,15 +97,6 @@ class _Planned(Reader):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, as the table gives it."""
         return self.shapes[name]
-
-
-def cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
-    """`tensor` in another type. Raises ValueError when a value is too large for it (fp16 ends at 65504)."""
-    if dtype is None or tensor.dtype == dtype:
-        return tensor
-    result = torch.empty(tensor.shape, dtype=dtype)
-    convert(tensor, result, name)
-    return result
 
 
 def new_projector(rows: Iterable[Weight], seed: int) -> dict[str, Tensor]:
@@ -241,7 +232,7 @@ def _without_copies(reader: Reader, copies: dict[str, str]) -> Reader:
                     f"{reader.source}: {copy} is not {original}, though the model's config.json ties them; convert or "
                     "copy the checkpoint again"
                 )
-    return Views({name: reader.view(name) for name in reader if name not in found}, reader.source) if found else reader
+    return Views({name: reader.view(name) for name in reader if name not in found}, reader) if found else reader
 
 
 def load_rank(folder: Path, llava: Llava, stage: Stage, *, tp_rank: int, tp_size: int) -> dict[str, Tensor]:

@@ -102,10 +102,13 @@ def read(folder: Path) -> dict[str, RankRecord] | None:
     content = load(folder)
     if content is None:
         return None
-    return {
-        name: RankRecord(**{**rank, "tensors": {n: TensorRecord(**tensor) for n, tensor in rank["tensors"].items()}})
-        for name, rank in content["ranks"].items()
-    }
+    try:
+        return {
+            name: RankRecord(**{**rank, "tensors": {n: TensorRecord(**of) for n, of in rank["tensors"].items()}})
+            for name, rank in content["ranks"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, error) from None
 
 
 def load(folder: Path) -> dict[str, Any] | None:
@@ -119,11 +122,16 @@ def load(folder: Path) -> dict[str, Any] | None:
             raise ValueError(f"its format is {content['format']}, this version knows {FORMAT}")
         if content.pop("sha256") != _digest(content):
             raise ValueError("its own sha256 differs")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: damaged or changed ({error}); copy the checkpoint again, or read it with --no-check true"
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
+        raise _damaged(folder, error) from None
     return content
+
+
+def _damaged(folder: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{Path(folder) / FILE}: damaged or changed ({error}); copy the checkpoint again, or read it with --no-check "
+        "true"
+    )
 
 
 def check_rank(path: Path, record: RankRecord, tensors: dict[str, tuple[str, list[int], int, int]]) -> None:

@@ -42,15 +42,20 @@ class Reader(Mapping[str, Tensor]):
 
 
 class Views(Reader):
-    """Plans of tensors."""
+    """Plans of tensors, made of those that `origin` has by the same names."""
 
-    def __init__(self, views: Mapping[str, View], source: str) -> None:
+    def __init__(self, views: Mapping[str, View], origin: Reader) -> None:
         self.views = views
-        self.source = source
+        self.origin = origin
+        self.source = origin.source
 
     def view(self, name: str) -> View:
         """Where one tensor's values lie."""
         return self.views[name]
+
+    def source_of(self, name: str) -> str:
+        """Where one tensor lies, for messages."""
+        return self.origin.source_of(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.views)
@@ -105,7 +110,7 @@ class Joined(Reader):
         return self.owner[name].shape(name)
 
     def source_of(self, name: str) -> str:
-        return self.owner[name].source
+        return self.owner[name].source_of(name)
 
 
 def existing_file(folder: Path, name: str, what: str) -> Path:

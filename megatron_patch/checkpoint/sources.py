@@ -62,7 +62,7 @@ def with_rows(reader: Reader, llava: Llava, num_rows: int) -> Reader:
     tables = {name for weight in rows(llava) if weight.layout == "vocab" for name in weight.hf}
     views = {name: reader.view(name) for name in reader}
     longer = {name: append_mean_rows(views[name], num_rows) for name in tables if views[name].shape[0] < num_rows}
-    return Views({**views, **longer}, reader.source)
+    return Views({**views, **longer}, reader)
 
 
 def open_unused(llava: Llava, carriers: Sequence[Path], clip: Path | None, check: bool = True) -> Reader:
@@ -86,7 +86,7 @@ def open_unused(llava: Llava, carriers: Sequence[Path], clip: Path | None, check
     for name in names:
         if name not in reader:
             raise ValueError(f"{reader.source}: has no {name}; give another --source-clip-ckpt-path or copy it again")
-    return Views({name: reader.view(name) for name in names}, reader.source)
+    return Views({name: reader.view(name) for name in names}, reader)
 
 
 def _without_tied_copy(llava: Llava, reader: Reader) -> Reader:
@@ -98,4 +98,4 @@ def _without_tied_copy(llava: Llava, reader: Reader) -> Reader:
             f"{reader.source_of(LM_HEAD)}: the output layer is not the embedding, though config.json says "
             "tie_word_embeddings true; set it to false there"
         )
-    return Views({name: reader.view(name) for name in reader if name != LM_HEAD}, reader.source)
+    return Views({name: reader.view(name) for name in reader if name != LM_HEAD}, reader)

@@ -245,7 +245,7 @@ def cut(band: Band) -> None:
                     place.zero_()
                 else:
                     rows = as_matrix(found[part.source, part.row], part.source)
-                    convert(rows[:, part.column : part.column + part.width], place, target.name)
+                    convert(rows[:, part.column : part.column + part.width], place, part.source.name)
                 left += part.width
             top += strip.rows
         band.written.append((target, band.top * view.columns * view.dtype.itemsize, data))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from megatron_patch.checkpoint.reader import Reader
+from megatron_patch.checkpoint.sources import EMBED_TOKENS, LM_HEAD
 from megatron_patch.config import Checkpoint, Config, Data, Model, Optimizer, Training
 from megatron_patch.families.layout import pad_vocab
 from megatron_patch.families.llava import hub_name
@@ -26,9 +27,6 @@ from megatron_patch.sizes import Llava
 
 Load = Callable[[str], Tensor]
 See = Callable[[str, Tensor], None]
-
-EMBED_TOKENS = "language_model.model.embed_tokens.weight"
-LM_HEAD = "language_model.lm_head.weight"
 
 TOLERANCE = 1e-4
 """Largest difference that rounding explains, as a part of the block's largest value (of 1, where that is less)."""

@@ -336,6 +336,19 @@ def test_it_can_be_read_unchecked(tmp_path, mcore, copy, hf):
     assert differing == ["language_model.model.layers.1.self_attn.q_proj.weight"]
 
 
+def test_a_manifest_that_lacks_a_field_or_is_a_folder(mcore, copy):
+    path = copy / "release" / manifest.FILE
+    content = manifest.load(mcore / "release")
+    del content["ranks"]["mp_rank_00"]["size"]
+    path.write_text(json.dumps({**content, "sha256": manifest._digest(content)}))
+    with pytest.raises(ValueError, match=r"manifest.json: damaged or changed .*'size'"):
+        open_mcore(copy, read_config(mcore))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"manifest.json: damaged or changed .*Is a directory"):
+        open_mcore(copy, read_config(mcore))
+
+
 def test_without_a_manifest_it_is_read_unchecked(tmp_path, copy, hf):
     (copy / "release" / manifest.FILE).unlink()
     assert main(exporting(copy, tmp_path / "hf")) == 0

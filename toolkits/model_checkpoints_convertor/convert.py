@@ -120,7 +120,7 @@ def reshard(conversion: Conversion) -> None:
 
     dtype = getattr(torch, DTYPES[conversion.precision])
     saved = open_mcore(conversion.source_llm_ckpt_path, llava, check=not conversion.no_check)
-    mcore = Views({name: saved.view(name).to(dtype) for name in saved}, saved.source)
+    mcore = Views({name: saved.view(name).to(dtype) for name in saved}, saved)
     files = {source.path for name in mcore for source in mcore.view(name).sources}
     with written_aside(conversion.target_ckpt_path, _num_bytes(conversion, llava)) as folder:
         for source in reversed(carriers):
@@ -152,7 +152,7 @@ def export_hf(conversion: Conversion) -> None:
         print(f"wrote {conversion.target_ckpt_path}: the projector, {conversion.precision}")
         return
     unused = open_unused(llava, carriers, conversion.source_clip_ckpt_path, check=not conversion.no_check)
-    unused = Views({name: unused.view(name).to(dtype) for name in unused}, unused.source)
+    unused = Views({name: unused.view(name).to(dtype) for name in unused}, unused)
     weights = Joined([weights, unused])
     num_bytes = sum(weights.view(name).nbytes for name in weights)
     with written_aside(conversion.target_ckpt_path, num_bytes * (1 + (conversion.parts == "true"))) as folder:
@@ -410,4 +410,7 @@ def _progress(num_bytes: int) -> tqdm:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before a target is known
+        sys.exit(130)

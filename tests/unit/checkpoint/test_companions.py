@@ -76,3 +76,9 @@ def test_unfit_json(tmp_path, content, message):
         (tmp_path / "config.json").write_text(content)
     with pytest.raises((ValueError, OSError), match=message):
         companions.read_json(tmp_path)
+
+
+def test_a_folder_in_the_place_of_config_json(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(OSError, match=r"^/.*config.json: is a folder; expected a file$"):
+        companions.read_json(tmp_path)

@@ -164,12 +164,6 @@ def test_types(llava, weights):
     assert all(torch.equal(back[name], tensor) for name, tensor in half.items())
 
 
-def test_fp16_overflow_is_refused():
-    assert convert.cast(torch.tensor([65504.0, float("inf")]).half(), torch.float32, "x").dtype == torch.float32
-    with pytest.raises(ValueError, match="x: holds values that fp16 cannot"):
-        convert.cast(torch.tensor([70000.0]), torch.float16, "x")
-
-
 def test_new_projector_is_drawn_as_linear_layers_are(llava):
     _, _, projector = parts(llava)
     tensors = convert.new_projector(projector.rows(), seed=1)
