@@ -12,3 +12,4 @@ TOKENIZER = (
     "merges.txt",
 )
 OLD_CHAT_TEMPLATE = "chat_template.json"  # as processors kept it before transformers 4.52
+COMMON = "common.pt"  # what is no tensor, in a torch_dist checkpoint

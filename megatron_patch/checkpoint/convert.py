@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +28,7 @@ from megatron_patch.families.family import Weight
 from megatron_patch.families.layout import hf_shapes, merge, pad_vocab, shard, split
 from megatron_patch.families.llava import pipeline_copies, read_config
 from megatron_patch.families.llava import rows as llava_rows
+from megatron_patch.files import COMMON
 from megatron_patch.sizes import Llava
 
 T = TypeVar("T", Tensor, View)
@@ -202,14 +204,7 @@ def open_mcore(folder: Path, llava: Llava, check: bool = True) -> Reader:
     model that `llava` describes.
     """
     target = checkpoint_folder(folder)
-    if (Path(folder) / CONFIG).is_file():
-        # Shapes tell every other size; a vocabulary that pads to the same one would pass for another's.
-        own = read_config(folder).language.vocab_size
-        if own != llava.language.vocab_size:
-            raise ValueError(
-                f"{Path(folder) / CONFIG}: the vocabulary has {own} words, and the model that was asked for "
-                f"{llava.language.vocab_size}; describe the model by the checkpoint's own config.json"
-            )
+    _check_vocabulary(Path(folder), target, llava)
     kind = MpRankReader
     if (target / ".metadata").is_file():
         from megatron_patch.checkpoint.torch_dist import TorchDistReader as kind  # half a second, where it is needed
@@ -218,6 +213,25 @@ def open_mcore(folder: Path, llava: Llava, check: bool = True) -> Reader:
     reader = _without_copies(reader, pipeline_copies(llava))
     check_mcore(rows, reader)
     return reader
+
+
+def _check_vocabulary(folder: Path, target: Path, llava: Llava) -> None:
+    """Compare its length with what lies beside the weights and in them.
+
+    Shapes tell every other size; a vocabulary that pads to the same one would pass for another's.
+    """
+    said = {}
+    if (folder / CONFIG).is_file():
+        said[folder / CONFIG] = read_config(folder).language.vocab_size
+    for path in sorted([*target.glob(f"mp_rank_*/{mp_rank.FILE}"), *target.glob(COMMON)])[:1]:
+        with suppress(ValueError):  # a damaged shard is the reader's to refuse, other programs' args are not read
+            said[path] = mp_rank.saved_args(path).get("vocab_size")
+    for path, own in said.items():
+        if own not in (None, llava.language.vocab_size):
+            raise ValueError(
+                f"{path}: the vocabulary has {own} words, and the model that was asked for "
+                f"{llava.language.vocab_size}; describe the model by the checkpoint's own config.json, or one like it"
+            )
 
 
 def _without_copies(reader: Reader, copies: dict[str, str]) -> Reader:

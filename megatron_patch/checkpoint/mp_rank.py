@@ -262,10 +262,7 @@ def _check_iterations(paths: list[Path]) -> None:
 
 def _check_sizes(files: list[list[Path]]) -> None:
     """Compare the ranks found with what the first one says of its run: a missing last rank leaves no gap."""
-    content = open_shard(files[0][0])
-    args = content.get("args") if isinstance(content, dict) else None
-    if not isinstance(args, dict):
-        return
+    args = saved_args(files[0][0])
     found = {"tensor_model_parallel_size": len(files[0]), "pipeline_model_parallel_size": len(files)}
     for name, count in found.items():
         if args.get(name, count) != count:
@@ -278,6 +275,13 @@ def _check_sizes(files: list[list[Path]]) -> None:
 def open_shard(path: Path) -> Any:
     """What a rank's file holds. Of Megatron-LM's own, random states and settings are objects: these are skipped."""
     return open_torch_file(path, skip=True)
+
+
+def saved_args(path: Path) -> dict[str, Any]:
+    """What a file of torch.save says of the run or model that it is of; {} where it says nothing that is read here."""
+    content = open_shard(path)
+    args = content.get("args") if isinstance(content, dict) else None
+    return args if isinstance(args, dict) else {}
 
 
 def model_parts(path: Path, content: Any) -> dict[str, dict[str, Any]]:

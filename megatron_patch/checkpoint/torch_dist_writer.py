@@ -36,10 +36,10 @@ from megatron_patch.checkpoint.torch_zip import TorchArchive
 from megatron_patch.checkpoint.view import View
 from megatron_patch.families.family import Weight
 from megatron_patch.families.layout import runs
+from megatron_patch.files import COMMON
 
 DATA = "__0_0.distcp"  # rank 0's first file
 METADATA = ".metadata"
-COMMON = "common.pt"  # what is no tensor
 FORMAT = "metadata.json"  # by which megatron.core tells the format
 BACKENDS = {
     "sharded_backend": "torch_dist",

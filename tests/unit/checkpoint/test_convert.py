@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -205,6 +206,17 @@ def test_unfit_tracker(tmp_path, mcore, llava, text, message):
     with pytest.raises((ValueError, OSError), match=message) as error:
         open_mcore(tmp_path / "copy", llava)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("write", [convert.write_shards, convert.write_dist])
+def test_a_vocabulary_of_another_length_that_pads_to_the_same(tmp_path, mcore, llava, write):
+    cut = {"tp_size": 2, "stages": pipeline_stages([llava.language.num_layers])} if "shards" in write.__name__ else {}
+    write(tmp_path, open_mcore(mcore, llava), llava, args={"vocab_size": llava.language.vocab_size}, **cut)
+    other = replace(llava, language=replace(llava.language, vocab_size=llava.language.vocab_size + 20))
+    assert other.language.padded_vocab_size(2) == llava.language.padded_vocab_size(2)
+    with pytest.raises(ValueError, match=r"\.pt: the vocabulary has 300 words, and the model that was asked for 320;"):
+        open_mcore(tmp_path, other)
+    open_mcore(tmp_path, llava)
 
 
 def test_tracker_names_the_folder(tmp_path):

@@ -13,8 +13,9 @@ import torch
 from megatron_patch.checkpoint import manifest
 from megatron_patch.checkpoint.convert import open_mcore, write_dist
 from megatron_patch.checkpoint.torch_dist import read_metadata
-from megatron_patch.checkpoint.torch_dist_writer import COMMON, DATA, FORMAT, METADATA
+from megatron_patch.checkpoint.torch_dist_writer import DATA, FORMAT, METADATA
 from megatron_patch.families.llava import read_config
+from megatron_patch.files import COMMON
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.training.loop import load_pretrained
 from tests import tiny_runs
