@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,12 +44,14 @@ def open_tokenizer(folder: Path, source: Path | None = None) -> Any:
         raise ValueError(f"{source or folder}: its tokenizer is not readable ({why}); copy it again") from None
 
 
-def install_tokenizer(source: Path, target: Path, added_tokens: Sequence[str] = ()) -> dict[str, int]:
+def install_tokenizer(
+    source: Path, target: Path, added_tokens: Sequence[str] = (), vocab_size: int | None = None
+) -> dict[str, int]:
     """Copy a language model's tokenizer to `target`, add `<image>` and others as special tokens, and return their ids.
 
     An id is the one that a token has already, or the next free one. The copy adds no beginning- or end-of-sequence
-    token by itself, since prompts bring theirs. Its chat template is left behind. Raises ValueError when transformers
-    does not read the copy as meant.
+    token by itself, since prompts bring theirs. Its chat template is left behind. `vocab_size`: rows of the model's
+    embedding. Raises ValueError when transformers does not read the copy as meant, or when words have no row.
     """
     source, target = Path(source), Path(target)
     files = [name for name in TOKENIZER if (source / name).is_file()]
@@ -65,6 +68,8 @@ def install_tokenizer(source: Path, target: Path, added_tokens: Sequence[str] = 
     # As its own files say. (In the source's folder, transformers 5 takes another class for some kinds of config.json.)
     original = open_tokenizer(target, source)
     known = original.get_vocab()
+    if vocab_size is not None:
+        _check_rows(source, original, vocab_size, (IMAGE, *added_tokens))
     tokens: dict[str, int] = {}
     for token in (IMAGE, *added_tokens):
         tokens[token] = known.setdefault(token, max(known.values()) + 1)
@@ -82,6 +87,24 @@ def install_tokenizer(source: Path, target: Path, added_tokens: Sequence[str] = 
             f"{target}: transformers reads the copy of {source} otherwise than meant; use a fast tokenizer"
         )
     return tokens
+
+
+def _check_rows(source: Path, tokenizer: Any, vocab_size: int, without: Sequence[str]) -> None:
+    """Raise ValueError for words past the embedding's rows. Added tokens there, as many models of the hub have a
+    padding token, are only named; those in `without` may lack one."""
+    beyond = {token for token, id in tokenizer.get_vocab().items() if id >= vocab_size} - set(without)
+    words = sorted(beyond - tokenizer.get_added_vocab().keys())
+    if words:
+        raise ValueError(
+            f"{source}: {len(words)} words of its tokenizer, {words[0]!r} among them, are past the {vocab_size} rows "
+            "of its model's embedding (vocab_size in config.json); give the model's own tokenizer"
+        )
+    if beyond:
+        names = ", ".join(sorted(beyond))
+        print(
+            f"warning: {source}: the embedding has no row for {names}; --add-tokens gives such a token one",
+            file=sys.stderr,
+        )
 
 
 def source_chat_template(source: Path) -> str | None:

@@ -258,7 +258,7 @@ def _write_companions(conversion: Conversion, folder: Path, config: dict[str, An
     from megatron_patch.data.tokenize import IMAGE, install_tokenizer, source_chat_template
 
     llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
-    ids = install_tokenizer(llm, folder, conversion.added_tokens)
+    ids = install_tokenizer(llm, folder, conversion.added_tokens, llava.language.vocab_size)
     vocab_size = max([llava.language.vocab_size, *(ids[token] + 1 for token in conversion.added_tokens)])
     if vocab_size > llava.language.vocab_size:
         config = {**config, "text_config": {**config["text_config"], "vocab_size": vocab_size}}

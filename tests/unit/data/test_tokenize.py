@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from megatron_patch.data.tokenize import IGNORE, install_tokenizer, load_tokenizer
+from tests.tiny import save_tokenizer
 from tests.unit.data.tokenizers import TOKENS, TURNS, encoded, mistral_v3, tiny
 
 SOURCES = {"tiny": tiny, "mistral_v3": mistral_v3}
@@ -47,6 +48,21 @@ def test_install_leaves_nothing_of_another_tokenizer(tmp_path):
     assert {path.name for path in target.iterdir()} == {"tokenizer.model", "tokenizer_config.json"}
     with pytest.raises(ValueError, match="is the source itself"):
         install_tokenizer(target, target)
+
+
+def test_words_past_the_embedding_are_refused_and_added_tokens_named(tmp_path, capsys):
+    source = tmp_path / "source"
+    save_tokenizer(source, 300)
+    with pytest.raises(ValueError, match=r"source: 10 words of its tokenizer, '<unused_.*, are past the 290 rows"):
+        install_tokenizer(source, tmp_path / "target", vocab_size=290)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(source)
+    assert install_tokenizer(source, tmp_path / "target", vocab_size=301) == {"<image>": 301}
+    assert install_tokenizer(source, tmp_path / "target", ["[PAD]"], vocab_size=300)["[PAD]"] == 300
+    assert capsys.readouterr().err == ""
+    assert install_tokenizer(source, tmp_path / "target", vocab_size=300) == {"<image>": 301}
+    assert "the embedding has no row for [PAD]; --add-tokens gives" in capsys.readouterr().err
 
 
 def test_install_takes_the_bos_out_of_a_tokenizer_json(tmp_path):
