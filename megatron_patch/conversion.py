@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_patch.arguments import flag
 from megatron_patch.config import Parallel, Precision, PromptFormat
@@ -14,8 +15,11 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SIZE = r"([1-9][0-9]*)([KMGT])B"
 AUTO_VERIFY_BYTES = 1000**3
 UNEQUAL = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
-FOR_EXPORT = ("parts",)
-FOR_IMPORT = ("projector", "add_tokens", "ckpt_format", "virtual_pipeline_model_parallel_size", *UNEQUAL)
+FOR_EXPORT = ("parts", "max_shard_size")
+FOR_IMPORT = ("projector", "add_tokens", "seed", "ckpt_format", "virtual_pipeline_model_parallel_size", *UNEQUAL)
+# With --mg2hf false the source tells which of its two ways it is.
+NOT_FROM_HF = ("hf_ckpt_path", "no_check")
+NOT_FROM_MCORE = ("source_clip_ckpt_path", "projector", "add_tokens", "prompt_format", "seed")
 # What NeMo's NeVA adds besides `<image>`.
 NEVA_TOKENS = ("<im_start>", "<im_end>", *(f"<extra_id_{number}>" for number in range(8)))
 
@@ -67,7 +71,7 @@ class Conversion:
     """Type of the weights written."""
 
     hf_ckpt_path: Path | None = None
-    """With --mg2hf true: a LLaVA's folder, for the config.json and tokenizer that the checkpoint does not carry."""
+    """A LLaVA's folder, for the config.json and tokenizer that a Megatron-Core checkpoint does not carry."""
 
     prompt_format: PromptFormat = "auto"
     """Chat template that is written beside the weights; auto: the language model family's own, or the one there is."""
@@ -98,11 +102,9 @@ class Conversion:
             raise ValueError(f"--precision {self.precision}: weights are kept as bf16, fp16 or fp32; use one of these")
         if not re.fullmatch(SIZE, self.max_shard_size):
             raise ValueError(f"--max-shard-size {self.max_shard_size}: expected a size such as 500MB or 5GB")
-        defaults = {setting.name: setting.default for setting in fields(self)}
-        for name in FOR_IMPORT if self.mg2hf else FOR_EXPORT:
-            if getattr(self, name) != defaults[name]:
-                needed = str(not self.mg2hf).lower()
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: is for --mg2hf {needed}; leave it out")
+        needed = str(not self.mg2hf).lower()
+        self.refuse(FOR_IMPORT if self.mg2hf else FOR_EXPORT, f"--mg2hf {needed}")
+        defaults = self._defaults
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", *UNEQUAL):
             given, default = getattr(self, name), defaults[name] or "none"
             if self.ckpt_format == "torch_dist" and given not in (1, None):
@@ -110,6 +112,16 @@ class Conversion:
         if self.parts == "projector" and self.verify == "true":
             raise ValueError("--verify true: there is no whole model to verify with --parts projector; leave one out")
         _ = self.parallel  # refuses sizes below 1, also where they are not used
+
+    def refuse(self, names: Sequence[str], kind: str) -> None:
+        """Raise ValueError for the first of these settings that was given. `kind`: what they take effect in."""
+        for name in names:
+            if getattr(self, name) != self._defaults[name]:
+                raise ValueError(f"{flag(name)} {getattr(self, name)}: is for {kind}; leave it out")
+
+    @property
+    def _defaults(self) -> dict[str, Any]:
+        return {setting.name: setting.default for setting in fields(self)}
 
     @property
     def added_tokens(self) -> list[str]:

@@ -236,6 +236,18 @@ def test_a_tied_source_that_holds_another_output_layer(tmp_path, capsys, clip):
             "--tensor-model-parallel-size 2: a torch_dist checkpoint is not cut; use 1",
         ),
         ({"source_llm_ckpt_path": "mistral", "parts": "true"}, "--parts true: is for --mg2hf true"),
+        ({"source_llm_ckpt_path": "mistral", "max_shard_size": "1GB"}, "--max-shard-size 1GB: is for --mg2hf true"),
+        ({"source_llm_ckpt_path": "hf", "hf_ckpt_path": "x"}, "--hf-ckpt-path x: is for a Megatron-Core checkpoint"),
+        ({"source_llm_ckpt_path": "hf", "no_check": "true"}, "--no-check True: is for a Megatron-Core checkpoint"),
+        ({"source_llm_ckpt_path": "mcore", "source_clip_ckpt_path": "x"}, "--source-clip-ckpt-path x: is for an imp"),
+        ({"source_llm_ckpt_path": "mcore", "prompt_format": "v1"}, "--prompt-format v1: is for an import"),
+        ({"source_llm_ckpt_path": "mcore", "seed": 7}, "--seed 7: is for an import"),
+        ({"source_llm_ckpt_path": "mcore", "hf_ckpt_path": "x"}, "--hf-ckpt-path x: no such folder; leave it out"),
+        ({"source_llm_ckpt_path": "mcore", "mg2hf": "true", "seed": 7}, "--seed 7: is for --mg2hf false"),
+        (
+            {"source_llm_ckpt_path": "mcore", "mg2hf": "true", "source_clip_ckpt_path": "x"},
+            "--source-clip-ckpt-path x: no such folder; leave it out",
+        ),
         (
             {"source_llm_ckpt_path": "mcore", "mg2hf": "true", "max_shard_size": "5"},
             "--max-shard-size 5: expected a size",

@@ -24,7 +24,7 @@ try:
     from megatron_patch.checkpoint.output import check_target, written_aside
     from megatron_patch.checkpoint.stages import Stage, pipeline_stages, stage_lengths
     from megatron_patch.config import Parallel
-    from megatron_patch.conversion import DTYPES, Conversion
+    from megatron_patch.conversion import DTYPES, NOT_FROM_HF, NOT_FROM_MCORE, Conversion
     from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
     from megatron_patch.sizes import Llava
 except KeyboardInterrupt:
@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def import_hf(conversion: Conversion) -> None:
     """Hugging Face's language model and CLIP, or a whole LLaVA -> Megatron-Core shards."""
+    conversion.refuse(NOT_FROM_HF, "a Megatron-Core checkpoint")
     config, llava = _describe_sources(conversion)
     llava.check_model_size(conversion.model_size)
     _stages(conversion, llava)
@@ -102,11 +103,7 @@ def import_hf(conversion: Conversion) -> None:
 
 def reshard(conversion: Conversion) -> None:
     """A Megatron-Core checkpoint, shards or torch_dist -> shards at other parallel sizes, or in another type."""
-    for name in ("projector", "add_tokens"):
-        if getattr(conversion, name) is not None:
-            raise ValueError(
-                f"{flag(name)} {getattr(conversion, name)}: is for an import from Hugging Face; leave it out"
-            )
+    conversion.refuse(NOT_FROM_MCORE, "an import from Hugging Face")
     if conversion.verify == "true":
         raise ValueError("--verify true: is for conversions from and to Hugging Face; a cut is checked by its manifest")
     carriers, _, llava = _described_checkpoint(conversion)
@@ -240,6 +237,10 @@ def _described_checkpoint(conversion: Conversion) -> tuple[list[Path], dict[str,
     """Folders that carry what lies beside a Megatron-Core checkpoint's weights, its config.json, and what that says."""
     checkpoint = conversion.source_llm_ckpt_path
     companions.checkpoint_folder(checkpoint)
+    for name in ("source_clip_ckpt_path", "hf_ckpt_path"):
+        folder = getattr(conversion, name)
+        if folder is not None and not folder.is_dir():
+            raise FileNotFoundError(f"{flag(name)} {folder}: no such folder; leave it out where it is not needed")
     carriers = [path for path in (checkpoint, conversion.hf_ckpt_path) if path is not None]
     carrier = next((path for path in carriers if (path / companions.CONFIG).is_file()), None)
     if carrier is None:
