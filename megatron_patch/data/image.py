@@ -65,6 +65,15 @@ def read_image_settings(folder: Path, transform: Transform | Literal["auto"] = "
     return settings if transform == "auto" else replace(settings, transform=transform)
 
 
+def check_crop(folder: Path, settings: ImageSettings, img_size: int) -> None:
+    """Raise ValueError where the settings that `folder` has give pictures of another size than the tower takes."""
+    if settings.crop_size != (img_size, img_size):
+        raise ValueError(
+            f"{folder}/{PREPROCESSOR}: crop_size is {settings.crop_size}, but the vision tower takes {img_size} x "
+            f"{img_size} pixels; use the tower's own {PREPROCESSOR}"
+        )
+
+
 def read_preprocessor(folder: Path) -> dict[str, Any]:
     """preprocessor_config.json as it is. Raises FileNotFoundError or ValueError that names the file."""
     path = Path(folder) / PREPROCESSOR
@@ -152,6 +161,9 @@ def _settings(config: dict[str, Any]) -> ImageSettings:
             f"size is {size!r} with do_center_crop {crops}; only a shortest_edge with it, and height and width without "
             f"it, are supported"
         )
+    for name, lengths in (("size", [edge]), ("crop_size", crop_size)):
+        if not all(isinstance(length, int) and length > 0 for length in lengths):
+            raise ValueError(f"{name} is {config.get(name)!r}; expected numbers of pixels")
     mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
     if len(mean) != 3 or len(std) != 3:
         raise ValueError(f"image_mean {mean} and image_std {std}: expected three numbers each")

@@ -16,7 +16,7 @@ from webdataset.autodecode import Decoder
 
 from megatron_patch.config import Config
 from megatron_patch.data import conversation
-from megatron_patch.data.image import load_pixels, read_image_settings
+from megatron_patch.data.image import check_crop, load_pixels, read_image_settings
 from megatron_patch.data.prompts import IMAGE, MARKED_IMAGE, Piece, document_pieces, find_format, prompt_format
 from megatron_patch.data.tokenize import IGNORE, encode, load_tokenizer
 from megatron_patch.sizes import Llava
@@ -215,12 +215,7 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
                 f"--use-im-start-end true: {folder} has no tokens <im_start> and <im_end>; convert the model with "
                 f"--add-tokens neva, or use false"
             )
-        size = self.llava.vision.img_size
-        if self.image_settings.crop_size != (size, size):
-            raise ValueError(
-                f"{folder}/preprocessor_config.json: crop_size is {self.image_settings.crop_size}, but the vision "
-                f"tower takes {size} x {size} pixels; use the tower's own preprocessor_config.json"
-            )
+        check_crop(folder, self.image_settings, self.llava.vision.img_size)
 
 
 def pack_samples(samples: list[EncodedSample], multiple: int) -> Batch:

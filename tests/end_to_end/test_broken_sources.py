@@ -97,6 +97,24 @@ def test_broken_files(tmp_path, capsys, sources, source, name, content, message)
     assert message in line
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("size", "x", "size is 'x'; expected numbers of pixels"),
+        ("crop_size", {"height": 56, "width": 56}, "crop_size is (56, 56), but the vision tower takes 28 x 28 pixels"),
+    ],
+)
+def test_a_picture_transform_that_is_not_the_towers(tmp_path, capsys, sources, key, value, message):
+    path = sources["clip"] / "preprocessor_config.json"
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), key: value}))
+    try:
+        line = refused(capsys, tmp_path / "target", sources)
+    finally:
+        path.write_text(before)
+    assert f"{path}: {message}" in line
+
+
 @pytest.mark.parametrize("content", ['{"model": {"type": "BPE"}}', "{}"])
 def test_a_tokenizer_that_transformers_cannot_read(tmp_path, capsys, sources, content):
     path = sources["llm"] / "tokenizer.json"

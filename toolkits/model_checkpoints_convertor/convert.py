@@ -84,10 +84,13 @@ def import_hf(conversion: Conversion) -> None:
     from megatron_patch.checkpoint.convert import open_mcore, to_mcore
     from megatron_patch.checkpoint.hf import save_tensors
     from megatron_patch.checkpoint.sources import open_sources, with_rows
+    from megatron_patch.data.image import check_crop, read_image_settings
     from megatron_patch.families.llava import rows
 
     dtype = getattr(torch, DTYPES[conversion.precision])
     llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
+    if ((clip or llm) / companions.PREPROCESSOR).is_file():
+        check_crop(clip or llm, read_image_settings(clip or llm), llava.vision.img_size)
     sources = open_sources(llava, llm, clip, conversion.projector, conversion.seed)
     num_bytes = _num_bytes(conversion, llava)
     with written_aside(conversion.target_ckpt_path, num_bytes) as folder:
