@@ -130,7 +130,8 @@ def append_mean_rows(table: T, num_rows: int) -> T:
 def _mean_row(table: View) -> Tensor:
     """The mean of a view's rows [1, h], read in pieces. Summed in fp64, so that it does not depend on their size."""
     total = torch.zeros(1, table.columns, dtype=torch.float64)
-    for piece in _pieces(table):
+    # The table itself is compared when it is copied; here each piece would have all the others read again.
+    for piece in _pieces(table.unchecked()):
         total += read({"rows": piece})["rows"].double().sum(dim=0, keepdim=True)
     return (total / table.rows).to(table.dtype)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_patch.checkpoint import disk, stream
+from megatron_patch.checkpoint import convert, disk, stream
 from megatron_patch.checkpoint.disk import InputFile, OutputFile
 from megatron_patch.checkpoint.stream import Target, as_bytes, copy, read
 from megatron_patch.checkpoint.view import Source, View
@@ -205,3 +205,14 @@ def test_memory_does_not_depend_on_the_size(tmp_path, monkeypatch):
     copy([Target(str(i), view, target, 400_000 * i) for i, view in enumerate(views)])
     target.close()
     assert sum(sizes) <= 2 * stream.NUM_BANDS * (1 << 16)
+
+
+def test_the_mean_of_a_checked_table_reads_it_once(tmp_path, counted, monkeypatch):
+    """In pieces, none of which has the rest of the table read for its sha256."""
+    monkeypatch.setattr(convert, "BUFFER", 10 * 16)
+    table = torch.randn(40, 4)
+    view = stored(tmp_path / "a", table, digests=[(40, sha(table))])
+    longer = read({"it": convert.append_mean_rows(view, 42)})["it"]
+    assert torch.equal(longer[:40], table)
+    torch.testing.assert_close(longer[41], table.mean(0))
+    assert sum(counted) == 2 * table.nbytes
