@@ -167,7 +167,7 @@ def test_a_projector_with_code_in_it_is_not_run(tmp_path, capsys, sources):
 def test_no_shell_reads_a_path(tmp_path):
     """Of the script: neither substitutions nor quotes nor separators in a name are more than a name."""
     hostile = "$(touch canary) `touch canary`; touch canary & ' \" *"
-    result = call(CONVERT_MODEL, "auto", hostile, hostile, hostile, 1, 1, "false", "fp32", hostile, cwd=tmp_path)
+    result = call(CONVERT_MODEL, "auto", hostile, hostile, hostile, 1, 1, "false", "fp32", cwd=tmp_path)
     assert result.returncode == 1
     assert result.stderr == f"error: {hostile}/config.json: missing; expected the folder of a checkpoint\n"
     assert list(tmp_path.iterdir()) == []
@@ -188,6 +188,8 @@ def test_an_interruption_is_one_line_and_leaves_nothing(tmp_path, mistral, clip,
         [sys.executable, "-c", slow, *words],
         cwd=ROOT,
         env=environment(),
+        # A shell's background job ignores SIGINT, and what it starts does so too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
