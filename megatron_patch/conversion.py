@@ -1,15 +1,24 @@
-"""What a conversion is told: its settings, each with its flag's help text beneath it. Imports nothing heavy."""
+"""What a conversion is told, and what its sources say of themselves. Imports nothing heavy.
+
+Of the settings, each has its flag's help text beneath it.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from megatron_patch.arguments import flag
+from megatron_patch.checkpoint import companions
+from megatron_patch.checkpoint.stages import Stage, pipeline_stages, stage_lengths
 from megatron_patch.config import Parallel, Precision, PromptFormat
+from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
+from megatron_patch.sizes import Llava
+
+T = TypeVar("T")
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SIZE = r"([1-9][0-9]*)([KMGT])B"
@@ -147,3 +156,66 @@ class Conversion:
             pipeline_model_parallel_size=self.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=self.virtual_pipeline_model_parallel_size,
         )
+
+
+def describe_sources(conversion: Conversion) -> tuple[dict[str, Any], Llava]:
+    """A LlavaConfig of the sources' own config.json, and what it says. Raises ValueError or OSError."""
+    llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
+    for folder in (llm, clip):
+        if folder is not None:
+            companions.check_json(folder)
+    text = companions.read_json(llm)
+    is_whole = text.get("model_type") == "llava"
+    if is_whole and (clip is not None or conversion.projector is not None):
+        name = "source_clip_ckpt_path" if clip is not None else "projector"
+        raise ValueError(f"{flag(name)} {getattr(conversion, name)}: {llm} is a whole LLaVA and has its own; give none")
+    if is_whole:
+        return text, _described(describe, text, llm)
+    if clip is None:
+        raise ValueError(f"--source-clip-ckpt-path none: a CLIP's folder is needed, since {llm} is no whole LLaVA")
+    tower = companions.read_json(clip)
+    _described(describe_language_model, text, llm)
+    _described(describe_vision_model, tower, clip)
+    config = companions.llava_config(text, tower)
+    return config, describe(config)
+
+
+def describe_checkpoint(conversion: Conversion) -> tuple[list[Path], dict[str, Any], Llava]:
+    """Folders that carry what lies beside a Megatron-Core checkpoint's weights, its config.json, and what that says."""
+    checkpoint = conversion.source_llm_ckpt_path
+    companions.checkpoint_folder(checkpoint)
+    for name in ("source_clip_ckpt_path", "hf_ckpt_path"):
+        folder = getattr(conversion, name)
+        if folder is not None and not folder.is_dir():
+            raise FileNotFoundError(f"{flag(name)} {folder}: no such folder; leave it out where it is not needed")
+    carriers = [path for path in (checkpoint, conversion.hf_ckpt_path) if path is not None]
+    carrier = next((path for path in carriers if (path / companions.CONFIG).is_file()), None)
+    if carrier is None:
+        raise FileNotFoundError(f"{checkpoint}: has no config.json; give --hf-ckpt-path, a LLaVA folder that has one")
+    for folder in carriers:
+        companions.check_json(folder)
+    config = companions.read_json(carrier)
+    llava = _described(describe, config, carrier)
+    llava.check_model_size(conversion.model_size)
+    return carriers, config, llava
+
+
+def stages_of(conversion: Conversion, llava: Llava) -> list[list[Stage]]:
+    """What each pipeline rank is to hold. Raises ValueError for a cut that the model has not."""
+    first, last = conversion.decoder_first_pipeline_num_layers, conversion.decoder_last_pipeline_num_layers
+    if first is None and last is None:
+        conversion.parallel.check(llava)
+    else:
+        conversion.parallel.check_tensor_parallel(llava)
+    lengths = stage_lengths(llava.language.num_layers, conversion.pipeline_model_parallel_size, first, last)
+    return pipeline_stages(lengths, conversion.virtual_pipeline_model_parallel_size)
+
+
+def _described(describe: Callable[[dict[str, Any]], T], config: dict[str, Any], folder: Path) -> T:
+    """`describe(config)`, with the file in the message when it raises."""
+    try:
+        return describe(config)
+    except KeyError as error:
+        raise ValueError(f"{folder / companions.CONFIG}: has no {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / companions.CONFIG}: {error}") from None

@@ -94,15 +94,9 @@ def _check_files(checkpoint: Path) -> None:
         raise ValueError(f"{error}; write an earlier iteration into {checkpoint.parent / TRACKER}") from None
 
 
-def load_position(checkpoint: Path) -> bytes:
-    """This data-parallel rank's place in the data, as it was saved."""
-    path = position_file(checkpoint)
-    if not path.exists():
-        raise ValueError(
-            f"{path}: missing; the run was saved with fewer data-parallel ranks, and the data cannot be continued "
-            f"exactly; start with the same number of processes and the same parallel sizes"
-        )
-    return path.read_bytes()
+def read_position(checkpoint: Path, rank: int) -> bytes:
+    """The place in the data of a data-parallel rank, as it was saved."""
+    return position_file(checkpoint, rank).read_bytes()
 
 
 def model_state(chunks: list[LlavaModel]) -> dict[str, Any]:
@@ -124,9 +118,9 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def position_file(checkpoint: Path) -> Path:
-    """Where the place in the data of this data-parallel rank lies."""
-    return checkpoint / f"data_position_{parallel_state.get_data_parallel_rank():03d}.pt"
+def position_file(checkpoint: Path, rank: int) -> Path:
+    """Where the place in the data of a data-parallel rank lies."""
+    return checkpoint / f"data_position_{rank:03d}.pt"
 
 
 def _check_same_training(config: Config, checkpoint: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
@@ -74,7 +74,9 @@ class Saver:
 
     def _start(self, progress: Progress, position: bytes | None) -> None:
         agree(_make_empty, self.partial, rank=0)
-        written = [] if position is None else [position_file(self.partial)]  # by this process itself
+        written = []  # by this process itself
+        if position is not None:
+            written.append(position_file(self.partial, parallel_state.get_data_parallel_rank()))
         agree(lambda: [path.write_bytes(position) for path in written])
         model = model_state(self.chunks)
         request = dist_checkpointing.save(

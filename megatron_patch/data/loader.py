@@ -9,7 +9,8 @@ import logging
 import math
 import multiprocessing
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ MAX_UNREADABLE_SHARE = 0.01
 """Part of a rank's samples that may be left out because they cannot be read; more end the run."""
 SAMPLES_PER_SLICE = 100
 """Neighbours in a shard that are read one after another; slices come in random order."""
+SHARES = ("data-parallel size", "num_workers")
+"""How many processes share the reading: what a position does not depend on where it can be dealt out anew."""
 PREPARE = (
     "prepare one with: python toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py DIR, "
     "or energon prepare --non-interactive"
@@ -111,6 +114,56 @@ def valid_loader(config: Config, llava: Llava, *, rank: int, world_size: int) ->
     return _loader(config, llava, config.data.valid_data_path, "val", rank=rank, world_size=world_size)
 
 
+def resumed_loader(
+    config: Config, llava: Llava, read_position: Callable[[int], bytes], *, rank: int, world_size: int
+) -> Loader | MockLoader:
+    """A `train_loader` that goes on exactly where the ranks of a run stopped, fewer or more than `world_size` of them.
+
+    `read_position`: number of a rank -> what `save_position` gave there. What a process reads follows from its number
+    among all ranks' processes (energon's Sharder), so that another number of ranks goes on with as many processes in
+    all: `--num-workers` changes with it. Every iteration then has the samples that it would have had.
+
+    Raises ValueError when the position is one in other data, or for other batches, or cannot be shared out so.
+    Unpickles: give it only what `save_position` made.
+    """
+
+    def read(rank: int) -> dict[str, Any]:
+        return torch.load(io.BytesIO(read_position(rank)), weights_only=False)
+
+    saved = read(0)
+    ranks, workers = (saved["fingerprint"][name] for name in SHARES)
+    dealt_anew = ranks != world_size and config.data.data_path != MOCK
+    if dealt_anew:
+        num_workers = _workers_per_rank(ranks, workers, world_size, config)
+        config = replace(config, data=replace(config.data, num_workers=num_workers))
+        logger.info(
+            f"{world_size} data-parallel ranks with {num_workers} reading processes each go on where {ranks} with "
+            f"{workers} each stopped"
+        )
+    loader = train_loader(config, llava, rank=rank, world_size=world_size)
+    for name, here in loader.fingerprint.items():
+        there = saved["fingerprint"].get(name)
+        if there != here and not (name in SHARES and ranks != world_size):
+            raise ValueError(
+                f"position in the data: {name} was {there} when it was saved and is {here} now; continue with the "
+                f"same, or start a new run"
+            )
+    if dealt_anew:
+        numbers = range(rank * num_workers, (rank + 1) * num_workers)
+        states = {source: read(source)["state"] for source in {number // workers for number in numbers}}
+        if any(state.next_worker_id for state in states.values()):
+            raise ValueError(
+                f"position in the data: it was saved in the middle of a round of the {ranks * workers} reading "
+                f"processes, which only {ranks} data-parallel ranks can go on from exactly; use {ranks}"
+            )
+        shares = [states[number // workers].worker_states[number % workers] for number in numbers]
+        state = replace(states[numbers[0] // workers], worker_states=shares)
+    else:
+        state = read(min(rank, ranks - 1))["state"]  # mock data: the same for all ranks
+    loader.restore_state_rank(state)
+    return loader
+
+
 def save_position(loader: Loader | MockLoader) -> bytes:
     """Where the loader is: its next batch, and what it is a position in. Not after its iterator is gone."""
     assert not loader.is_closed, "its workers, who know the position, ended with its iterator"
@@ -119,21 +172,20 @@ def save_position(loader: Loader | MockLoader) -> bytes:
     return file.getvalue()
 
 
-def restore_position(loader: Loader | MockLoader, position: bytes) -> None:
-    """Go on exactly where `save_position` was called. Before the first batch is taken.
+def _workers_per_rank(ranks: int, workers: int, world_size: int, config: Config) -> int:
+    """Reading processes of each of `world_size` ranks that go on from `ranks` with `workers` each.
 
-    Raises ValueError when the position is one in other data, or for other ranks, workers or batches. Unpickles: give
-    it only what `save_position` made.
+    Raises ValueError when an iteration would get other samples than it would have had.
     """
-    saved = torch.load(io.BytesIO(position), weights_only=False)
-    for name, here in loader.fingerprint.items():
-        there = saved["fingerprint"].get(name)
-        if there != here:
-            raise ValueError(
-                f"position in the data: {name} was {there} when it was saved and is {here} now; continue with the "
-                f"same, or start a new run"
-            )
-    loader.restore_state_rank(saved["state"])
+    total, micro_batches = ranks * workers, config.data.global_batch_size // config.data.micro_batch_size
+    if total == 0 or total % world_size or micro_batches % total:
+        raise ValueError(
+            f"position in the data: saved by {ranks} data-parallel ranks with {workers} reading processes each, and "
+            f"there are {world_size} ranks now; this goes on exactly only when the number of these processes "
+            f"({total}) is a multiple of the ranks, and the micro batches of an iteration ({micro_batches}) a multiple "
+            f"of it; use {ranks} ranks, or begin a new run with the checkpoint as --pretrained-checkpoint"
+        )
+    return total // world_size
 
 
 def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, world_size: int) -> Loader | MockLoader:
@@ -143,7 +195,6 @@ def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, 
         "split": split,
         "dataset": str(MOCK),
         "seed": config.training.seed,
-        "data-parallel rank": rank,
         "data-parallel size": world_size,
         "num_workers": 0,
         "micro_batch_size": data.micro_batch_size,
@@ -155,8 +206,9 @@ def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, 
         "shuffle_buffer_size": data.shuffle_buffer_size,
     }
     if path == MOCK:
-        seed = [config.training.seed, split == "train", rank]
-        return MockLoader(encoder, fingerprint, batch_size=data.micro_batch_size, packs=data.packs, seed=seed)
+        seed = [config.training.seed, split == "train"]
+        options = {"batch_size": data.micro_batch_size, "packs": data.packs, "seed": seed}
+        return MockLoader(encoder, fingerprint, rank=rank, world_size=world_size, **options)
     num_samples, digest = _describe(path, split)
     if num_samples < world_size:
         raise ValueError(

@@ -25,29 +25,39 @@ SPREAD = 0.45
 class MockLoader:
     """Endless micro batches of random words and pictures. What a batch holds follows from its number alone.
 
-    It stands in for `loader.Loader`; its position is the number of the next batch.
+    It stands in for `loader.Loader`. Ranks take batches in turn, and the position is how many all have taken.
     """
 
     def __init__(
-        self, encoder: LlavaTaskEncoder, fingerprint: dict[str, Any], *, batch_size: int, packs: bool, seed: list[int]
+        self,
+        encoder: LlavaTaskEncoder,
+        fingerprint: dict[str, Any],
+        *,
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        packs: bool,
+        seed: list[int],
     ) -> None:
         self.fingerprint = fingerprint
         self.is_closed = False
+        self._rank, self._world_size = rank, world_size
         self._encoder, self._batch_size, self._packs, self._seed = encoder, batch_size, packs, seed
-        self._next = 0
+        self._taken = 0
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            number, self._next = self._next, self._next + 1
+            number = self._taken + self._rank
+            self._taken += self._world_size
             yield self._batch(number)
 
     def save_state_rank(self) -> int:
         """As energon's loaders have it."""
-        return self._next
+        return self._taken
 
     def restore_state_rank(self, state: int) -> None:
         """As energon's loaders have it."""
-        self._next = state
+        self._taken = state
 
     def _batch(self, number: int) -> Batch:
         random = np.random.default_rng([*self._seed, number])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.checkpoint.stages import Stage
 from megatron_patch.config import Config
-from megatron_patch.data.loader import restore_position, save_position, train_loader, valid_loader
+from megatron_patch.data.loader import resumed_loader, save_position, train_loader, valid_loader
 from megatron_patch.data.processor import write_processor
 from megatron_patch.families.llava import read_config
 from megatron_patch.families.transformer_engine import to_transformer_engine_name
@@ -148,9 +149,11 @@ def open_data(config: Config, llava: Llava, checkpoint: Path | None) -> tuple[Sa
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     if config.validates:
         valid_loader(config, llava, rank=rank, world_size=size)  # raises now what would stop the first validation
-    loader = train_loader(config, llava, rank=rank, world_size=size)
-    if checkpoint is not None:
-        restore_position(loader, resume.load_position(checkpoint))
+    if checkpoint is None:
+        loader = train_loader(config, llava, rank=rank, world_size=size)
+    else:
+        positions = functools.partial(resume.read_position, checkpoint)
+        loader = resumed_loader(config, llava, positions, rank=rank, world_size=size)
     return loader, iter(loader)
 
 

@@ -10,22 +10,29 @@ import dataclasses
 import math
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 try:
     from tqdm import tqdm
 
-    from megatron_patch.arguments import flag, parse
+    from megatron_patch.arguments import parse
     from megatron_patch.checkpoint import companions
     from megatron_patch.checkpoint.output import check_target, written_aside
-    from megatron_patch.checkpoint.stages import Stage, pipeline_stages, stage_lengths
     from megatron_patch.config import Parallel
-    from megatron_patch.conversion import DTYPES, NOT_FROM_HF, NOT_FROM_MCORE, Conversion
-    from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
+    from megatron_patch.conversion import (
+        DTYPES,
+        NOT_FROM_HF,
+        NOT_FROM_MCORE,
+        Conversion,
+        describe_checkpoint,
+        describe_sources,
+        stages_of,
+    )
+    from megatron_patch.families.llava import describe
     from megatron_patch.sizes import Llava
 except KeyboardInterrupt:
     sys.exit(130)  # nothing has begun
@@ -33,7 +40,6 @@ except KeyboardInterrupt:
 if TYPE_CHECKING:
     from megatron_patch.checkpoint.reader import Reader
 
-T = TypeVar("T")
 FIXED_PROMPT = (
     "<image>\nWhat is in this picture? It shows a quiet street after the rain, with two people under one umbrella, "
     "a dog that waits beside a red bicycle, and 7 pigeons on the roof of the old town hall."
@@ -74,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def import_hf(conversion: Conversion) -> None:
     """Hugging Face's language model and CLIP, or a whole LLaVA -> Megatron-Core shards."""
     conversion.refuse(NOT_FROM_HF, "a Megatron-Core checkpoint")
-    config, llava = _describe_sources(conversion)
+    config, llava = describe_sources(conversion)
     llava.check_model_size(conversion.model_size)
-    _stages(conversion, llava)
+    stages_of(conversion, llava)
     check_target(conversion.target_ckpt_path)
 
     import torch
@@ -109,8 +115,8 @@ def reshard(conversion: Conversion) -> None:
     conversion.refuse(NOT_FROM_MCORE, "an import from Hugging Face")
     if conversion.verify == "true":
         raise ValueError("--verify true: is for conversions from and to Hugging Face; a cut is checked by its manifest")
-    carriers, _, llava = _described_checkpoint(conversion)
-    _stages(conversion, llava)
+    carriers, _, llava = describe_checkpoint(conversion)
+    stages_of(conversion, llava)
     check_target(conversion.target_ckpt_path)
 
     import torch
@@ -131,7 +137,7 @@ def reshard(conversion: Conversion) -> None:
 
 def export_hf(conversion: Conversion) -> None:
     """A Megatron-Core checkpoint -> LlavaForConditionalGeneration, as transformers 4.57 and 5 open it."""
-    carriers, config, llava = _described_checkpoint(conversion)
+    carriers, config, llava = describe_checkpoint(conversion)
     check_target(conversion.target_ckpt_path)
 
     import torch
@@ -169,28 +175,6 @@ def export_hf(conversion: Conversion) -> None:
     print(f"wrote {conversion.target_ckpt_path}: LlavaForConditionalGeneration, {conversion.precision}")
 
 
-def _describe_sources(conversion: Conversion) -> tuple[dict[str, Any], Llava]:
-    """A LlavaConfig of the sources' own config.json, and what it says. Raises ValueError or OSError."""
-    llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
-    for folder in (llm, clip):
-        if folder is not None:
-            companions.check_json(folder)
-    text = companions.read_json(llm)
-    is_whole = text.get("model_type") == "llava"
-    if is_whole and (clip is not None or conversion.projector is not None):
-        name = "source_clip_ckpt_path" if clip is not None else "projector"
-        raise ValueError(f"{flag(name)} {getattr(conversion, name)}: {llm} is a whole LLaVA and has its own; give none")
-    if is_whole:
-        return text, _described(describe, text, llm)
-    if clip is None:
-        raise ValueError(f"--source-clip-ckpt-path none: a CLIP's folder is needed, since {llm} is no whole LLaVA")
-    tower = companions.read_json(clip)
-    _described(describe_language_model, text, llm)
-    _described(describe_vision_model, tower, clip)
-    config = companions.llava_config(text, tower)
-    return config, describe(config)
-
-
 def _num_bytes(conversion: Conversion, llava: Llava) -> int:
     """Size of the shards to be written."""
     import torch
@@ -212,21 +196,10 @@ def _write_mcore(conversion: Conversion, folder: Path, mcore: Reader, llava: Lla
         write = partial(
             write_shards,
             tp_size=conversion.tensor_model_parallel_size,
-            stages=_stages(conversion, llava),
+            stages=stages_of(conversion, llava),
         )
     with _progress(_num_bytes(conversion, llava)) as bar:
         write(folder, mcore, llava, args=_args(conversion, llava), source=identity(files), progress=bar.update)
-
-
-def _stages(conversion: Conversion, llava: Llava) -> list[list[Stage]]:
-    """What each pipeline rank is to hold. Raises ValueError for a cut that the model has not."""
-    first, last = conversion.decoder_first_pipeline_num_layers, conversion.decoder_last_pipeline_num_layers
-    if first is None and last is None:
-        conversion.parallel.check(llava)
-    else:
-        conversion.parallel.check_tensor_parallel(llava)
-    lengths = stage_lengths(llava.language.num_layers, conversion.pipeline_model_parallel_size, first, last)
-    return pipeline_stages(lengths, conversion.virtual_pipeline_model_parallel_size)
 
 
 def _wrote(conversion: Conversion) -> str:
@@ -234,26 +207,6 @@ def _wrote(conversion: Conversion) -> str:
     if conversion.ckpt_format != "torch":
         what = conversion.ckpt_format
     return f"wrote {conversion.target_ckpt_path}: {what}, {conversion.precision}"
-
-
-def _described_checkpoint(conversion: Conversion) -> tuple[list[Path], dict[str, Any], Llava]:
-    """Folders that carry what lies beside a Megatron-Core checkpoint's weights, its config.json, and what that says."""
-    checkpoint = conversion.source_llm_ckpt_path
-    companions.checkpoint_folder(checkpoint)
-    for name in ("source_clip_ckpt_path", "hf_ckpt_path"):
-        folder = getattr(conversion, name)
-        if folder is not None and not folder.is_dir():
-            raise FileNotFoundError(f"{flag(name)} {folder}: no such folder; leave it out where it is not needed")
-    carriers = [path for path in (checkpoint, conversion.hf_ckpt_path) if path is not None]
-    carrier = next((path for path in carriers if (path / companions.CONFIG).is_file()), None)
-    if carrier is None:
-        raise FileNotFoundError(f"{checkpoint}: has no config.json; give --hf-ckpt-path, a LLaVA folder that has one")
-    for folder in carriers:
-        companions.check_json(folder)
-    config = companions.read_json(carrier)
-    llava = _described(describe, config, carrier)
-    llava.check_model_size(conversion.model_size)
-    return carriers, config, llava
 
 
 def _write_companions(conversion: Conversion, folder: Path, config: dict[str, Any], llava: Llava) -> Llava:
@@ -397,16 +350,6 @@ def _args(conversion: Conversion, llava: Llava) -> dict[str, Any]:
     padded = llava.language.padded_vocab_size(conversion.tensor_model_parallel_size)
     sizes = {**dataclasses.asdict(llava.language), "vision": dataclasses.asdict(llava.vision)}
     return {**sizes, "padded_vocab_size": padded, "params_dtype": DTYPES[conversion.precision]}
-
-
-def _described(describe: Callable[[dict[str, Any]], T], config: dict[str, Any], folder: Path) -> T:
-    """`describe(config)`, with the file in the message when it raises."""
-    try:
-        return describe(config)
-    except KeyError as error:
-        raise ValueError(f"{folder / companions.CONFIG}: has no {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{folder / companions.CONFIG}: {error}") from None
 
 
 def _progress(num_bytes: int) -> tqdm:

@@ -1,8 +1,12 @@
-"""The page of samples says what the batch holds."""
+"""The page of samples says what the batch holds, and a browser shows it."""
 
 import base64
+import html
 import io
+import json
 import re
+import shutil
+import subprocess
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +20,27 @@ from megatron_patch.data.loader import train_loader
 from megatron_patch.data.tokenize import load_tokenizer
 from tests.unit.data.samples import describe, settings
 from toolkits.multimodal_data_preprocessing.inspect_samples import main
+
+CHROMIUM = shutil.which("chromium")
+
+# Looks at the page beside it from a frame, and leaves what it saw as text.
+LOOK = """\
+<!DOCTYPE html><meta charset="utf-8"><iframe src="page.html" width="1200" height="900"></iframe><pre></pre><script>
+onload = () => {
+  const {document: page, performance} = frames[0], spans = kind => [...page.querySelectorAll("span." + kind)]
+  const seen = {
+    pictures: [...page.images].map(image => [image.complete, image.naturalWidth, image.naturalHeight, image.width > 0]),
+    colours: ["given", "learned", "picture"].map(kind => frames[0].getComputedStyle(spans(kind)[0]).backgroundColor),
+    learned: spans("learned").slice(1).map(span => span.textContent).join(""),
+    titles: spans("given").slice(1).map(span => span.title),
+    visible: spans("learned").every(span => span.getBoundingClientRect().width > 0),
+    fetched: performance.getEntriesByType("resource").map(entry => entry.name.slice(0, 5)),
+    headings: [...page.querySelectorAll("h2")].map(heading => heading.textContent),
+  }
+  document.querySelector("pre").textContent = JSON.stringify(seen)
+}
+</script>
+"""
 
 
 @pytest.mark.parametrize("packing", [0, 9])
@@ -47,3 +72,34 @@ def test_the_command_writes_a_page_or_says_why_not(mcore, tmp_path, capsys):
     assert not page.exists()
     assert main([str(mcore), "mock", str(page), "--num-batches", "2", "--packing-buffer-size", "9"]) == 0
     assert page.read_text().count("<h2>mock ") > 4
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_browser_shows_what_the_page_says(tmp_path):
+    llava = describe(tmp_path)
+    loader = train_loader(settings(tmp_path, Path("mock"), micro_batch_size=3), llava, rank=0, world_size=1)
+    batches = list(islice(loader, 2))
+    batches[0].keys[0] = "<b>0001</b>"
+    tokenizer = load_tokenizer(tmp_path)
+    (tmp_path / "page.html").write_text(write_page(batches, tokenizer, llava.image_token_id), encoding="utf-8")
+    (tmp_path / "look.html").write_text(LOOK)
+    seen = look(tmp_path / "look.html")
+    size = llava.vision.img_size
+    assert seen["pictures"] == [[True, size, size, True]] * sum(len(batch.pixels) for batch in batches)
+    assert len(set(seen["colours"])) == 3
+    assert seen["visible"]
+    ids = [int(label) for batch in batches for row in batch.labels for label in row if label != -100]
+    assert seen["learned"].replace("↵\n", "\n") == "".join(tokenizer.decode([id]) for id in ids)
+    assert seen["titles"][0] == f"position 0, id {batches[0].input_ids[0, 0]}"
+    assert seen["headings"][0].startswith("<b>0001</b>: ")
+    assert set(seen["fetched"]) <= {"data:"}
+
+
+def look(page: Path) -> dict:
+    """What the page's script left in its only <pre>, run by the browser without a window."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    flags += [f"--user-data-dir={page.parent / 'browser'}", "--virtual-time-budget=10000", "--dump-dom"]
+    done = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
+    found = re.search(r"<pre>(.+?)</pre>", done.stdout, re.DOTALL)
+    assert found, done.stderr
+    return json.loads(html.unescape(found[1]))

@@ -10,7 +10,7 @@ from itertools import chain, islice
 import pytest
 import torch
 
-from megatron_patch.data.loader import restore_position, save_position, train_loader, valid_loader
+from megatron_patch.data.loader import resumed_loader, save_position, train_loader, valid_loader
 from tests.unit.data.samples import convert_folder, describe, jpeg, settings, write_dataset, write_pretrain
 
 COUNT = 60  # 6 samples in each of 10 shards: 54 to train on, 6 to validate
@@ -33,6 +33,15 @@ def dataset(tmp_path_factory):
 def build(model, dataset, make=train_loader, rank=0, world_size=1, **changed):
     options = {"num_workers": 0, "micro_batch_size": 2, "shuffle_buffer_size": 10, **changed}
     return make(settings(model[0], dataset, **options), model[1], rank=rank, world_size=world_size)
+
+
+def resume(model, dataset, *positions, **changed):
+    """A loader that goes on from where each rank was."""
+
+    def make(config, llava, **rank):
+        return resumed_loader(config, llava, lambda rank: positions[rank], **rank)
+
+    return build(model, dataset, make, **changed)
 
 
 def take(loader, count):
@@ -65,18 +74,15 @@ def test_restored_loader_goes_on_exactly(num_workers, model, dataset):
         position = save_position(loader)
         assert isinstance(position, bytes)
         expected = list(islice(batches, 15))
-        again = build(model, dataset, num_workers=num_workers)
-        restore_position(again, position)
+        again = resume(model, dataset, position, num_workers=num_workers)
         assert_same(take(again, 15), expected)
 
 
 def test_position_before_the_first_batch(model, dataset):
     loader = build(model, dataset, num_workers=1)
-    again = build(model, dataset, num_workers=1)
-    restore_position(again, save_position(loader))
+    again = resume(model, dataset, save_position(loader), num_workers=1)
     # And where a restored one is, before it went on.
-    third = build(model, dataset, num_workers=1)
-    restore_position(third, save_position(again))
+    third = resume(model, dataset, save_position(again), num_workers=1)
     expected = take(loader, 3)
     assert_same(take(again, 3), expected)
     assert_same(take(third, 3), expected)
@@ -138,36 +144,89 @@ def test_more_workers_than_samples(model, dataset):
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"rank": 1, "world_size": 2}, "data-parallel rank was 0 .* and is 1"),
-        ({"world_size": 3}, "data-parallel size was 2 .* and is 3"),
         ({"num_workers": 1}, "num_workers was 0 .* and is 1"),
         ({"micro_batch_size": 3}, "micro_batch_size was 2 .* and is 3"),
         ({"seed": 5}, "seed was 1 .* and is 5"),
         ({"length": 100}, "decoder_seq_length was 256 .* and is 100"),
         ({"prompt_format": "plain"}, "prompt_format was mistral .* and is plain"),
         ({"shuffle_buffer_size": 11}, "shuffle_buffer_size was 10 .* and is 11"),
-        ({"make": valid_loader}, "split was train .* and is val"),
     ],
 )
 def test_position_in_something_else_is_refused(changed, named, model, dataset):
     """Energon would take it without a word."""
-    loader = build(model, dataset, world_size=2)
+    loader = build(model, dataset)
     next(iter(loader))
-    position = save_position(loader)
-    other = build(model, dataset, **{"world_size": 2, **changed})
     with pytest.raises(ValueError, match=named) as caught:
-        restore_position(other, position)
+        resume(model, dataset, save_position(loader), **changed)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def of_two_ranks(model, dataset):
+    """A function (steps, **options) -> positions of two ranks with two workers each, and the batches after them.
+
+    A step has 8 batches, 4 of each rank.
+    """
+
+    def make(steps, **options):
+        loaders = [build(model, dataset, rank=rank, world_size=2, num_workers=2, **options) for rank in (0, 1)]
+        batches = [iter(loader) for loader in loaders]
+        for each in batches:
+            list(islice(each, 4 * steps))
+        positions = [save_position(loader) for loader in loaders]
+        return positions, [[batch for each in batches for batch in islice(each, 4)] for _ in range(5)]
+
+    return make
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("packing_buffer_size", [0, 5])
+def test_another_number_of_ranks_goes_on_exactly(world_size, packing_buffer_size, of_two_ranks, model, dataset):
+    """Every step has the batches that it would have had, the epoch's end included."""
+    options = {"micro_batch_size": 1, "global_batch_size": 8, "packing_buffer_size": packing_buffer_size}
+    positions, expected = of_two_ranks(4, **options)
+    loaders = [
+        resume(model, dataset, *positions, rank=rank, world_size=world_size, **options) for rank in range(world_size)
+    ]
+    batches = [iter(loader) for loader in loaders]
+    for step in expected:
+        taken = [batch for each in batches for batch in islice(each, 8 // world_size)]
+        assert_same(*(sorted(these, key=lambda batch: batch.keys) for these in (taken, step)))
+    # From there, two ranks again.
+    positions = [save_position(loader) for loader in loaders]
+    for each in batches:
+        each.close()
+    (first, *_) = (take(resume(model, dataset, *positions, rank=rank, world_size=2, **options), 4) for rank in (0, 1))
+    assert len(first) == 4
+
+
+@pytest.mark.parametrize(
+    ("world_size", "global_batch_size", "named"),
+    [
+        (3, 24, r"saved by 2 data-parallel ranks with 2 reading processes each, and there are 3 .*\(4\) is a multiple"),
+        (4, 12, r"the micro batches of an iteration \(6\) a multiple of it; use 2 ranks, or begin a new run"),
+        (4, 16, r"in the middle of a round of the 4 reading processes, .*; use 2$"),
+    ],
+)
+def test_ranks_that_cannot_go_on_exactly_are_refused(world_size, global_batch_size, named, model, dataset):
+    loaders = [build(model, dataset, rank=rank, world_size=2, num_workers=2) for rank in (0, 1)]
+    batches = [iter(loader) for loader in loaders]
+    for each in batches:
+        next(each)
+    positions = [save_position(loader) for loader in loaders]
+    with pytest.raises(ValueError, match=named) as caught:
+        resume(model, dataset, *positions, world_size=world_size, global_batch_size=global_batch_size)
     assert "\n" not in str(caught.value)
 
 
 def test_position_in_another_dataset_is_refused_and_a_moved_one_is_the_same(model, dataset, tmp_path):
     position = save_position(build(model, dataset))
     shutil.copytree(dataset, tmp_path / "moved")
-    restore_position(build(model, tmp_path / "moved"), position)
+    resume(model, tmp_path / "moved", position)
     write_pretrain(tmp_path / "raw", COUNT + 10)
     convert_folder(tmp_path / "raw")
     with pytest.raises(ValueError, match="position in the data: dataset was"):
-        restore_position(build(model, tmp_path / "raw" / "wds"), position)
+        resume(model, tmp_path / "raw" / "wds", position)
 
 
 CRUDE = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
@@ -243,8 +302,7 @@ def test_a_restored_blend_goes_on_exactly(num_workers, packing_buffer_size, mode
         next(batches)
     position = save_position(loader)
     expected = list(islice(batches, 20))
-    again = build(model, blend, **options)
-    restore_position(again, position)
+    again = resume(model, blend, position, **options)
     assert_same(take(again, 20), expected)
     if packing_buffer_size:
         assert max(len(batch.keys) for batch in expected) > 3

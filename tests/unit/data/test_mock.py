@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_patch.data.loader import restore_position, save_position, train_loader, valid_loader
+from megatron_patch.data.loader import resumed_loader, save_position, train_loader, valid_loader
 from tests.unit.data.samples import describe, settings
 
 
-def build(model, make=train_loader, rank=0, **changed):
-    return make(settings(model[0], Path("mock"), **changed), model[1], rank=rank, world_size=2)
+def build(model, make=train_loader, rank=0, world_size=2, **changed):
+    return make(settings(model[0], Path("mock"), **changed), model[1], rank=rank, world_size=world_size)
 
 
 def test_batches_follow_from_their_number(tmp_path):
@@ -25,12 +25,15 @@ def test_batches_follow_from_their_number(tmp_path):
     assert 28 < sum(counts) / len(counts) < 33
     position = save_position(loader)
     expected = next(batches)
-    again = build(model, micro_batch_size=3)
-    restore_position(again, position)
-    restored = next(iter(again))
-    assert restored.keys == expected.keys
-    assert torch.equal(restored.input_ids, expected.input_ids)
-    assert torch.equal(restored.pixels, expected.pixels)
+
+    def resumed(config, llava, **rank):
+        return resumed_loader(config, llava, lambda rank: position, **rank)
+
+    for world_size in (2, 1):
+        restored = next(iter(build(model, resumed, world_size=world_size, micro_batch_size=3)))
+        assert restored.keys == expected.keys
+        assert torch.equal(restored.input_ids, expected.input_ids)
+        assert torch.equal(restored.pixels, expected.pixels)
     for other in (build(model, rank=1, micro_batch_size=3), build(model, valid_loader, micro_batch_size=3)):
         assert not torch.equal(next(iter(other)).pixels, first[0].pixels)
 
