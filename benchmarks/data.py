@@ -106,6 +106,7 @@ def variants(folder: Path, rows: dict[str, Row], disk: Path | None) -> None:
     run("converter, images.zip", [*convert(pictures, output), "--no-prepare", "--images", zipped], output, rows)
     zipped.unlink()
     if disk is not None:
+        disk.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="bench-", dir=disk) as name:
             cold = Path(name) / "pictures"
             shutil.copytree(pictures, cold)

@@ -113,14 +113,16 @@ def load_pixels(data: bytes, settings: ImageSettings) -> Tensor:
     except Exception as error:
         # Pillow raises OSError, SyntaxError, struct.error and others of its own for broken files.
         raise ValueError(f"picture cannot be read: {error}") from error
-    return torch.from_numpy(transform_pixels(rgb, settings).transpose(2, 0, 1).copy())  # [3, h, w]
+    rgb = transform(rgb, settings)
+    planes = bytearray().join(rgb.tobytes("raw", band) for band in "RGB")
+    return torch.frombuffer(planes, dtype=torch.uint8).view(3, rgb.height, rgb.width)  # [3, h, w]
 
 
-def transform_pixels(rgb: Image.Image, settings: ImageSettings) -> np.ndarray:
-    """An RGB picture -> uint8 [h, w, 3]. Raises ValueError when it would become larger than `MAX_PIXELS` on the way."""
+def transform(rgb: Image.Image, settings: ImageSettings) -> Image.Image:
+    """The tower's part of an RGB picture. Raises ValueError when it would have more than `MAX_PIXELS` on the way."""
     height, width = settings.crop_size
     if settings.transform == "square":
-        return np.asarray(rgb.resize((width, height), Image.Resampling.BICUBIC))
+        return rgb.resize((width, height), Image.Resampling.BICUBIC)
     if settings.transform == "pad":
         rgb = _expand_to_square(rgb, settings.mean)
     shortest, longest = min(rgb.size), max(rgb.size)
@@ -128,7 +130,7 @@ def transform_pixels(rgb: Image.Image, settings: ImageSettings) -> np.ndarray:
     longest = int(settings.size * longest / shortest)
     size = (settings.size, longest) if rgb.width <= rgb.height else (longest, settings.size)
     _check_pixels(f"picture of {rgb.width} x {rgb.height} resized to shortest edge {settings.size}", *size)
-    return _center_crop(np.asarray(rgb.resize(size, Image.Resampling.BICUBIC)), height, width)
+    return _resize_and_crop(rgb, size, (width, height))
 
 
 def normalize(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
@@ -194,10 +196,31 @@ def _expand_to_square(rgb: Image.Image, mean: tuple[float, ...]) -> Image.Image:
     return square
 
 
-def _center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The middle of [h, w, 3]. Where the picture is smaller, black around it, the odd line above and on the left."""
-    pads = [max(0, wanted - given) for wanted, given in zip((height, width), array.shape, strict=False)]
-    if any(pads):
-        array = np.pad(array, [*((math.ceil(pad / 2), pad // 2) for pad in pads), (0, 0)])
-    top, left = ((given - wanted) // 2 for wanted, given in zip((height, width), array.shape, strict=False))
-    return array[top : top + height, left : left + width]
+def _resize_and_crop(rgb: Image.Image, size: tuple[int, int], crop: tuple[int, int]) -> Image.Image:
+    """Resize to `size` and cut the middle `crop` out, both (width, height).
+
+    Where the picture is smaller than the crop, black around it, the odd line above and on the left.
+    """
+    (width, height), bicubic = size, Image.Resampling.BICUBIC
+    window = _window(rgb.width, width, crop[0]) if rgb.width > rgb.height else range(width)
+    if len(window) < width:
+        # As little of what is cut off as changes no pixel. Columns first: Pillow's own order for what is wider than
+        # high, which two calls make sure of.
+        left, right = (place * rgb.width / width for place in (window.start, window.stop))
+        rgb = rgb.resize((len(window), rgb.height), bicubic, box=(left, 0, right, rgb.height))
+    resized = rgb.resize((len(window), height), bicubic)
+    left, top = (width - crop[0]) // 2 - window.start, (height - crop[1]) // 2
+    return resized.crop((left, top, left + crop[0], top + crop[1]))
+
+
+def _window(given: int, resized: int, wanted: int) -> range:
+    """The middle `wanted` of the positions that `given` pixels are resized to, and as few more as have exact ends.
+
+    Pillow takes the ends, in pixels of the source, as float32: rounded ones would shift what each pixel is made of.
+    """
+    first = max(0, (resized - wanted) // 2)
+    step = resized // math.gcd(given, resized)
+    step //= step & -step  # halves are exact
+    start, stop = first // step * step, min(resized, math.ceil((first + wanted) / step) * step)
+    ends = (start * given / resized, stop * given / resized)
+    return range(start, stop) if all(float(np.float32(end)) == end for end in ends) else range(resized)
