@@ -91,6 +91,12 @@ def read_stages(path: Path) -> list[tuple[str, int]]:
     return [(name, following - second) for (name, second), (_, following) in itertools.pairwise(starts)]
 
 
+def wait_share(board: Path) -> float:
+    """Part of the iterations' time that the rank which waited longest waited for data."""
+    waited, whole = (read_scalars(board, name) for name in ("batch-generator-time", "iteration-time"))
+    return sum(seconds for _, seconds in waited) / sum(seconds for _, seconds in whole)
+
+
 def share(rows: list[dict[str, str]], said: str) -> float:
     """Part of the pictures whose caption is exact, word for word."""
     return sum(row[said] == row["expected"] for row in rows) / len(rows)
@@ -124,6 +130,7 @@ def main() -> int:
         ("together", f"{sum(seconds for _, seconds in stages)} s"),
         ("iterations", f"{len(curve)}"),
         ("killed, resumed", f"after {interruption.killed_after}, at {interruption.resumed_at}"),
+        ("waited for data", f"{wait_share(board):.1%} of the training time"),
         ("lm loss, first and last", f"{curve[0][1]:.4f}, {curve[-1][1]:.4f}"),
         ("lm loss validation, last", f"{validation[-1][1]:.4f}" if validation else "none"),
         ("exact captions, held-out pictures", f"{exact:.1%} of {len(captions)} (at least {LEAST_EXACT:.0%} expected)"),

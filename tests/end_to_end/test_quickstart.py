@@ -151,6 +151,8 @@ def finished_run(tmp_path):
         with SummaryWriter(tmp_path / "output" / "tensorboard", purge_step=first) as board:
             for iteration in range(first, last + 1):
                 board.add_scalar("lm loss", 5 / iteration, iteration)
+                board.add_scalar("iteration-time", 0.5, iteration)
+                board.add_scalar("batch-generator-time", 0.01, iteration)
     return tmp_path
 
 
@@ -172,6 +174,7 @@ def test_report(finished_run):
         "train 93 s",
         "iterations 20",
         "after 14, at 10",
+        "waited for data 2.0% of the training time",
         "first and last 5.0000, 0.2500",
         "pictures 95.0% of 20",
         "shuffled 0.0%",
