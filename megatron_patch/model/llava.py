@@ -135,6 +135,12 @@ class LlavaModel(MegatronModule):
         """Take the hidden states [s, b, h] of the previous pipeline stage."""
         self.language_model.set_input_tensor(input_tensor)
 
+    @property
+    def received_length(self) -> int:
+        """Positions of the hidden states that the previous pipeline stage sent, sequence-parallel ranks together."""
+        ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        return ranks * self.language_model.decoder.input_tensor.shape[0]
+
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The embedding, which is the output layer's weight too where a model ties them. megatron.core asks for it."""
         return self.language_model.shared_embedding_or_output_weight()

@@ -52,7 +52,10 @@ def train(config: Config) -> int:
     metrics = Metrics(config, llava, first_iteration=progress.iteration + 1, world_size=world_size, is_writer=is_writer)
     saver = Saver(config, chunks, optimizer)
     if progress.iteration >= config.training.train_iters:
-        logger.info(f"nothing to do: {progress.iteration} of {config.training.train_iters} iterations are done")
+        logger.info(
+            f"nothing to do: {progress.iteration} iterations are done, and --train-iters asks for "
+            f"{config.training.train_iters}"
+        )
 
     for iteration in range(progress.iteration + 1, config.training.train_iters + 1):
         scheduler.step(1)
@@ -178,15 +181,15 @@ def is_due(iteration: int, interval: int, config: Config) -> bool:
 
 
 def reads_data(config: Config) -> bool:
-    """Whether this rank reads samples: one of each tensor-parallel group, on the stages that need text or labels.
+    """Whether this rank reads samples: the first of those that share layers and sequences, on stages that need them.
 
-    Where samples are packed every stage needs to know where they begin.
+    Those are the first, for text and pictures, and the last, for labels; where samples are packed every stage needs to
+    know where they begin.
     """
     at_an_end = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
-    return (at_an_end or config.data.packs) and parallel_state.get_tensor_model_parallel_rank() == 0
+    return (at_an_end or config.data.packs) and parallel_state.get_tensor_and_context_parallel_group().rank() == 0
 
 
 def writes_position(config: Config) -> bool:
     """Whether this rank saves the place in the data of its data-parallel rank."""
-    is_first = parallel_state.get_context_parallel_rank() == 0
-    return reads_data(config) and is_first and parallel_state.is_pipeline_first_stage()
+    return reads_data(config) and parallel_state.is_pipeline_first_stage()

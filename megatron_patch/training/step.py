@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import statistics
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -110,7 +113,8 @@ def train_step(
 def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
     """A function (chunks, batches, forward_only) -> Totals that takes one global batch through the pipeline.
 
-    It raises FloatingPointError that names the samples of a micro batch whose loss is no number.
+    It raises FloatingPointError that names the samples of a micro batch whose loss is no number, and ValueError when
+    pipeline stages read different samples.
     """
     dtype = DTYPES[config.model.precision]
     num_micro_batches = config.data.num_micro_batches(config.parallel, dist.get_world_size())
@@ -119,7 +123,9 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
     # Transformer Engine wants them on the device; megatron.core's own layers would wait for them there.
     borders_device = parallel.device() if uses_transformer_engine(config.model) else torch.device("cpu")
     schedule: Schedule = get_forward_backward_func()
-    keys: list[list[str]] = []  # of the micro batches whose losses are known here
+    stages = config.parallel.pipeline_model_parallel_size
+    num_reading = stages if config.data.packs else min(stages, 2)
+    read: list[list[str]] = []  # keys of the micro batches that came to this rank
     usual: deque[float] = deque(maxlen=20)  # losses of the last iterations
 
     def forward_step(batches: Iterator[Batch], chunk: DistributedDataParallel) -> tuple[Tensor, Callable]:
@@ -127,7 +133,10 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
         if not (part.pre_process or part.post_process or config.data.packs):
             return chunk(None, None, None, None), _no_losses
         batch = _next_batch(batches)
+        read.append(batch.keys)
         text = cut_text(batch, llava.image_token_id, config.parallel, multiple)
+        if not part.pre_process and part.received_length != text["labels"].shape[1]:
+            raise ValueError(DIFFERENT_SAMPLES)
         input_ids = image_rows = pixel_values = labels = None
         if part.pre_process:
             input_ids = text["input_ids"].to(parallel.device(), non_blocking=True)
@@ -135,13 +144,12 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
             pixels = batch.pixels.to(parallel.device(), non_blocking=True)
             pixel_values = normalize(pixels, image.mean, image.std, dtype)  # [n, 3, h, w]
         if part.post_process:
-            keys.append(batch.keys)
             labels = text["labels"].to(parallel.device(), non_blocking=True)
         borders = packed_seq_params(batch, borders_device)
         return chunk(input_ids, image_rows, pixel_values, labels, borders), functools.partial(_sum_losses, batch)
 
     def run(chunks: list[DistributedDataParallel], batches: Iterator[Batch], forward_only: bool) -> Totals:
-        keys.clear()
+        read.clear()
         batches = TimedIterator(batches)
         reports = schedule(
             forward_step_func=forward_step,
@@ -153,12 +161,13 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
             micro_batch_size=config.data.micro_batch_size,
             forward_only=forward_only,
         )
-        for samples, report in zip(keys, reports, strict=True):
+        losses = zip(read, reports, strict=True) if reports else ()  # of the last stage
+        for samples, report in losses:
             if not report["totals"][0].isfinite():
                 raise FloatingPointError(f"the loss of samples {', '.join(samples)} is {report['totals'][0].item()}")
-        totals = _total(reports, batches.seconds)
+        totals = _total(reports, batches.seconds, read, num_reading)
         if not forward_only:
-            report_spike(totals.loss, usual, keys, reports)
+            report_spike(totals.loss, usual, read, reports)
             usual.append(totals.loss)
         return totals
 
@@ -216,8 +225,8 @@ class TimedIterator:
 
 
 def _next_batch(batches: Iterator[Batch]) -> Batch:
-    """The next micro batch, read by tensor-parallel rank 0 and handed to the others."""
-    group = parallel_state.get_tensor_model_parallel_group()
+    """The next micro batch, read by the first of the tensor- and context-parallel ranks and handed to the others."""
+    group = parallel_state.get_tensor_and_context_parallel_group()
     box = [next(batches) if group.rank() == 0 else None]
     if group.size() > 1:
         dist.broadcast_object_list(box, group=group, group_src=0, device=parallel.device())
@@ -262,16 +271,54 @@ def _sum_losses(batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str,
     return total, report[1].int(), {"totals": report}
 
 
-def _total(reports: list[dict[str, Tensor]], data_seconds: float) -> Totals:
-    """Add up what the last stages' reports say, on every rank."""
-    totals = torch.zeros(1 + len(COUNTS), dtype=torch.float64, device=parallel.device())
+def _total(reports: list[dict[str, Tensor]], data_seconds: float, read: list[list[str]], num_reading: int) -> Totals:
+    """Add up what the last stages' reports say, on every rank. Raises ValueError when stages read different samples.
+
+    `read`: keys of the micro batches that came to this rank; `num_reading`: stages that read.
+    """
+    totals = torch.zeros(1 + len(COUNTS) + 1, dtype=torch.float64, device=parallel.device())
     # Tensor-parallel ranks hold the same report: one of them speaks.
     if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
         for report in reports:
-            totals += report["totals"]
+            totals[:-1] += report["totals"]
+    totals[-1] = _difference(read, num_reading)
     dist.all_reduce(totals)
     longest = torch.tensor(data_seconds, dtype=torch.float64, device=parallel.device())
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    loss, *counts = totals.tolist()
+    loss, *counts, difference = totals.tolist()
+    if difference:
+        _raise_different(read)
     counts = dict(zip(COUNTS, map(int, counts), strict=True))
     return Totals(loss=loss / max(counts["num_labels"], 1), data_seconds=longest.item(), **counts)
+
+
+DIFFERENT_SAMPLES = (
+    "pipeline stages read different samples; a rank leaves out what it cannot read, and its log names it; the same "
+    "command goes on from the last checkpoint"
+)
+
+
+def _difference(read: list[list[str]], num_reading: int) -> int:
+    """A number that, added up over all ranks, is 0 where the stages of each data-parallel rank read the same samples.
+
+    The first stage gives the others' share of its samples' checksum, and each of them takes its own away.
+    """
+    if not read or parallel_state.get_tensor_and_context_parallel_group().rank() > 0:
+        return 0
+    checksum = zlib.crc32(json.dumps(read).encode())  # 32 bits, so that fp64 adds them up exactly
+    return (num_reading - 1) * checksum if parallel_state.is_pipeline_first_stage() else -checksum
+
+
+def _raise_different(read: list[list[str]]) -> NoReturn:
+    """Name the first samples that stages have in the place of each other's."""
+    mine = (parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank(), read)
+    everything: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everything, mine)
+    first_stages = {replica: samples for replica, stage, samples in everything if stage == 0}
+    for replica, stage, samples in everything:
+        for expected, found in zip(first_stages[replica], samples, strict=False):  # stages between may not read
+            if found != expected:
+                raise ValueError(
+                    f"{DIFFERENT_SAMPLES} (stage 0: {', '.join(expected)}; stage {stage}: {', '.join(found)})"
+                )
+    raise AssertionError("checksums differ and samples do not")

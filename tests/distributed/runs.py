@@ -5,6 +5,8 @@ One process imports everything and does nothing; the ranks of each run are forke
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,6 +28,7 @@ from megatron_patch import parallel
 from megatron_patch.checkpoint import checksums, disk, saving
 from megatron_patch.checkpoint.companions import checkpoint_folder
 from megatron_patch.config import Config
+from megatron_patch.data.task_encoder import LlavaTaskEncoder
 from megatron_patch.training import loop
 from megatron_patch.training.metrics import Metrics
 
@@ -165,6 +168,19 @@ def weights_spoilt_after_step(iteration: int) -> None:
 
     loop.build_model = build_and_keep
     after_step(iteration, spoil)
+
+
+def sample_unreadable(count: int) -> None:
+    """This rank's processes cannot read the `count`th sample that they come upon."""
+    stock, calls = LlavaTaskEncoder.preencode_sample, itertools.count(1)
+
+    @functools.wraps(stock)
+    def preencode(self, sample):
+        if next(calls) == count:
+            raise OSError("Stale file handle")
+        return stock(self, sample)
+
+    LlavaTaskEncoder.preencode_sample = preencode
 
 
 def losses(output: Path) -> dict[int, float]:

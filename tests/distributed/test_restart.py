@@ -191,6 +191,20 @@ def test_a_loss_that_is_no_number(train, settings, tmp_path):
     assert sorted(runs.losses(tmp_path)) == [1, 2, 3]
 
 
+def test_a_stage_that_leaves_out_a_sample_alone(train, settings, unbroken, tmp_path):
+    """It ends before the step changes anything, says which samples, and goes on from the last checkpoint."""
+    config = settings(tmp_path, PP2)
+    end = train(config, 2, (runs.sample_unreadable, 1, (11,)))
+    assert end.codes == [1, 1], end
+    (error,) = set(end.errors)
+    assert re.match(
+        r"ValueError: pipeline stages read different samples; .* \(stage 0: 0000.*; stage 1: 0000.*\)", error
+    )
+    assert tracked(config) == INTERVAL
+    assert train(config, 2).codes == [0, 0]
+    assert_same(tmp_path, unbroken(PP2))
+
+
 class TestRefused:
     """What cannot go on exactly, or is damaged: one line, the same on all ranks."""
 
