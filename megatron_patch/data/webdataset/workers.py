@@ -37,7 +37,7 @@ def run(task: Callable[[int, Tell], T], shards: Sequence[int], num_workers: int)
         yield from _hand_out(shards[::-1], pipes)
     finally:
         for process in processes:
-            process.terminate()
+            process.kill()  # one that is still forking answers SIGTERM with the parent's handler
         for process in processes:
             process.join()
         gc.unfreeze()
