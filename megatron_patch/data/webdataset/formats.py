@@ -11,6 +11,8 @@ from megatron_patch.data.webdataset.samples import Rejected
 
 MAX_PIXELS = 89_478_485
 """Pixels that a picture may have, as it is or resized (what PIL calls a decompression bomb beyond)."""
+EDGE = 336
+"""Shortest edge that pictures are resized to, LLaVA-1.5's: what is very long and narrow becomes large then."""
 TAIL = 1024
 """Bytes that may follow a picture's end: of what a camera or a server appended."""
 
@@ -37,6 +39,8 @@ def check_header(data: bytes) -> None:
         raise Rejected("its header is damaged") from None
     if not 0 < width * height <= MAX_PIXELS:
         raise Rejected(f"{width} x {height} pixels; 1 to {MAX_PIXELS} are allowed")
+    if EDGE * (EDGE * max(width, height) // min(width, height)) > MAX_PIXELS:
+        raise Rejected(f"{width} x {height} pixels, more than {MAX_PIXELS} when the shortest edge becomes {EDGE}")
 
 
 def check_decodes(data: bytes) -> None:
@@ -96,6 +100,6 @@ class Format(NamedTuple):
 FORMATS = (
     Format(b"\xff\xd8\xff", _ends_with(b"\xff\xd9"), _jpeg_size),
     Format(b"\x89PNG\r\n\x1a\n", _ends_with(b"IEND\xaeB`\x82"), lambda data: struct.unpack_from(">II", data, 16)),
-    Format(b"GIF8", _ends_with(b";"), lambda data: struct.unpack_from("<HH", data, 6)),
+    Format(b"GIF8", lambda data: data.rstrip(b"\0").endswith(b";"), lambda data: struct.unpack_from("<HH", data, 6)),
     Format(b"RIFF", lambda data: len(data) >= 8 + int.from_bytes(data[4:8], "little"), _webp_size),
 )
