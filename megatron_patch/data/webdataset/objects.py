@@ -12,13 +12,17 @@ from typing import Any
 URL = re.compile(r"[a-z0-9]+://")
 
 
+class StoreError(OSError):
+    """A store cannot be reached, or refuses: no fault of what is read or written."""
+
+
 def is_url(place: str) -> bool:
     """Whether a place is in an object store."""
     return bool(URL.match(place))
 
 
 class Objects:
-    """What lies under one URL. Raises OSError that names it; a process that is forked opens its own connection."""
+    """What lies under one URL. Raises StoreError that names it; a process that is forked opens its own connection."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -127,4 +131,4 @@ def _named(url: str) -> Iterator[None]:
         ) from None
     except Exception as error:
         # The client raises RuntimeError, ValueError and what its providers raise.
-        raise OSError(f"{url}: {' '.join(str(error).split())[:400]}") from error
+        raise StoreError(f"{url}: {' '.join(str(error).split())[:400]}") from error

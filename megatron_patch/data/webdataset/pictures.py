@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from megatron_patch.data.webdataset.formats import check_decodes, check_header, check_present
-from megatron_patch.data.webdataset.objects import ObjectFile, Objects, is_url
+from megatron_patch.data.webdataset.objects import ObjectFile, Objects, StoreError, is_url
 from megatron_patch.data.webdataset.samples import Rejected
 from megatron_patch.data.webdataset.settings import Validation
 
 MAX_BYTES = 256 * 1024**2
 """Bytes that an encoded picture may have."""
+MAX_NAME = 1024
+"""Bytes that the name of an object may have."""
 
 # A link is followed by hand, and nothing waits at a pipe.
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -42,10 +44,12 @@ class Pictures:
         self._check = {"none": check_present, "header": check_header, "full": check_decodes}[validate]
 
     def read(self, name: str) -> bytes:
-        """A picture as it is. Raises Rejected when it is missing, damaged, or outside of the roots."""
+        """A picture as it is. Raises Rejected when it is missing, damaged, or outside of the roots; StoreError."""
         try:
             data = self._find(name)
             self._check(data)
+        except StoreError:
+            raise  # the next ones would fail as well
         except Rejected as error:
             raise Rejected(f"image {_short(name)}: {error}") from None
         except (OSError, ValueError) as error:
@@ -139,6 +143,8 @@ class ObjectRoot:
         """See `Root`."""
         if name.startswith("/") or ".." in name.split("/"):
             raise Rejected("leads out of the folder")
+        if not name.isprintable() or len(name.encode()) > MAX_NAME:
+            raise Rejected("not a name in a store")
         return self._objects.read(name)
 
 

@@ -107,6 +107,28 @@ def test_json_and_pictures_from_a_store(bucket, tmp_path):
     assert here.records == report.records
 
 
+def test_a_store_that_fails_ends_the_run(bucket, tmp_path, monkeypatch):
+    """What is wrong with a name alone does not."""
+    entries = write_pretrain(tmp_path, 20)
+    bucket.put_object(Key="x/a.jpg", Body=(tmp_path / entries[0]["image"]).read_bytes())
+    for sample, name in zip(entries, ["k" * 1025, "a\0.jpg", "nowhere.jpg"] + ["a.jpg"] * 17, strict=True):
+        sample["image"] = name
+    write_annotations(tmp_path, entries)
+    settings = {"images": "s3://data/x", "dry_run": True, "max_rejected_share": 0.5}
+    assert [line[2].partition(": ")[2] for line in convert_folder(tmp_path, **settings).rejected] == [
+        "not a name in a store",
+        "not a name in a store",
+        "missing",
+    ]
+
+    def fail(url):
+        raise RuntimeError("connection refused")
+
+    monkeypatch.setattr("multistorageclient.resolve_storage_client", fail)
+    with pytest.raises(OSError, match="s3://data/x: connection refused"):
+        convert_folder(tmp_path, **settings)
+
+
 def test_what_a_store_does_not_have(bucket, tmp_path):
     write_pretrain(tmp_path, 10)
     with pytest.raises(ValueError, match=r"s3://data/x/blip_laion_cc_sbu_558k\.json: missing; say which"):
