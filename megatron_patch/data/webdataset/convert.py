@@ -60,7 +60,7 @@ def convert(settings: Settings) -> Report:
     """
     measure = Measure(settings.tokenizer) if settings.tokenizer else None
     place, data = read_annotations(settings.dir, settings.annotations)
-    samples = Samples(place, data, settings.max_rejected_share)
+    samples = Samples(place, data)
     del data  # as large as the half of what was parsed
     pictures = Pictures(open_roots(_roots(settings)), settings.validate)
     output = open_output(settings.output or f"{settings.dir.rstrip('/') or '/'}/wds", dry_run=settings.dry_run)
@@ -72,6 +72,7 @@ def convert(settings: Settings) -> Report:
         "samples": len(samples),
         "sample type": "VQASample" if samples.is_pairs else "conversations",
         "keys": "id" if samples.has_id_keys else "position",
+        "images": _plan_of_images(settings),
         "validate": settings.validate,
     }
     output.begin(plan, settings.overwrite)
@@ -98,6 +99,17 @@ def _roots(settings: Settings) -> list[str]:
     return [place for place in usual if os.path.exists(place)]
 
 
+def _plan_of_images(settings: Settings) -> list[str] | None:
+    """--images as seen from DIR, so that both may be moved together; None: those of DIR."""
+    if settings.images is None:
+        return None
+    start = "/" if is_url(settings.dir) else settings.dir
+    return [
+        place if is_url(place) else os.path.relpath(os.path.realpath(place), os.path.realpath(start))
+        for place in _roots(settings)
+    ]
+
+
 def _write_shards(job: Job, shards: range, settings: Settings) -> list[Record]:
     records: list[Record] = []
     progress = Progress(sum(len(job.positions(shard)) for shard in shards))
@@ -121,16 +133,16 @@ def _write_shards(job: Job, shards: range, settings: Settings) -> list[Record]:
 def _measure(measure: Measure, job: Job, records: list[Record], settings: Settings) -> Lengths | None:
     rejected = {position for record in records for position, *_ in record.rejected}
 
-    def count(shard: int, tell: Tell) -> tuple[str, Counter[int]]:
+    def count(shard: int, tell: Tell) -> Counter[int]:
         usable = (position for position in job.positions(shard) if position not in rejected)
         return measure.count((job.samples.get(position).turns for position in usable), tell)
 
     shards = [int(record.shard.partition(".")[0]) for record in records]
     results = [answer for answer in run(count, shards, settings.num_workers) if not isinstance(answer, int)]
-    counts = sum((counts for _, counts in results), Counter())
+    counts = sum(results, Counter())
     if not counts:  # of a part without shards
         return None
-    return Lengths(counts=counts, prompt_format=results[0][0], num_image_tokens=measure.num_image_tokens)
+    return Lengths(counts=counts, prompt_format=measure.prompt_format, num_image_tokens=measure.num_image_tokens)
 
 
 def _stop(job: Job, rejected: list[tuple[int, str, str]], settings: Settings) -> None:

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import zlib
@@ -49,10 +50,10 @@ class LocalOutput:
     """A folder that is built as FOLDER.partial and renamed when it is whole."""
 
     def __init__(self, place: str) -> None:
-        self.path = Path(place)
+        self.path = _named(place)
         self.partial = self.path.with_name(self.path.name + ".partial")
         self._records = self.partial / RECORDS
-        self.quarantine = f"{place}.rejected.tsv"
+        self.quarantine = f"{self.path}.rejected.tsv"
         """The list of rejected samples."""
         self.building = str(self.partial.absolute())
         """Where the shards are until they are shown, as energon takes it."""
@@ -63,22 +64,36 @@ class LocalOutput:
             if not overwrite:
                 raise ValueError(f"{self.path}: exists; remove it or give --overwrite")
             _check_only_shards(self.path)
-        begun = _read_json(self._records / PLAN)
-        if self.partial.exists() and begun != plan:
-            if not overwrite:
-                raise ValueError(
-                    f"{self.partial}: begun with another {_differing(begun, plan)}; finish it with the same, or give "
-                    f"--overwrite, or remove it"
-                )
+        if overwrite and self.partial.exists() and _read_json(self._records / PLAN) != plan:
             _check_only_shards(self.partial)
             shutil.rmtree(self.partial)
-        self._records.mkdir(parents=True, exist_ok=True)
+        if not self.partial.exists():
+            self._make_partial(plan)
+        begun = _read_json(self._records / PLAN)
         if begun != plan:
-            _write_whole(self._records / PLAN, _to_json(plan))
+            raise ValueError(
+                f"{self.partial}: begun with another {_differing(begun, plan)}; finish it with the same, or give "
+                f"--overwrite, or remove it"
+            )
+
+    def _make_partial(self, plan: dict[str, Any]) -> None:
+        """With the plan in it from the first: parts of a job may begin at once, and only one of them makes it."""
+        aside = self.path.with_name(f".{self.partial.name}.{secrets.token_hex(8)}")
+        try:
+            (aside / RECORDS).mkdir(parents=True)
+            _write_whole(aside / RECORDS / PLAN, _to_json(plan))
+            aside.rename(self.partial)
+        except NotADirectoryError:
+            raise ValueError(f"{self.path}: no folder can be made in what is a file; give another --output") from None
+        except OSError:
+            if not self.partial.exists():
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
     def read_record(self, shard: str) -> Record | None:
         """The record of a shard that is there as it was written, else None."""
-        record = _to_record(_read_json(self._records / f"{shard}.json"))
+        record = _to_record(shard, _read_json(self._records / f"{shard}.json"))
         if record is not None and record.written and not _is_intact(self.partial / shard, record):
             return None
         return record
@@ -150,7 +165,7 @@ class ObjectOutput:
 
     def read_record(self, shard: str) -> Record | None:
         """The record of a shard that is there in its size, else None."""
-        record = _to_record(_parse_json(self._objects.read(f"{RECORDS}/{shard}.json")))
+        record = _to_record(shard, _parse_json(self._objects.read(f"{RECORDS}/{shard}.json")))
         if record is not None and record.written and self._objects.size(shard) != record.size:
             return None
         return record
@@ -256,14 +271,30 @@ def _check_only_shards(folder: Path) -> None:
             raise ValueError(f"{path}: not made by a conversion, so --overwrite does not remove it; remove it yourself")
 
 
-def _differing(begun: dict[str, Any] | None, plan: dict[str, Any]) -> str:
-    return ", ".join(sorted(name for name in plan if (begun or {}).get(name) != plan[name]))
+def _named(place: str) -> Path:
+    """A folder's path with a name at its end. Raises ValueError for the root."""
+    path = Path(place)
+    path = path.resolve() if path.name in ("", "..") else path
+    if not path.name:
+        raise ValueError(f"--output {place}: expected a folder that can be made and replaced")
+    return path
 
 
-def _to_record(content: dict[str, Any] | None) -> Record | None:
-    if content is None:
+def _differing(begun: Any, plan: dict[str, Any]) -> str:
+    begun = begun if isinstance(begun, dict) else {}
+    return ", ".join(sorted(name for name in plan if begun.get(name) != plan[name]))
+
+
+def _to_record(shard: str, content: Any) -> Record | None:
+    """None for whatever is no record of that shard: it is written anew."""
+    try:
+        rejected = [(int(position), str(name), str(why)) for position, name, why in content["rejected"]]
+        record = Record(**{**content, "rejected": rejected})
+    except (TypeError, KeyError, ValueError):
         return None
-    return Record(**{**content, "rejected": [tuple(line) for line in content["rejected"]]})
+    numbers = [value for name, value in asdict(record).items() if name not in ("shard", "rejected")]
+    is_whole = all(type(number) is int for number in numbers) and record.given == record.written + len(rejected)
+    return record if is_whole and record.shard == shard else None
 
 
 def _to_json(content: Any) -> str:

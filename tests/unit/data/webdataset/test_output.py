@@ -3,11 +3,12 @@
 import errno
 import fcntl
 import os
-import shutil
 import signal
 
 import pytest
 
+from megatron_patch.data.webdataset import output
+from megatron_patch.data.webdataset.output import LocalOutput
 from megatron_patch.data.webdataset.tar import TarWriter
 from tests.unit.data.samples import convert_folder, write_annotations, write_pretrain
 from tests.unit.data.webdataset.shards import read_shards, rejects, shards
@@ -91,19 +92,60 @@ def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path, monkeypatch):
     assert convert_folder(tmp_path, no_prepare=True).written == 40
 
 
-def test_a_second_conversion_of_the_same_shards_is_refused(tmp_path, monkeypatch):
+def test_a_second_conversion_of_the_same_shards_is_refused(tmp_path):
     write_pretrain(tmp_path, 20)
-    (tmp_path / "wds.partial").mkdir()
+    convert_folder(tmp_path, part="2/2")
     with (tmp_path / "wds.partial" / "00000.tar.tmp").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write("hers")
         file.flush()
-        with pytest.raises(ValueError, match=r"wds\.partial: begun with another"):
-            convert_folder(tmp_path)
-        monkeypatch.setattr(shutil, "rmtree", lambda folder: None)
         with pytest.raises(ValueError, match=r"00000\.tar\.tmp: another conversion is writing it"):
-            convert_folder(tmp_path, overwrite=True)
+            convert_folder(tmp_path)
         assert (tmp_path / "wds.partial" / "00000.tar.tmp").read_text() == "hers"
+
+
+def test_parts_that_begin_at_once(tmp_path, monkeypatch):
+    """Both find no folder yet; one makes it, with its plan, and both go on."""
+    wait = output._write_whole
+
+    def meanwhile(path, text):
+        monkeypatch.undo()
+        LocalOutput(str(tmp_path / "wds")).begin({"samples": 5}, overwrite=False)
+        wait(path, text)
+
+    monkeypatch.setattr(output, "_write_whole", meanwhile)
+    LocalOutput(str(tmp_path / "wds")).begin({"samples": 5}, overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["wds.partial"]
+    with pytest.raises(ValueError, match="begun with another samples"):
+        LocalOutput(str(tmp_path / "wds")).begin({"samples": 6}, overwrite=False)
+
+
+@pytest.mark.parametrize("damage", [b"{", b"{}", b"7", b"[1]", b'{"rejected": 5}', b'{"rejected": [], "given": "2"}'])
+def test_a_damaged_record_is_none_and_a_damaged_plan_one_line(damage, tmp_path):
+    write_pretrain(tmp_path, 20)
+    convert_folder(tmp_path, part="1/2")
+    records = tmp_path / "wds.partial" / ".records"
+    (records / "00000.tar.json").write_bytes(damage)
+    assert convert_folder(tmp_path, part="1/2").written == 10
+    (records / "plan.json").write_bytes(damage)
+    with pytest.raises(ValueError, match=r"begun with another annotations, .*; finish it with the same"):
+        convert_folder(tmp_path, part="1/2")
+
+
+def test_where_the_output_may_be(tmp_path, monkeypatch):
+    """A slash at its end changes nothing, the list of rejected samples beside it included."""
+    entries = write_pretrain(tmp_path, 20)
+    write_annotations(tmp_path, [*entries, "no object"])
+    report = convert_folder(tmp_path, output=f"{tmp_path}/out/", no_prepare=True, max_rejected_share=0.1)
+    assert report.quarantine == f"{tmp_path}/out.rejected.tsv"
+    monkeypatch.chdir(tmp_path)
+    for place, why in [
+        (".", f"{tmp_path}: exists; remove it"),
+        ("/", "--output /: expected a folder"),
+        ("blip_laion_cc_sbu_558k.json/x", "no folder can be made in what is a file"),
+    ]:
+        with pytest.raises(ValueError, match=why):
+            convert_folder(tmp_path, output=place, no_prepare=True)
 
 
 def test_other_input_or_settings_do_not_go_on(tmp_path):
@@ -111,6 +153,8 @@ def test_other_input_or_settings_do_not_go_on(tmp_path):
     convert_folder(tmp_path, part="1/2")
     with pytest.raises(ValueError, match=r"wds\.partial: begun with another validate; finish it with the same"):
         convert_folder(tmp_path, validate="full")
+    with pytest.raises(ValueError, match="begun with another images"):
+        convert_folder(tmp_path, images=str(tmp_path))
     write_annotations(tmp_path, entries[1:])
     with pytest.raises(ValueError, match="begun with another samples, sha256 of the annotations"):
         convert_folder(tmp_path)
