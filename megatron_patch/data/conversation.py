@@ -23,10 +23,8 @@ from megatron.energon import (
     stateless,
 )
 
-from megatron_patch.data.prompts import IMAGE, Turn
+from megatron_patch.data.prompts import IMAGE, Turn, pair_turns
 
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
-"""Who speaks, in LLaVA's words and in those of chat templates."""
 PICTURE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp|gif|bmp|tiff?)")
 """Fields of a shard that hold a picture: `jpg`, then `1.jpg`, `2.jpg`, ..."""
 
@@ -72,29 +70,6 @@ COOKERS = [Cooker(cook)]
 """For datasets whose dataset.yaml says CrudeWebdataset."""
 
 
-def pair_turns(messages: Any) -> list[Turn]:
-    """LLaVA's list of {"from": "human" or "gpt", "value": text}, or of {"role", "content"}, as (question, answer).
-
-    As in LLaVA's training, an answer before the first question is left out, and so is a last question without answer.
-    Raises ValueError for anything else that does not alternate.
-    """
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError(f"conversation is {str(messages)[:60]}, expected a list of turns")
-    said = []
-    for message in messages:
-        role, text = message.get("from", message.get("role")), message.get("value", message.get("content"))
-        if role not in ROLES or not isinstance(text, str):
-            raise ValueError(f"a turn is {str(message)[:60]}; expected from human or gpt, and a value that is a text")
-        said.append((ROLES[role], text))
-    if said and said[0][0] == "assistant":
-        said = said[1:]
-    for index, (role, _) in enumerate(said):
-        if role != ("user", "assistant")[index % 2]:
-            raise ValueError(f"turn {index + 1} is the {role}'s again; expected question and answer in turn")
-    texts = [text for _, text in said]
-    return list(zip(texts[::2], texts[1::2], strict=False))
-
-
 def _vqa(sample: VQASample) -> Conversation:
     pictures = [] if sample.image is None else [sample.image]
     return Conversation.derive_from(sample, turns=[(sample.context, _only(sample.answers))], pictures=pictures)
@@ -119,10 +94,14 @@ def _similarity(sample: SimilarityInterleavedSample) -> Conversation | Interleav
             f"{len(sample.images)} pictures and {'no' if places is None else len(places)} places for them; expected "
             f"matched_text_indices or a similarity_matrix with one row per picture"
         )
+    outside = [place for place in places if not 0 <= place < len(sample.texts)]
+    if outside:
+        raise ValueError(f"a picture's place is {outside[0]}, expected 0 to {len(sample.texts) - 1}, a text's number")
     sequence: list[Any] = []
     for index, text in enumerate(sample.texts):
         sequence += [image for image, place in zip(sample.images, places, strict=True) if place == index]
-        sequence.append(text)
+        # MMC4's texts are sentences.
+        sequence.append(f" {text}" if sequence and isinstance(sequence[-1], str) else text)
     return InterleavedSample.derive_from(sample, sequence=sequence)
 
 

@@ -10,6 +10,8 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +20,8 @@ from megatron_patch.files import OLD_CHAT_TEMPLATE
 IMAGE = "<image>"
 MARKED_IMAGE = "<im_start><image><im_end>"
 """`<image>` between NeVA's tokens, as `use_im_start_end` writes it."""
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
+"""Who speaks, in LLaVA's words and in those of chat templates."""
 TOKENIZER = "tokenizer"
 """The prompt format that is the tokenizer's own chat template."""
 
@@ -173,6 +177,29 @@ def _writer(tokenizer: Any, template: str) -> Callable[[Sequence[tuple[str, str]
     raise ValueError("the chat template leaves out what is said; name a prompt format")
 
 
+def pair_turns(messages: Any) -> list[Turn]:
+    """LLaVA's list of {"from": "human" or "gpt", "value": text}, or of {"role", "content"}, as (question, answer).
+
+    As in LLaVA's training, an answer before the first question is left out, and so is a last question without answer.
+    Raises ValueError for anything else that does not alternate.
+    """
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"conversation is {messages!r:.60}, expected a list of turns")
+    said = []
+    for message in messages:
+        role, text = message.get("from", message.get("role")), message.get("value", message.get("content"))
+        if role not in ROLES or not isinstance(text, str):
+            raise ValueError(f"a turn is {message!r:.60}; expected from human or gpt, and a value that is a text")
+        said.append((ROLES[role], text))
+    if said and said[0][0] == "assistant":
+        said = said[1:]
+    for index, (role, _) in enumerate(said):
+        if role != ("user", "assistant")[index % 2]:
+            raise ValueError(f"turn {index + 1} is the {role}'s again; expected question and answer in turn")
+    texts = [text for _, text in said]
+    return list(zip(texts[::2], texts[1::2], strict=False))
+
+
 def question_text(text: str) -> str:
     """A question as it is asked: its only picture goes first, on a line of its own; several stay where they are."""
     if text.count(IMAGE) == 1:
@@ -183,7 +210,9 @@ def question_text(text: str) -> str:
 def document_pieces(sequence: Sequence[str | bytes], tokenizer: Any) -> list[Piece]:
     """Text and pictures in turn, without questions: all text is learned, as in VILA's stage 2 (arXiv:2312.07533)."""
     parts = [(IMAGE, False) if isinstance(part, bytes) else (part, True) for part in sequence]
-    return [(tokenizer.bos_token or "", False), *parts, (tokenizer.eos_token or "", True)]
+    parts = [(tokenizer.bos_token or "", False), *parts, (tokenizer.eos_token or "", True)]
+    # Texts that follow one another are one, so that tokens may reach over where they meet.
+    return [("".join(text for text, _ in run), is_learned) for is_learned, run in groupby(parts, key=itemgetter(1))]
 
 
 def prompt_format(name: str, tokenizer: Any) -> Prompt:
@@ -208,10 +237,10 @@ def find_format(given: str, folder: Path, family: str) -> str:
     """
     if given != "auto":
         return given
-    from transformers import AutoTokenizer
+    from megatron_patch.data.tokenize import open_tokenizer
 
     folder = Path(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder)
     template = read_template(folder, tokenizer)
     if template is not None:
         return _format_of(template, tokenizer, FAMILY_FORMATS.get(family)) or TOKENIZER
@@ -225,9 +254,12 @@ def find_format(given: str, folder: Path, family: str) -> str:
 
 
 def read_template(folder: Path, tokenizer: Any) -> str | None:
-    """A checkpoint's own chat template, wherever it is kept; None: it has none."""
+    """A checkpoint's own chat template, wherever it is kept; None: it has none. Raises ValueError for damage."""
     path = Path(folder) / OLD_CHAT_TEMPLATE
-    template = json.loads(path.read_text())["chat_template"] if path.is_file() else tokenizer.chat_template
+    try:
+        template = json.loads(path.read_text())["chat_template"] if path.is_file() else tokenizer.chat_template
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: holds no chat_template ({error!r:.100}); copy it again, or remove it") from None
     return template if isinstance(template, str) else None
 
 
@@ -241,9 +273,9 @@ def chat_template(name: str, folder: Path | None = None, *, use_im_start_end: bo
     """
     image = MARKED_IMAGE if use_im_start_end else IMAGE
     if name == TOKENIZER:
-        from transformers import AutoTokenizer
+        from megatron_patch.data.tokenize import open_tokenizer
 
-        own = read_template(folder, AutoTokenizer.from_pretrained(folder))
+        own = read_template(folder, open_tokenizer(folder))
         if own is None:
             raise ValueError(f"--prompt-format tokenizer: {folder} has no chat template; name a format")
         return _with_pictures(own, image)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from megatron_patch.data.prompts import IMAGE, find_format, prompt_format
+from megatron_patch.data.prompts import IMAGE, Turn, find_format, prompt_format
 from megatron_patch.data.webdataset.workers import Tell
 
 CLIP_L_336 = 576
@@ -61,48 +60,46 @@ class Measure:
     """Counts tokens as training will. `folder`: a LLaVA's, or a language model's, from Hugging Face."""
 
     def __init__(self, folder: str) -> None:
-        """Raises ValueError when the folder has no model."""
-        self._folder = Path(folder)
-        path = self._folder / "config.json"
+        """Reads all that it needs, which forked processes share. Raises ValueError when the folder has no model."""
+        path = Path(folder) / "config.json"
         if not path.is_file():
             raise ValueError(f"--tokenizer {folder}: no config.json in it; expected a model's folder")
-        config = json.loads(path.read_bytes())
-        self._is_llava = "vision_config" in config
-        vision = config.get("vision_config", {})
-        # CLIPVisionConfig's own sizes where the file leaves them out.
-        side = vision.get("image_size", 224) // vision.get("patch_size", 32)
-        self.num_image_tokens = side**2 if self._is_llava else CLIP_L_336
-        self._family = config.get("text_config", config).get("model_type", "")
+        try:
+            config = json.loads(path.read_bytes())
+            vision = config.get("vision_config")
+            # CLIPVisionConfig's own sizes where the file leaves them out.
+            side = vision.get("image_size", 224) // vision.get("patch_size", 32) if vision is not None else None
+            self.num_image_tokens = CLIP_L_336 if side is None else side**2
+            family = (config.get("text_config") or config).get("model_type", "")
+        except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+            raise ValueError(f"--tokenizer {folder}: its config.json is no model's ({error}); copy it again") from None
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # several processes count
+        try:
+            self._tokenizer = _load(Path(folder), is_llava=vision is not None)
+            self.prompt_format = find_format("auto", Path(folder), family)
+            self._prompt = prompt_format(self.prompt_format, self._tokenizer)
+        except ValueError as error:
+            raise ValueError(f"--tokenizer {folder}: {error}") from None
 
-    def count(self, conversations: Iterable[list[dict[str, str]]], tell: Tell) -> tuple[str, Counter[int]]:
-        """Name of the prompt format, and length -> samples."""
-        name, tokenizer, prompt = self._load()
+    def count(self, conversations: Iterable[list[Turn]], tell: Tell) -> Counter[int]:
+        """Length -> samples."""
         counts: Counter[int] = Counter()
         conversations = iter(conversations)
-        while batch := [_turns(turns) for turns in islice(conversations, BATCH)]:
-            texts = ["".join(piece for piece, _ in prompt.pieces(turns)) for turns in batch]
+        while batch := list(islice(conversations, BATCH)):
+            texts = ["".join(piece for piece, _ in self._prompt.pieces(turns)) for turns in batch]
             pictures = [sum(question.count(IMAGE) for question, _ in turns) for turns in batch]
-            for ids, number in zip(tokenizer(texts, add_special_tokens=False).input_ids, pictures, strict=True):
+            for ids, number in zip(self._tokenizer(texts, add_special_tokens=False).input_ids, pictures, strict=True):
                 # The last token is a label alone.
                 counts[len(ids) - 1 + number * (self.num_image_tokens - 1)] += 1
             tell(len(batch))
-        return name, counts
-
-    @functools.cache  # noqa: B019  (once in each process, which ends with it)
-    def _load(self) -> tuple[str, Any, Any]:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this is one of several processes already
-        from megatron_patch.data.tokenize import install_tokenizer, load_tokenizer
-
-        name = find_format("auto", self._folder, self._family)
-        if self._is_llava:
-            tokenizer = load_tokenizer(self._folder)
-        else:
-            with TemporaryDirectory() as folder:
-                install_tokenizer(self._folder, Path(folder))
-                tokenizer = load_tokenizer(Path(folder))
-        return name, tokenizer, prompt_format(name, tokenizer)
+        return counts
 
 
-def _turns(turns: list[dict[str, str]]) -> list[tuple[str, str]]:
-    values = [turn["value"] for turn in turns]
-    return list(zip(values[::2], values[1::2], strict=True))
+def _load(folder: Path, *, is_llava: bool) -> Any:
+    from megatron_patch.data.tokenize import install_tokenizer, load_tokenizer
+
+    if is_llava:
+        return load_tokenizer(folder)
+    with TemporaryDirectory() as copy:
+        install_tokenizer(folder, Path(copy))
+        return load_tokenizer(Path(copy))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import gc
 import hashlib
 import json
 import re
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.data.prompts import IMAGE
+from megatron_patch.data.prompts import IMAGE, Turn, pair_turns
 from megatron_patch.data.webdataset.objects import Objects, is_url
 
 ANNOTATIONS = "blip_laion_cc_sbu_558k.json"
@@ -30,8 +32,8 @@ class Sample:
 
     key: str
     """Its name in the shards."""
-    turns: list[dict[str, str]]
-    """The conversation as the json has it: {"from": "human" or "gpt", "value": text}, in turn."""
+    turns: list[Turn]
+    """(question, answer) each."""
     images: list[str]
     """Names of its pictures, one for each `<image>`."""
 
@@ -39,17 +41,16 @@ class Sample:
 class Samples:
     """The entries of one json, checked when they are asked for."""
 
-    def __init__(self, place: str, data: bytes, max_rejected_share: float) -> None:
+    def __init__(self, place: str, data: bytes) -> None:
         """`data`: the bytes of the json at `place`. Raises ValueError when it is no list of samples."""
         self.digest = hashlib.sha256(data).hexdigest()
         self._entries = _parse_list(place, data)
         self.num_pairs = sum(map(_looks_like_pair, self._entries))
         self.is_pairs = self.num_pairs == len(self) or not any(map(_is_usable_otherwise, self._entries))
         """Whether every usable sample is one question and one answer about one picture: a VQASample."""
-        self._bad_ids = _find_bad_ids(self._entries)
-        self.has_id_keys = self.is_pairs and len(self._bad_ids) <= max_rejected_share * len(self)
-        """Whether ids are the keys in the shards. Mixes name several samples after one picture: there it is the
-        position in the json."""
+        self.has_id_keys = self.is_pairs and _have_good_ids(self._entries)
+        """Whether ids are the keys in the shards, else it is the position in the json: mixes name several samples after
+        one picture."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -63,11 +64,7 @@ class Samples:
         """The sample at `position` of the json. Raises Rejected when it cannot be used."""
         entry = self._entries[position]
         turns, images = check(entry)
-        if not self.has_id_keys:
-            return Sample(f"{position:09d}", turns, images)
-        if position in self._bad_ids:
-            raise Rejected(self._bad_ids[position])
-        return Sample(str(entry["id"]), turns, images)
+        return Sample(str(entry["id"]) if self.has_id_keys else f"{position:09d}", turns, images)
 
 
 def read_annotations(folder: str, given: str | None) -> tuple[str, bytes]:
@@ -101,28 +98,28 @@ def _find_annotations(folder: Path) -> Path:
     return found[0]
 
 
-def check(entry: Any) -> tuple[list[dict[str, str]], list[str]]:
+def check(entry: Any) -> tuple[list[Turn], list[str]]:
     """The turns and the picture names of an entry. Raises Rejected."""
     if not isinstance(entry, dict):
         raise Rejected("not a json object")
-    turns = entry.get("conversations")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise Rejected("conversations is not a list of turns")
-    speakers = [turn.get("from") for turn in turns]
-    if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
-        raise Rejected("conversations is not questions (human) and answers (gpt) in turn")
-    if not all(isinstance(turn.get("value"), str) for turn in turns):
-        raise Rejected("a turn's value is not text")
-    answers = [turn["value"] for turn in turns[1::2]]
-    if not all(map(str.strip, answers)):
+    try:
+        turns = pair_turns(entry.get("conversations"))
+        "".join(chain.from_iterable(turns)).encode()
+    except UnicodeEncodeError:
+        raise Rejected("a turn is no text: it has half of a surrogate pair") from None
+    except ValueError as error:
+        raise Rejected(str(error)) from None
+    if not turns:
+        raise Rejected("conversations has no question (human) with an answer (gpt)")
+    if not all(answer.strip() for _, answer in turns):
         raise Rejected("an answer is empty")
-    if any(IMAGE in answer for answer in answers):
+    if any(IMAGE in answer for _, answer in turns):
         raise Rejected(f"an answer has an {IMAGE}")
     given = entry.get("image")
     images = given if isinstance(given, list) else [] if given is None else [given]
     if not all(isinstance(image, str) for image in images):
         raise Rejected("image is not a name")
-    asked = sum(turn["value"].count(IMAGE) for turn in turns[::2])
+    asked = sum(question.count(IMAGE) for question, _ in turns)
     if asked != len(images):
         raise Rejected(f"the questions have {asked} {IMAGE} for {len(images)} pictures")
     return turns, images
@@ -141,27 +138,19 @@ def _is_usable_otherwise(entry: Any) -> bool:
         turns, images = check(entry)
     except Rejected:
         return False
-    return len(turns) != 2 or len(images) != 1
+    return len(turns) != 1 or len(images) != 1
 
 
-def _find_bad_ids(entries: list[Any]) -> dict[int, str]:
-    """Position -> why its id is no key."""
-    bad: dict[int, str] = {}
-    seen: set[str] = set()
-    for position, entry in enumerate(entries):
-        name = entry.get("id") if type(entry) is dict else None
-        key = str(name) if type(name) in (str, int) else ""
-        if not KEY.fullmatch(key):
-            bad[position] = "the id is not made of 1 to 90 letters, digits, - and _"
-        elif key in seen:
-            bad[position] = "the id was there before"
-        seen.add(key)
-    return bad
+def _have_good_ids(entries: list[Any]) -> bool:
+    """Whether every entry has an id that can be a key, each another one."""
+    ids = [entry.get("id") if type(entry) is dict else None for entry in entries]
+    keys = {str(id) for id in ids if type(id) in (str, int)}
+    return len(keys) == len(entries) and all(map(KEY.fullmatch, keys))
 
 
 def _holds_conversations(path: Path) -> bool:
     with path.open("rb") as file:
-        head = file.read(HEAD)
+        head = file.read(HEAD).removeprefix(codecs.BOM_UTF8)
     return bool(re.match(rb"\s*\[\s*\{", head)) and b'"conversations"' in head
 
 

@@ -41,7 +41,7 @@ class Settings:
 
     validate: Validation = "header"
     """How pictures are checked. none: there and not empty; header: also begin and end as their format does, and have
-    no more pixels than training takes; full: also decoded."""
+    no more pixels than training takes, resized to a shortest edge of 336 included; full: also decoded."""
 
     max_rejected_share: float = 0.01
     """Part of the samples, 0 to 1, that may be unusable before it is an error."""

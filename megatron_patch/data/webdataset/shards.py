@@ -87,7 +87,10 @@ def _add(tar: TarWriter, sample: Sample, pictures: list[bytes]) -> None:
     """The first picture as `jpg`, whatever its format is, further ones as `1.jpg`, `2.jpg`, and the turns as `json`."""
     for number, picture in enumerate(pictures):
         tar.add(f"{sample.key}.{number}.jpg" if number else f"{sample.key}.jpg", picture)
-    tar.add(f"{sample.key}.json", json.dumps(sample.turns).encode())
+    turns: list[dict[str, str]] = []
+    for question, answer in sample.turns:
+        turns += ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
+    tar.add(f"{sample.key}.json", json.dumps(turns).encode())
 
 
 def _count(record: Record, pictures: list[bytes]) -> None:

@@ -15,6 +15,7 @@ from megatron.energon import (
 )
 
 from megatron_patch.data.conversation import Conversation, cook, pair_turns, read
+from megatron_patch.data.prompts import document_pieces
 from megatron_patch.data.task_encoder import LlavaTaskEncoder
 from megatron_patch.data.tokenize import IGNORE
 from tests.unit.data.samples import describe, encode, jpeg, settings
@@ -87,6 +88,19 @@ def test_pictures_go_before_the_text_they_are_matched_to(encoder):
     assert said_and_learned(encoder, similar) == expected
     with pytest.raises(ValueError, match="2 pictures and no places for them"):
         read(SimilarityInterleavedSample(**given))
+
+
+def test_texts_that_follow_one_another_are_one(encoder):
+    """A border within a text would stand between tokens that belong together; MMC4's texts are sentences."""
+    sequence = ["fast", "er", RED, "so"]
+    pieces = [("<s>", False), ("faster", True), ("<image>", False), ("so</s>", True)]
+    assert document_pieces(sequence, encoder.tokenizer) == pieces
+    given = {**KEYS, "images": [RED], "texts": ["One.", "Two.", "Three.", "Four."]}
+    expected = ("<s>One. Two.#Three. Four.", "One. Two.|Three. Four.</s>", ["red"])
+    assert said_and_learned(encoder, SimilarityInterleavedSample(**given, matched_text_indices=[2])) == expected
+    for place in (-1, 4):
+        with pytest.raises(ValueError, match=f"a picture's place is {place}, expected 0 to 3"):
+            read(SimilarityInterleavedSample(**given, matched_text_indices=[place]))
 
 
 def test_similarity_samples_that_hold_turns(encoder):

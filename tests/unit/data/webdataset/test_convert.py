@@ -83,35 +83,26 @@ def test_what_cannot_be_used_is_listed_with_the_reason(tmp_path):
         "unasked": (turns(question="What?"), "0 <image> for 1 pictures"),
         "twice": (turns(question="<image> or <image>?"), "2 <image> for 1 pictures"),
         "turns": ({"conversations": two}, "2 <image> for 1 pictures"),
-        "shape": ({"conversations": "hello"}, "not a list of turns"),
-        "turned": ({"conversations": turns()["conversations"][::-1]}, "not questions (human) and answers (gpt)"),
-        "value": (turns(answer=None), "a turn's value is not text"),
-        "a.dot": ({}, "the id is not made of"),
-        "a/slash": ({}, "the id is not made of"),
-        "k" * 91: ({}, "the id is not made of"),
-        "000005": ({}, "there before"),
+        "shape": ({"conversations": "hello\nall"}, r"conversation is 'hello\nall', expected a list of turns"),
+        "turned": ({"conversations": turns()["conversations"][::-1]}, "no question (human) with an answer (gpt)"),
+        "again": ({"conversations": turns()["conversations"][:1] * 2}, "turn 2 is the user's again"),
+        "value": (turns(answer=None), "and a value that is a text"),
+        "surrogate": (turns(answer="half \ud800"), "half of a surrogate pair"),
     }
     given = [*entries[:20]]
     for key, (changed, _) in bad.items():
         given.append({**entry(3), **changed, "id": key})
-    given += [
-        {**entry(4), "id": "tab\tline\n"},
-        "no object",
-        {"image": "x"},
-        {"id": ["x"], **turns()},
-        {**entry(6), "id": 1234567},
-        *entries[20:],
-    ]
-    write_annotations(tmp_path, given)
+    given += ["no object", {"image": "x"}, {"id": ["x"], **turns()}]
+    # Ids that cannot be keys, or are there twice, are no reason: then all keys are positions.
+    usable = [*range(20), *range(len(given), len(given) + 26)]
+    given += [{**entry(4), "id": name} for name in ("tab\tline\n", "a.dot", "a/slash", "k" * 91, "000005", 7)]
+    write_annotations(tmp_path, given + entries[20:])
     report = convert_folder(tmp_path, no_prepare=True, max_rejected_share=0.5)
     found = rejects(report)
-    assert len(found) == len(bad) + 4
+    assert len(found) == len(bad) + 3
     for key, (_, why) in bad.items():
         assert why in found[json.dumps(key)], key
-    # A number as id is no reason: it is written as text.
-    assert list(read_shards(tmp_path))[::2] == [f"{index:06d}.jpg" for index in range(20)] + ["1234567.jpg"] + [
-        f"{index:06d}.jpg" for index in range(20, 40)
-    ]
+    assert list(read_shards(tmp_path))[::2] == [f"{position:09d}.jpg" for position in usable]
 
 
 def test_too_many_rejects_stop_it_and_leave_only_the_list(tmp_path):

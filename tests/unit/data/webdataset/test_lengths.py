@@ -48,6 +48,28 @@ def test_a_language_model_alone_counts_pictures_as_llavas(tmp_path):
         convert_folder(tmp_path / "data", tokenizer=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("config.json", "[", "its config.json is no model's"),
+        ("config.json", '{"vision_config": 7}', "its config.json is no model's"),
+        ("tokenizer.json", "{}", "its tokenizer is not readable"),
+        ("tokenizer.json", None, "neither tokenizer.json nor tokenizer.model"),
+        ("chat_template.json", "[]", "chat_template.json: holds no chat_template"),
+    ],
+)
+def test_a_damaged_model_is_refused_before_anything_is_written(name, content, why, tmp_path):
+    save_tokenizer(tmp_path / "model", 300)
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "mistral", "vision_config": null}')
+    write_pretrain(tmp_path / "data", 10)
+    path = tmp_path / "model" / name
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ValueError, match=f"--tokenizer .*{why}") as caught:
+        convert_folder(tmp_path / "data", tokenizer=str(tmp_path / "model"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "data" / "wds.partial").exists()
+
+
 def test_the_suggestion_holds_nearly_all():
     lengths = Lengths(counts=Counter({600: 5000, 700: 4990, 705: 5, 3000: 5}), prompt_format="v1", num_image_tokens=576)
     assert [lengths.quantile(share) for share in (0.5, 0.999, 1)] == [600, 700, 3000]

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from megatron_patch.data.webdataset.samples import Rejected, Samples, read_annotations
+from megatron_patch.data.webdataset.samples import Samples, read_annotations
 from tests.unit.data.samples import entry
 
 
-def read(entries, share=0.01):
-    return Samples("a.json", json.dumps(entries).encode(), share)
+def read(entries):
+    return Samples("a.json", json.dumps(entries).encode())
 
 
 def text(name):
@@ -21,8 +21,9 @@ def test_the_json_is_found_by_its_content(tmp_path):
     (tmp_path / "notes.json").write_text('{"conversations": 1}')
     with pytest.raises(ValueError, match="no other json with conversations beside it; give --annotations"):
         read_annotations(str(tmp_path), None)
-    (tmp_path / "chat.json").write_text(json.dumps([entry(1)], indent=2))
-    assert read_annotations(str(tmp_path), None)[0] == str(tmp_path / "chat.json")
+    (tmp_path / "chat.json").write_text(json.dumps([entry(1)], indent=2), encoding="utf-8-sig")
+    place, data = read_annotations(str(tmp_path), None)
+    assert (place, len(Samples(place, data))) == (str(tmp_path / "chat.json"), 1)
     (tmp_path / "mix.json").write_text(json.dumps([entry(1)]))
     with pytest.raises(ValueError, match=r"chat\.json, mix\.json hold conversations; say which with --annotations"):
         read_annotations(str(tmp_path), None)
@@ -40,14 +41,20 @@ def test_one_usable_sample_of_another_kind_makes_it_a_mix():
     ).is_pairs
 
 
-def test_ids_are_keys_where_they_are_unique():
-    entries = [entry(index) for index in range(200)]
+def test_ids_are_keys_where_all_are_good_and_unique():
+    entries = [entry(index) for index in range(20)]
     assert read(entries).get(3).key == "000003"
-    entries[7] = entry(3)
-    samples = read(entries)
-    assert samples.get(3).key == "000003"
-    with pytest.raises(Rejected, match="there before"):
-        samples.get(7)
-    # More of them than may be rejected: then ids name no samples here.
-    assert read(entries, share=0.001).get(7).key == "000000007"
-    assert read([*entries, text("t")]).get(7).key == "000000007"
+    for other in ({**entry(7), "id": 7}, {**entry(7), "id": "a.b"}, entry(3), text("t")):
+        samples = read([*entries[:7], other, *entries[8:]])
+        has_good_id = other["id"] == 7
+        assert samples.get(3).key == ("000003" if has_good_id else "000000003")
+        assert samples.get(7).key == ("7" if has_good_id else "000000007")
+
+
+def test_turns_are_paired_as_in_training():
+    """An answer before the first question is left out, and so is a last question without answer."""
+    given = [("gpt", "Hello"), ("human", "<image> Who?"), ("gpt", "A cat"), ("human", "And?")]
+    odd = {**entry(1), "conversations": [{"from": role, "value": value} for role, value in given]}
+    samples = read([entry(0), odd])
+    assert samples.get(1).turns == [("<image> Who?", "A cat")]
+    assert samples.is_pairs
