@@ -13,7 +13,7 @@ from megatron_patch.data.webdataset.output import LocalOutput, ObjectOutput, Rec
 from megatron_patch.data.webdataset.pictures import Pictures, open_roots
 from megatron_patch.data.webdataset.prepare import prepare_energon
 from megatron_patch.data.webdataset.progress import Progress
-from megatron_patch.data.webdataset.samples import Samples, read_annotations
+from megatron_patch.data.webdataset.samples import read_samples
 from megatron_patch.data.webdataset.settings import Settings
 from megatron_patch.data.webdataset.shards import Job, TooManyRejected
 from megatron_patch.data.webdataset.workers import Tell, run
@@ -59,15 +59,13 @@ def convert(settings: Settings) -> Report:
     (unless `overwrite`), more rejected samples than allowed.
     """
     measure = Measure(settings.tokenizer) if settings.tokenizer else None
-    place, data = read_annotations(settings.dir, settings.annotations)
-    samples = Samples(place, data)
-    del data  # as large as the half of what was parsed
+    samples = read_samples(settings.dir, settings.annotations)
     pictures = Pictures(open_roots(_roots(settings)), settings.validate)
     output = open_output(settings.output or f"{settings.dir.rstrip('/') or '/'}/wds", dry_run=settings.dry_run)
     index, count = settings.share_of_shards
     job = Job(samples, pictures, output, int(settings.max_rejected_share * len(samples)))
     plan = {
-        "annotations": place.rpartition("/")[2],
+        "annotations": samples.place.rpartition("/")[2],
         "sha256 of the annotations": samples.digest,
         "samples": len(samples),
         "sample type": "VQASample" if samples.is_pairs else "conversations",

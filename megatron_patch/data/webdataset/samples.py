@@ -6,6 +6,7 @@ import codecs
 import gc
 import hashlib
 import json
+import operator
 import re
 from dataclasses import dataclass
 from itertools import chain
@@ -41,10 +42,11 @@ class Sample:
 class Samples:
     """The entries of one json, checked when they are asked for."""
 
-    def __init__(self, place: str, data: bytes) -> None:
-        """`data`: the bytes of the json at `place`. Raises ValueError when it is no list of samples."""
-        self.digest = hashlib.sha256(data).hexdigest()
-        self._entries = _parse_list(place, data)
+    def __init__(self, place: str, digest: str, entries: list[Any]) -> None:
+        """`entries`: what the json at `place` holds, whose bytes have the sha256 `digest`."""
+        self.place = place
+        self.digest = digest
+        self._entries = entries
         self.num_pairs = sum(map(_looks_like_pair, self._entries))
         self.is_pairs = self.num_pairs == len(self) or not any(map(_is_usable_otherwise, self._entries))
         """Whether every usable sample is one question and one answer about one picture: a VQASample."""
@@ -67,19 +69,24 @@ class Samples:
         return Sample(str(entry["id"]) if self.has_id_keys else f"{position:09d}", turns, images)
 
 
-def read_annotations(folder: str, given: str | None) -> tuple[str, bytes]:
-    """Where the json of conversations is, and its bytes: the `given` one, else LLaVA-Pretrain's, else the only one.
+def read_samples(folder: str, given: str | None) -> Samples:
+    """What the json of conversations holds: the `given` one, else LLaVA-Pretrain's, else the only one.
 
-    `folder` and `given` may be URLs. Raises ValueError when it is missing, or when there are several.
+    `folder` and `given` may be URLs. Raises ValueError when it is missing, is no list of samples, or when there are
+    several.
     """
     if is_url(given or folder):
         place = given or f"{folder.rstrip('/')}/{ANNOTATIONS}"
         data = Objects(place).read("")
         if data is None:
             raise ValueError(f"{place}: missing; say which json holds the conversations with --annotations")
-        return place, data
-    path = Path(given) if given else _find_annotations(Path(folder))
-    return str(path), path.read_bytes()
+    else:
+        path = Path(given) if given else _find_annotations(Path(folder))
+        place, data = str(path), path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    text = _decode(place, data)
+    del data  # a seventh of what there is while the objects are made
+    return Samples(place, digest, _parse_list(place, text))
 
 
 def _find_annotations(folder: Path) -> Path:
@@ -143,9 +150,9 @@ def _is_usable_otherwise(entry: Any) -> bool:
 
 def _have_good_ids(entries: list[Any]) -> bool:
     """Whether every entry has an id that can be a key, each another one."""
-    ids = [entry.get("id") if type(entry) is dict else None for entry in entries]
-    keys = {str(id) for id in ids if type(id) in (str, int)}
-    return len(keys) == len(entries) and all(map(KEY.fullmatch, keys))
+    ids = (entry.get("id") if type(entry) is dict else None for entry in entries)
+    keys = sorted(str(id) for id in ids if type(id) in (str, int))  # a set would take five times the room
+    return len(keys) == len(entries) and all(map(KEY.fullmatch, keys)) and all(map(operator.ne, keys, keys[1:]))
 
 
 def _holds_conversations(path: Path) -> bool:
@@ -154,14 +161,25 @@ def _holds_conversations(path: Path) -> bool:
     return bool(re.match(rb"\s*\[\s*\{", head)) and b'"conversations"' in head
 
 
-def _parse_list(place: str, data: bytes) -> list[Any]:
+def _decode(place: str, data: bytes) -> str:
+    try:
+        return data.decode(json.detect_encoding(data), "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise _not_json(place, error) from None
+
+
+def _not_json(place: str, error: Exception) -> ValueError:
+    return ValueError(f"{place}: not json: {error}; download it again")
+
+
+def _parse_list(place: str, text: str) -> list[Any]:
     # A million small objects, none of them garbage: looking for some takes as long as the parsing.
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        entries = json.loads(data)
+        entries = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not json: {error}; download it again") from None
+        raise _not_json(place, error) from None
     finally:
         if was_enabled:
             gc.enable()

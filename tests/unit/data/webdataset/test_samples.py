@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from megatron_patch.data.webdataset.samples import Samples, read_annotations
+from megatron_patch.data.webdataset.samples import Samples, read_samples
 from tests.unit.data.samples import entry
 
 
 def read(entries):
-    return Samples("a.json", json.dumps(entries).encode())
+    return Samples("a.json", "", entries)
 
 
 def text(name):
@@ -20,15 +20,16 @@ def test_the_json_is_found_by_its_content(tmp_path):
     (tmp_path / "metadata.json").write_text(json.dumps([{"id": 1, "caption": "a"}]))
     (tmp_path / "notes.json").write_text('{"conversations": 1}')
     with pytest.raises(ValueError, match="no other json with conversations beside it; give --annotations"):
-        read_annotations(str(tmp_path), None)
+        read_samples(str(tmp_path), None)
     (tmp_path / "chat.json").write_text(json.dumps([entry(1)], indent=2), encoding="utf-8-sig")
-    place, data = read_annotations(str(tmp_path), None)
-    assert (place, len(Samples(place, data))) == (str(tmp_path / "chat.json"), 1)
+    samples = read_samples(str(tmp_path), None)
+    assert (samples.place, len(samples)) == (str(tmp_path / "chat.json"), 1)
     (tmp_path / "mix.json").write_text(json.dumps([entry(1)]))
     with pytest.raises(ValueError, match=r"chat\.json, mix\.json hold conversations; say which with --annotations"):
-        read_annotations(str(tmp_path), None)
+        read_samples(str(tmp_path), None)
     (tmp_path / "blip_laion_cc_sbu_558k.json").write_text("[")
-    assert read_annotations(str(tmp_path), None)[0].rpartition("/")[2] == "blip_laion_cc_sbu_558k.json"
+    with pytest.raises(ValueError, match=r"blip_laion_cc_sbu_558k\.json: not json: .*; download it again"):
+        read_samples(str(tmp_path), None)
 
 
 def test_one_usable_sample_of_another_kind_makes_it_a_mix():
