@@ -67,6 +67,8 @@ class Model:
             require_transformer_engine("--precision fp8", "bf16, fp16 or fp32")
             if self.transformer_impl == "local":
                 raise ValueError("--precision fp8 --transformer-impl local: these layers have no fp8; use auto")
+        if self.transformer_impl == "transformer_engine":
+            require_transformer_engine("--transformer-impl transformer_engine", "auto")
         if self.pretrained_checkpoint is None and self.model_config is None:
             raise ValueError(
                 "--pretrained-checkpoint none: then --model-config is needed, a folder with the LLaVA's config.json, "

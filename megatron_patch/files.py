@@ -13,3 +13,6 @@ TOKENIZER = (
 )
 OLD_CHAT_TEMPLATE = "chat_template.json"  # as processors kept it before transformers 4.52
 COMMON = "common.pt"  # what is no tensor, in a torch_dist checkpoint
+
+TRAINING = "training"
+"""Beside a rank's error file as long as it trains: found by a launcher that a signal ended, the run was not saved."""

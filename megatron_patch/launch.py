@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from megatron_patch.checkpoint.companions import checkpoint_folder
 from megatron_patch.config import MOCK, Config
 from megatron_patch.families.llava import read_config
+from megatron_patch.files import TRAINING
 from megatron_patch.plan import report
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def launch(config: Config, script: Path, argv: Sequence[str]) -> int:
     if config.training.plan:
         print(report(config, llava, world_size))
         return 0
+    check_devices(config, processes)
     check_output(config.checkpoint.output)
     if nodes == 1:
         where = ["--standalone"]
@@ -59,7 +61,8 @@ def launch(config: Config, script: Path, argv: Sequence[str]) -> int:
         where = [f"--nnodes={nodes}", f"--node-rank={node_rank}"]
         where += [f"--master-addr={os.environ['MASTER_ADDR']}", f"--master-port={os.environ['MASTER_PORT']}"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    return _torchrun(config, [*where, f"--nproc-per-node={processes}", str(script), *argv])
+    arguments = [*where, f"--nproc-per-node={processes}", str(script), *argv]
+    return _torchrun(arguments, config.checkpoint.output / "log", first_rank=node_rank * processes)
 
 
 def check_files(config: Config) -> None:
@@ -80,6 +83,21 @@ def check_files(config: Config) -> None:
             )
     if config.model.pretrained_checkpoint is not None:
         checkpoint_folder(config.model.pretrained_checkpoint)
+
+
+def check_devices(config: Config, processes: int) -> None:
+    """Raise ValueError where this machine has not the GPUs that the run needs."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if 0 < count < processes:
+        raise ValueError(
+            f"{processes} processes: each takes a GPU, and torch sees {count} here; set NPROC_PER_NODE to at most that"
+        )
+    if count == 0 and config.model.transformer_impl == "transformer_engine":
+        raise ValueError("--transformer-impl transformer_engine: needs a GPU, and torch sees none here; use auto")
+    if count == 0 and config.model.precision == "fp8":
+        raise ValueError("--precision fp8: needs a GPU, and torch sees none here; use bf16")
 
 
 def check_output(output: Path) -> None:
@@ -110,9 +128,11 @@ def find_nodes(config: Config) -> tuple[int, int]:
 
 def processes_per_node(config: Config, nodes: int) -> int:
     """NPROC_PER_NODE, else the pod's GPUs, else the GPUs that torch sees, else one copy of the model on CPUs."""
-    for name in ("NPROC_PER_NODE", "KUBERNETES_CONTAINER_RESOURCE_GPU"):
-        if os.environ.get(name):
-            return _number_from(name)
+    if os.environ.get("NPROC_PER_NODE"):
+        return _number_from("NPROC_PER_NODE")
+    of_pod = "KUBERNETES_CONTAINER_RESOURCE_GPU"
+    if os.environ.get(of_pod) and _number_from(of_pod, least=0) > 0:
+        return _number_from(of_pod)
     import torch
 
     return torch.cuda.device_count() or max(1, config.parallel.model_parallel_size // nodes)
@@ -125,7 +145,8 @@ def _number_from(name: str, least: int = 1) -> int:
     return int(text)
 
 
-def _torchrun(config: Config, arguments: list[str]) -> int:
+def _torchrun(arguments: list[str], log: Path, first_rank: int) -> int:
+    """Start this node's ranks, of which the first has this number, and say in one line what ended them."""
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -135,17 +156,42 @@ def _torchrun(config: Config, arguments: list[str]) -> int:
     # How long torchrun lets its processes save after it handed them a signal, in seconds.
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "600")
     logging.disable(logging.CRITICAL)  # the line below says it in one
-    try:
-        main(arguments)
-    except SignalException as stopped:
-        return 128 + stopped.sigval
-    except ChildFailedError as failed:
-        rank, failure = _first(failed.failures)
-        if failure.exitcode in STOPPED:  # one of several nodes got the signal: all of them saved
-            return failure.exitcode
-        print(f"error: rank {rank}{_account(failure, config.checkpoint.output / 'log')}", file=sys.stderr)
-        return 1
-    return 0
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            main([f"--log-dir={folder}", *arguments])
+        except SignalException as stopped:
+            line = _not_saved(Path(folder), log, first_rank)
+            if line is None:
+                return 128 + stopped.sigval
+        except ChildFailedError as failed:
+            rank, failure = _first(failed.failures)
+            if failure.exitcode in STOPPED:  # one of several nodes got the signal: all of them saved
+                return failure.exitcode
+            line = f"rank {rank}{_account(failure, log)}"
+        else:
+            return 0
+    print(f"error: {line}", file=sys.stderr)
+    return 1
+
+
+def _not_saved(folder: Path, log: Path, first_rank: int) -> str | None:
+    """Which rank of a run that a signal ended did not save it, and why, by what it left in torchrun's folder."""
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    failures = {
+        first_rank + int(path.parent.name): ProcessFailure(int(path.parent.name), pid=0, exitcode=1, error_file=path)
+        for path in folder.glob("*/attempt_*/*/error.json")
+    }
+    if failures:
+        rank, failure = _first(failures)
+        return f"rank {rank}{_account(failure, log)}"
+    unsaved = [first_rank + int(path.parent.name) for path in folder.glob(f"*/attempt_*/*/{TRAINING}")]
+    if unsaved:
+        return (
+            f"rank {min(unsaved)} ended before the run was saved, for which PET_SHUTDOWN_TIMEOUT gives it "
+            f"{os.environ['PET_SHUTDOWN_TIMEOUT']} seconds; see {log}; the same command goes on from the save before"
+        )
+    return None
 
 
 def _first(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 from megatron_patch.config import Config
+from megatron_patch.files import TRAINING
 from megatron_patch.training.log import start_log
+
+EXPECTED = (ValueError, OSError, FloatingPointError)
+"""What says in one line what is wrong."""
 
 
 def run(config: Config) -> int:
@@ -23,7 +28,10 @@ def run(config: Config) -> int:
         # Held until this process ends.
         held = lock(config.checkpoint.folder) if rank == 0 else None
         parallel.start(config.parallel, config.training.seed, config.training.distributed_timeout_minutes)
+        mark = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name(TRAINING)
+        mark.touch()
         code = train(config)
+        mark.unlink()
         parallel.stop()
         if held is not None:
             held.close()
@@ -39,7 +47,7 @@ def _others_are_gone(error: Exception) -> bool:
     """Whether this rank only lost the others, of which one knows why."""
     from torch.distributed import DistError
 
-    return isinstance(error, DistError) or "gloo" in str(error)
+    return not isinstance(error, EXPECTED) and (isinstance(error, DistError) or "gloo" in str(error))
 
 
 def _tell_launcher(error: Exception) -> None:
@@ -47,7 +55,6 @@ def _tell_launcher(error: Exception) -> None:
     from torch.distributed.elastic.multiprocessing.errors.handlers import get_error_handler
 
     line = " ".join(str(error).split())
-    expected = isinstance(error, (ValueError, OSError, FloatingPointError))
-    if not expected:
+    if not isinstance(error, EXPECTED):
         line = f"{type(error).__name__}: {line[:300]}; its traceback is in the rank's log"
     get_error_handler().record_exception(RuntimeError(line))

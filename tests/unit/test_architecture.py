@@ -23,13 +23,13 @@ ALLOWED = {
     "parallel.py": ("config",),
     "activations.py": ("config", "sizes"),
     "plan.py": ("activations", "config", "families", "sizes"),
-    "launch.py": ("config", "families", "checkpoint", "plan"),
+    "launch.py": ("config", "families", "files", "checkpoint", "plan"),
     "patches": (),
     "families": ("sizes",),
     "model": ("config", "sizes"),
     "checkpoint": ("checks", "config", "files", "sizes", "families", "model"),
     "data": ("config", "sizes", "files"),
-    "training": ("config", "sizes", "families", "model", "checkpoint", "data", "parallel", "plan"),
+    "training": ("config", "sizes", "families", "model", "checkpoint", "data", "parallel", "plan", "files"),
     "__init__.py": ("patches",),
 }
 WITHOUT_MEGATRON_CORE = ("config.py", "sizes.py", "arguments.py", "conversion.py", "launch.py", "families", "data")

@@ -99,6 +99,7 @@ def test_mistakes_are_one_line(capsys, words, said):
     ("words", "said"),
     [
         ("--precision fp8", "needs transformer-engine[pytorch], which is not installed; use bf16, fp16 or"),
+        ("--transformer-impl transformer_engine", "pytorch], which is not installed; use auto"),
         ("--use-precision-aware-optimizer true", "transformer-engine[pytorch], which is not installed; use false"),
     ],
 )

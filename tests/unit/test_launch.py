@@ -1,14 +1,20 @@
-"""How many processes, where, told by the environment."""
+"""How many processes, where, told by the environment; and what is said of their end."""
 
 from __future__ import annotations
 
+import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from megatron_patch.config import Parallel
-from megatron_patch.launch import check_files, find_nodes, processes_per_node
+from megatron_patch.files import TRAINING
+from megatron_patch.launch import _torchrun, check_devices, check_files, find_nodes, processes_per_node
 from tests.tiny_runs import config
 
 JOB = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "node-0", "MASTER_PORT": "6000"}
@@ -42,6 +48,8 @@ def test_dlc_reads_a_pytorch_job(environment):
 
 def test_processes_per_node(environment):
     assert processes_per_node(run(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), nodes=1) == 4
+    environment.setenv("KUBERNETES_CONTAINER_RESOURCE_GPU", "0")  # a pod without
+    assert processes_per_node(run(tensor_model_parallel_size=2), nodes=1) == 2
     environment.setenv("KUBERNETES_CONTAINER_RESOURCE_GPU", "8")
     assert processes_per_node(run(), nodes=1) == 8
     environment.setenv("NPROC_PER_NODE", "2")
@@ -58,3 +66,42 @@ def test_missing_folder_is_named(tmp_path):
         check_files(settings)
     with pytest.raises(FileNotFoundError, match="--data-path out: no such folder"):
         check_files(there)
+
+
+def test_more_processes_than_gpus_are_refused(environment):
+    environment.setattr(torch.cuda, "device_count", lambda: 2)
+    check_devices(run(), 2)
+    with pytest.raises(ValueError, match="3 processes: each takes a GPU, and torch sees 2 here; set NPROC_PER_NODE"):
+        check_devices(run(), 3)
+    environment.setattr(torch.cuda, "device_count", lambda: 0)
+    check_devices(run(), 3)
+
+
+@pytest.mark.parametrize(
+    ("left", "code", "said"),
+    [
+        ({}, 143, ""),
+        (
+            {"0/training": "", "1/training": "", "1/error.json": "RuntimeError: out/iter_0000004: cannot be saved"},
+            1,
+            "error: rank 5: out/iter_0000004: cannot be saved\n",
+        ),
+        ({"1/training": ""}, 1, "error: rank 5 ended before the run was saved, for which PET_SHUTDOWN_TIMEOUT gives"),
+    ],
+)
+def test_a_signalled_run_that_was_not_saved_says_so(environment, capsys, left, code, said):
+    """On the second node of two, with four ranks each."""
+
+    def main(arguments):
+        folder = Path(arguments[0].removeprefix("--log-dir="), "run", "attempt_0")
+        for name, text in left.items():
+            message = {"message": text, "extraInfo": {"timestamp": "1"}}
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(json.dumps({"message": message}))
+        raise SignalException("stopped", signal.SIGTERM)
+
+    assert TRAINING == "training"
+    environment.setattr(torchrun, "main", main)
+    environment.setattr("logging.disable", lambda level: None)
+    assert _torchrun([], Path("log"), first_rank=4) == code
+    assert capsys.readouterr().err[: len(said) or None] == said
