@@ -9,6 +9,7 @@ import logging
 import math
 import multiprocessing
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from megatron.energon.metadataset.loader_interface import LoadedDatasetList
 from megatron_patch.config import MOCK, Config
 from megatron_patch.data.mock import MockLoader
 from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
+from megatron_patch.data.webdataset.output import MANIFEST
 from megatron_patch.sizes import Llava
 
 logger = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ class Failures:
         """`num_samples`: of this rank, which `MAX_UNREADABLE_SHARE` is taken of."""
         self.dataset = dataset
         self.allowed = math.ceil(MAX_UNREADABLE_SHARE * num_samples)
-        self.message = f"{dataset}: more than {self.allowed} of a rank's {num_samples} samples cannot be read"
+        self._message = f"{dataset}: more than {self.allowed} of a rank's {num_samples} samples cannot be read"
         self._count = multiprocessing.get_context("fork").Value("i", 0)
         # Of this process: each worker has its own part of the samples, and an epoch later they come again.
         self._keys: set[str] = set()
@@ -64,9 +66,10 @@ class Failures:
         self._keys.add(key)
         with self._count.get_lock():
             self._count.value += 1
-        logger.warning("left out sample %s: %s", key, " ".join(str(error).split()))
+        reason = " ".join(str(error).split())
+        logger.warning("left out sample %s: %s", key, reason)
         if self.count > self.allowed:
-            raise FatalSampleError(self.message)
+            raise FatalSampleError(f"{self._message}; the log names them; the last: {reason[:400]}")
 
 
 class Loader(SavableDataLoader[Batch]):
@@ -85,8 +88,8 @@ class Loader(SavableDataLoader[Batch]):
         try:
             yield from super().__iter__()
         except FatalSampleError as error:
-            # From a worker it arrives with a traceback as its text.
-            raise ValueError(f"{self.failures.message}; the log names them; mend or convert the data anew") from error
+            # From a worker it arrives with a traceback before its text.
+            raise ValueError(str(error).splitlines()[-1].rpartition("FatalSampleError: ")[2]) from error
         except Exception as error:
             # Not one sample's: of a shard, or of a process that reads. From there, the last line says what it was.
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
@@ -250,30 +253,41 @@ def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, 
 
 
 def _describe(path: Path, split: str) -> tuple[int, str]:
-    """How many samples a split has, and a digest of its shards' names and counts."""
+    """How many samples a split has, and a digest of its shards: their names, counts, indices, and recorded CRC-32."""
     worker_config = WorkerConfig(rank=0, world_size=1, num_workers=0)
     loaded = _open(path, split, worker_config=worker_config)
     for part in loaded.datasets:
-        for shard in part.dataset.shards:
-            _check_shard(shard.path)
-    parts = [
-        [[shard.name, shard.count] for shard in part.dataset.shards] + [part.weight, part.repetitions]
-        for part in loaded.datasets
-    ]
+        if part.weight is not None and not part.weight > 0:
+            raise ValueError(f"{path}: split {split} has a weight of {part.weight}; expected one above 0")
+    parts = [[_shards(part.dataset), part.weight, part.repetitions] for part in loaded.datasets]
     digest = hashlib.sha256(json.dumps([parts, loaded.blend_mode.value]).encode()).hexdigest()[:16]
     return sum(len(part.dataset) for part in loaded.datasets), digest
 
 
-def _check_shard(path: EPath) -> None:
-    """Raise ValueError for a tar that is not there, or shorter than its index: 8 bytes per sample, the last its end."""
+def _shards(dataset: Any) -> list[list[Any]]:
+    """Of each shard: name, samples, what `_check_shard` gives; where a manifest has it, the CRC-32 of its bytes."""
+    try:
+        recorded = json.loads((EPath(dataset.path) / MANIFEST).read_bytes())["shards"]
+        checksums = {name: shard["crc32"] for name, shard in recorded.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        checksums = {}  # another program's data
+    return [[shard.name, shard.count, _check_shard(shard.path), checksums.get(shard.name)] for shard in dataset.shards]
+
+
+def _check_shard(path: EPath) -> int:
+    """The CRC-32 of a tar's index, which has 8 bytes per sample, the last its end.
+
+    Raises ValueError for a tar that is not there, or shorter than that.
+    """
     index = EPath(f"{path}.idx")
     for file in (path, index):
         if not file.is_file():
             raise ValueError(f"{file}: missing, though the dataset lists it; copy or convert the data again")
-    with index.open("rb") as file:
-        (end,) = struct.unpack("<Q", file.read()[-8:])
+    places = index.read_bytes()
+    (end,) = struct.unpack("<Q", places[-8:])
     if path.size() < end:
         raise ValueError(f"{path}: {path.size()} bytes, expected {end} by its index; copy or convert the data again")
+    return zlib.crc32(places)
 
 
 def _open(path: Path, split: str, **options: Any) -> LoadedDatasetList:
@@ -285,7 +299,10 @@ def _open(path: Path, split: str, **options: Any) -> LoadedDatasetList:
         return load_dataset(path).get_datasets(training=True, split_part=split, **options)
     except Exception as error:
         # Energon answers a missing file, split or shard with exceptions of many kinds, AssertionError included.
-        raise ValueError(f"{path}: split {split} cannot be read: {error}; {PREPARE}") from error
+        # What is no yaml has an empty one, whose place energon's parser has printed.
+        why = " ".join(str(error).split()) or "no yaml"
+        advice = PREPARE if path.is_dir() else "expected a metadataset of energon, such as docs/formats.md shows"
+        raise ValueError(f"{path}: split {split} cannot be read: {why}; {advice}") from error
 
 
 def _key(sample: Any) -> str:

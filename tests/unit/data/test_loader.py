@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from megatron_patch.data.loader import resumed_loader, save_position, train_loader, valid_loader
-from tests.unit.data.samples import convert_folder, describe, jpeg, settings, write_dataset, write_pretrain
+from tests.unit.data.samples import (
+    convert_folder,
+    describe,
+    jpeg,
+    settings,
+    write_annotations,
+    write_dataset,
+    write_pretrain,
+)
 
 COUNT = 60  # 6 samples in each of 10 shards: 54 to train on, 6 to validate
 
@@ -223,7 +231,10 @@ def test_position_in_another_dataset_is_refused_and_a_moved_one_is_the_same(mode
     position = save_position(build(model, dataset))
     shutil.copytree(dataset, tmp_path / "moved")
     resume(model, tmp_path / "moved", position)
-    write_pretrain(tmp_path / "raw", COUNT + 10)
+    # The same pictures, one other letter in a caption: even the index is the same.
+    entries = write_pretrain(tmp_path / "raw", COUNT)
+    entries[0]["conversations"][1]["value"] = "Picture number 0"
+    write_annotations(tmp_path / "raw", entries)
     convert_folder(tmp_path / "raw")
     with pytest.raises(ValueError, match="position in the data: dataset was"):
         resume(model, tmp_path / "raw" / "wds", position)
@@ -256,6 +267,16 @@ splits:
       - {weight: 1, path: own}
   val:
     path: vqa
+"""
+
+BLEND_OF_ONE = """\
+__module__: megatron.energon
+__class__: MetadatasetV2
+splits:
+  train:
+    blend:
+      - {weight: 1, path: "PATH"}
+      - {weight: 1, path: "PATH"}
 """
 
 
@@ -358,7 +379,8 @@ def test_a_corrupt_sample_is_named_once_and_counted(num_workers, model, dataset,
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_too_many_corrupt_samples_end_the_run(num_workers, model, dataset, tmp_path):
     loader = build(model, damage(dataset, tmp_path / "wds", 3), num_workers=num_workers)
-    with pytest.raises(ValueError, match="more than 1 of a rank's 54 samples cannot be read") as caught:
+    why = "^/.*/wds: more than 1 of a rank's 54 samples cannot be read; .*; the last: sample 00000"
+    with pytest.raises(ValueError, match=why) as caught:
         take(loader, 60)
     assert "\n" not in str(caught.value)
 
@@ -376,6 +398,21 @@ def test_what_is_not_a_dataset_is_answered_in_one_line(model, dataset, tmp_path)
             build(model, path)
         assert "convert_llava_pretrain_to_wds.py" in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (BLEND_OF_ONE.replace("1", "-1", 1), "split train has a weight of -1.0; expected one above 0"),
+        (BLEND_OF_ONE.replace("}", ""), "no yaml; expected a metadataset of energon"),
+        ("", "split train cannot be read: .*; expected a metadataset"),
+    ],
+)
+def test_what_is_not_a_blend_is_answered_in_one_line(text, why, model, dataset, tmp_path):
+    (tmp_path / "blend.yaml").write_text(text.replace("PATH", str(dataset)))
+    with pytest.raises(ValueError, match=rf"blend\.yaml: .*{why}") as caught:
+        build(model, tmp_path / "blend.yaml")
+    assert "\n" not in str(caught.value)
 
 
 def test_validation_needs_a_path(model, dataset):
