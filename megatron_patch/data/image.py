@@ -80,9 +80,12 @@ def read_preprocessor(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; expected the vision tower's, as CLIP's checkpoint has it")
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a json object with a picture's transform; copy the vision tower's again")
+    return config
 
 
 def preprocessor_of(settings: ImageSettings, config: dict[str, Any]) -> dict[str, Any]:

@@ -26,16 +26,17 @@ def main(argv: Sequence[str]) -> int:
         return 2
     checkpoint, dataset, page, *flags = argv
     count = "20"
-    if NUM_BATCHES in flags[:-1]:
+    if NUM_BATCHES in flags:
         place = flags.index(NUM_BATCHES)
-        count = flags[place + 1]
+        count = next(iter(flags[place + 1 :]), "without a number")
         flags[place : place + 2] = []
     if not count.isdecimal() or not int(count):
         print(f"error: {NUM_BATCHES} {count}: expected 1 or more", file=sys.stderr)
         return 2
     # Training's own settings, of which only the data's are used.
-    needed = {"--model-config": checkpoint, "--data-path": dataset, "--lr": "1", "--train-iters": "1", "--output": page}
-    config = parse(Config, [*(word for pair in needed.items() for word in pair), "--num-workers", "0", *flags])
+    needed = {"--model-config": checkpoint, "--pretrained-checkpoint": checkpoint, "--data-path": dataset}
+    needed |= {"--lr": "1", "--train-iters": "1", "--output": page, "--num-workers": "0"}
+    config = parse(Config, [*(word for pair in needed.items() for word in pair), *flags])
     try:
         _write(config, Path(page), int(count))
     except (ValueError, OSError) as error:
@@ -51,6 +52,7 @@ def _write(config: Config, page: Path, count: int) -> None:
     from megatron_patch.families.llava import read_config
 
     llava = read_config(config.model.description)
+    config.check(llava)
     loader = train_loader(config, llava, rank=0, world_size=1)
     tokenizer = load_tokenizer(config.model.description)
     page.write_text(write_page(islice(loader, count), tokenizer, llava.image_token_id), encoding="utf-8")

@@ -194,3 +194,6 @@ def test_old_short_forms_of_size_are_read(tmp_path):
 def test_missing_preprocessor_config_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing"):
         read_image_settings(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json: expected a json object"):
+        read_image_settings(tmp_path)

@@ -68,7 +68,14 @@ def test_the_command_writes_a_page_or_says_why_not(mcore, tmp_path, capsys):
     page = tmp_path / "page.html"
     assert main([str(mcore), "nowhere", str(page)]) == 1
     assert capsys.readouterr().err.startswith("error: nowhere: missing; expected an energon dataset")
-    assert main([str(mcore), "mock", str(page), "--num-batches", "none"]) == 2
+    for flags, why in [
+        (["--num-batches", "none"], "--num-batches none: expected 1 or more"),
+        (["--packing-buffer-size", "9", "--num-batches"], "--num-batches without a number: expected 1 or more"),
+        (["--seq-length", "999"], "--seq-length 999: a picture of"),
+        (["--decoder-seq-length", "4"], "--decoder-seq-length 4: a picture alone takes"),
+    ]:
+        assert main([str(mcore), "mock", str(page), *flags]) > 0
+        assert capsys.readouterr().err.startswith(f"error: {why}")
     assert not page.exists()
     assert main([str(mcore), "mock", str(page), "--num-batches", "2", "--packing-buffer-size", "9"]) == 0
     assert page.read_text().count("<h2>mock ") > 4
