@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.config import Parallel
 from tests.tiny import save_clip, save_mcore, save_mistral
 from toolkits.model_checkpoints_convertor.convert import main as convert
 
@@ -40,3 +41,13 @@ def hf(tmp_path_factory, mcore) -> Path:
     }
     assert convert([str(word) for pair in flags.items() for word in pair]) == 0
     return target
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """megatron.core's groups, for this process alone."""
+    from tests.distributed import ranks
+
+    ranks.parallel.start(Parallel(), seed=1, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    ranks.stop()

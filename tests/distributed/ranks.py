@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import tempfile
@@ -52,5 +53,22 @@ def _rank(rank: int, world_size: int, folder: Path, jobs: Sequence[Job]) -> None
         init_method = f"file://{folder}/store{number}"
         parallel.start(sizes, seed=1, timeout_minutes=2, init_method=init_method, rank=rank, world_size=world_size)
         results.append(function(*args))
-        parallel.stop()
+        stop()
     (folder / str(rank)).write_bytes(pickle.dumps(results))
+
+
+def stop() -> None:
+    """`parallel.stop`, after which nothing of the groups is left.
+
+    megatron.core's wrapper and the hooks that it puts into autograd hold each other where garbage collection does not
+    look. With the wrapper stays the model and with it its process groups, whose threads wake a hundred times a second:
+    dozens of runs in one process would make each other slow.
+    """
+    from megatron.core.distributed import DistributedDataParallel  # not before megatron_patch
+
+    parallel.stop()
+    for found in gc.get_objects():
+        if type(found) is DistributedDataParallel:
+            found.__dict__.clear()
+    gc.collect()
+    gc.freeze()  # so that the next collection looks at what is new

@@ -8,24 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_patch import parallel
 from megatron_patch.checkpoint import convert
 from megatron_patch.checkpoint.convert import open_mcore, to_hf
 from megatron_patch.checkpoint.hf import load_safetensors
 from megatron_patch.checkpoint.reader import InMemory
 from megatron_patch.checkpoint.verify import stream_weights, verify
-from megatron_patch.config import Parallel
 from megatron_patch.families.llava import read_config, rows
 from toolkits.model_checkpoints_convertor.convert import main
 
 QKV = "language_model.decoder.layers.2.self_attention.linear_qkv.weight"
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    parallel.start(Parallel(), seed=1, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    parallel.stop()
 
 
 def compare(mcore_folder, changed):

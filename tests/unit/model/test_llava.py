@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from transformers import LlavaForConditionalGeneration
 
-from megatron_patch import parallel
 from megatron_patch.config import Parallel
 from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.families.llava import read_config
@@ -15,13 +14,6 @@ from megatron_patch.model.llava import LlavaModel
 from megatron_patch.training.loop import load_pretrained
 from megatron_patch.training.step import cut_text
 from tests import tiny_runs
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    parallel.start(Parallel(), seed=1, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    parallel.stop()
 
 
 def build(mcore, tmp_path, **changed):

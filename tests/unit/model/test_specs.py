@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_patch import parallel
-from megatron_patch.config import Parallel
 from megatron_patch.model.specs import padded
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    parallel.start(Parallel(), seed=1, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    parallel.stop()
 
 
 def test_padding_comes_to_nothing(one_process):

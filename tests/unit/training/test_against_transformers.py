@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlavaForConditionalGeneration
 
-from megatron_patch import parallel
-from megatron_patch.config import Optimizer, Parallel
+from megatron_patch.config import Optimizer
 from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.families.llava import read_config
 from megatron_patch.training.loop import start_or_resume
@@ -63,6 +62,7 @@ def plain_loop(hf, mcore, batches, freeze: bool) -> list[float]:
     return losses
 
 
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("freeze", [False, True], ids=["everything", "projector"])
 def test_losses_equal_transformers_for_twenty_steps(mcore, hf, tmp_path, freeze):
     llava = read_config(mcore)
@@ -70,7 +70,6 @@ def test_losses_equal_transformers_for_twenty_steps(mcore, hf, tmp_path, freeze)
     expected = plain_loop(hf, mcore, batches, freeze)
     assert expected[-1] < expected[0] - (0.1 if freeze else 1)
 
-    parallel.start(Parallel(), seed=1, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     config = tiny_runs.config(mcore, tmp_path, train_iters=STEPS, freeze_lm=freeze, freeze_vit=freeze)
     config = replace(config, optimizer=SETTINGS)
     _, wrapped, optimizer, _, _ = start_or_resume(config, llava)
@@ -79,5 +78,4 @@ def test_losses_equal_transformers_for_twenty_steps(mcore, hf, tmp_path, freeze)
     for _ in range(STEPS):
         scheduler.step(1)
         losses.append(train_step(wrapped, optimizer, iter(batches), run).totals.loss)
-    parallel.stop()
     assert losses == pytest.approx(expected, abs=1e-4)

@@ -7,8 +7,6 @@ from dataclasses import replace
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_patch import parallel
-from megatron_patch.config import Parallel
 from megatron_patch.families.llava import read_config
 from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 from megatron_patch.training.flops import Work, megatron_lm_flops, step_flops
@@ -28,16 +26,15 @@ VISION = VisionModel(
 )
 
 
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("freeze_lm", [False, True])
 @pytest.mark.parametrize("freeze_vit", [False, True])
 def test_flops_are_those_that_torch_counts(mcore, tmp_path, freeze_lm, freeze_vit):
     config = tiny_runs.config(mcore, tmp_path, freeze_lm=freeze_lm, freeze_vit=freeze_vit, use_flash_attn=False)
     llava = read_config(mcore)
-    parallel.start(Parallel(), seed=1, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     _, wrapped, optimizer, _, _ = start_or_resume(config, llava)
     with FlopCounterMode(display=False) as counter:
         step = train_step(wrapped, optimizer, iter(tiny_runs.batches(llava, 2)), batch_runner(config, llava))
-    parallel.stop()
     assert step.totals == replace(step.totals, num_positions=4 * 60, num_pairs=4 * 60**2, num_pictures=4)
     assert sum(step_flops(llava, config.model, step.totals).values()) == counter.get_total_flops()
 

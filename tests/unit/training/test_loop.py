@@ -7,20 +7,11 @@ import itertools
 import pytest
 import torch
 
-from megatron_patch import parallel
-from megatron_patch.config import Parallel
 from megatron_patch.families.llava import read_config
 from megatron_patch.training import optimizer as optimizer_module
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    parallel.start(Parallel(), seed=1, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    parallel.stop()
 
 
 def test_a_loss_that_is_no_number_stops_and_names_the_samples(mcore, tmp_path, one_process):

@@ -10,7 +10,6 @@ import pytest
 from megatron_patch import parallel
 from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.checkpoint.saving import Saver
-from megatron_patch.config import Parallel
 from megatron_patch.families.llava import read_config
 from megatron_patch.plan import plan
 from megatron_patch.training import optimizer as optimizer_module
@@ -20,13 +19,6 @@ from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
 
 STEPS = 5
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    parallel.start(Parallel(), seed=1, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    parallel.stop()
 
 
 def train(mcore, output, steps, offload="false", precision="fp32", save=False):

@@ -8,19 +8,13 @@ import pytest
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_patch import parallel
 from megatron_patch.config import Parallel
 from megatron_patch.families.llava import read_config
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
 
-
-@pytest.fixture(autouse=True)
-def one_process(tmp_path):
-    parallel.start(Parallel(), seed=1, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    parallel.stop()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def build(mcore, tmp_path, *, cut: Parallel | None = None, **changed):
