@@ -179,7 +179,7 @@ def test_auto_is_the_format_of_the_published_template(model, source, tmp_path):
 
 @pytest.mark.parametrize("model", ["Llama-2-7b-chat", "Meta-Llama-3-8B-Instruct", "Qwen2-7B-Instruct"])
 def test_text_is_the_published_templates(model, source, tmp_path):
-    """(Mistral's differs between its versions by blanks; LLaVA-1.5's leaves out the end of an answer.)"""
+    """(Of Mistral's see below; LLaVA-1.5's leaves out the end of an answer.)"""
     name, template = PUBLISHED[model]
     tokenizer = AutoTokenizer.from_pretrained(with_template(source, tmp_path / "llm", template))
     messages = []
@@ -190,6 +190,21 @@ def test_text_is_the_published_templates(model, source, tmp_path):
     assert text == expected.rstrip("\n")
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     assert text.startswith(prompt)
+
+
+def test_mistral_is_what_mistrals_own_library_writes(tmp_path):
+    """Of its version 3, token by token. (Version 1, of Mistral-7B-Instruct-v0.1 and v0.2, has other blanks.)"""
+    install_tokenizer(mistral_v3(tmp_path / "source"), tmp_path / "model")
+    from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    turns = [("What is it?", "a red circle"), ("And its colour?", "red")]
+    (first, answer), (second, _) = turns
+    messages = [UserMessage(content=first), AssistantMessage(content=answer), UserMessage(content=second)]
+    expected = MistralTokenizer.v3().encode_chat_completion(ChatCompletionRequest(messages=messages))
+    input_ids, _, _, _ = encoded(turns, load_tokenizer(tmp_path / "model"), "mistral")
+    assert input_ids.tolist()[: len(expected.tokens)] == expected.tokens
 
 
 def test_auto_knows_our_own_templates_and_models_without_one(source, tmp_path):
