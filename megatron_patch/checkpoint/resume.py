@@ -7,6 +7,7 @@ The learning rate follows from the iteration.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -20,9 +21,11 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_patch.checkpoint import checksums
-from megatron_patch.checkpoint.companions import TRACKER, checkpoint_folder
+from megatron_patch.checkpoint.companions import CONFIG as MODEL_CONFIG
+from megatron_patch.checkpoint.companions import PREPROCESSOR, TRACKER, checkpoint_folder, read_json
 from megatron_patch.checkpoint.torch_dist import read_metadata
 from megatron_patch.config import Config
+from megatron_patch.families.llava import read_config
 from megatron_patch.model.llava import LlavaModel
 
 CONFIG = "run_config.json"
@@ -66,6 +69,7 @@ def load(config: Config, checkpoint: Path, chunks: list[LlavaModel], optimizer: 
     """
     agree(_check_files, checkpoint)
     _check_same_training(config, checkpoint)
+    agree(_check_same_model, config.model.description, checkpoint.parent, rank=0)
     model = model_state(chunks)
     try:
         state = dist_checkpointing.load(
@@ -133,6 +137,31 @@ def _check_same_training(config: Config, checkpoint: Path) -> None:
                 f"{checkpoint}: saved with --{name.replace('_', '-')} {str(before[part][name]).lower()}, which keeps "
                 f"other optimizer states; resume with the same, or begin a new run with it as --pretrained-checkpoint"
             )
+
+
+def _check_same_model(description: Path, folder: Path) -> None:
+    """Raise ValueError when `description` is not of the model whose run is in `folder`, be the shapes the same."""
+    if not (folder / MODEL_CONFIG).is_file():
+        return  # removed by hand, and written anew
+    before, now = _facts(folder), _facts(description)
+    for name in before:
+        if before[name] != now[name]:
+            raise ValueError(
+                f"{description}: {name} is {now[name]}, and the run in {folder} has {before[name]}; give the model "
+                f"that it began with, or another output folder"
+            )
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What training depends on besides weights: sizes, numbers in the network's formulas, tokenizer, pixels' range."""
+    llava = read_config(folder)
+    parts = {"the language model": llava.language, "the vision tower": llava.vision}
+    facts = {f"{name} of {part}": value for part in parts for name, value in dataclasses.asdict(parts[part]).items()}
+    files = (path for path in (folder / "tokenizer.json", folder / "tokenizer.model") if path.is_file())
+    tokenizer = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
+    pixels = read_json(folder, PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
+    ranges = {name: pixels.get(name) for name in ("image_mean", "image_std")}
+    return {**facts, "the image token's id": llava.image_token_id, "the tokenizer's sha256": tokenizer, **ranges}
 
 
 def remove_partial(folder: Path) -> None:

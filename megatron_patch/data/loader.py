@@ -35,6 +35,8 @@ SAMPLES_PER_SLICE = 100
 """Neighbours in a shard that are read one after another; slices come in random order."""
 SHARES = ("data-parallel size", "num_workers")
 """How many processes share the reading: what a position does not depend on where it can be dealt out anew."""
+KILLED = "DataLoader worker (pid"
+"""In torch's words for a process that reads and is gone."""
 PREPARE = (
     "prepare one with: python toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py DIR, "
     "or energon prepare --non-interactive"
@@ -93,6 +95,11 @@ class Loader(SavableDataLoader[Batch]):
         except Exception as error:
             # Not one sample's: of a shard, or of a process that reads. From there, the last line says what it was.
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            if KILLED in reason:
+                raise ValueError(
+                    f"{self.failures.dataset}: a process that reads was killed ({reason}); if memory ran out, use "
+                    f"fewer --num-workers, else start the same command again"
+                ) from error
             raise ValueError(f"{self.failures.dataset}: reading failed ({reason}); convert the data anew") from error
         finally:
             if self._iterator is not None:

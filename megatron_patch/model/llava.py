@@ -16,14 +16,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.enums import AttnMaskType, ModelType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType, ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_patch.config import Config
 from megatron_patch.model.offload import ActivationOffload
-from megatron_patch.model.specs import block_spec, norm, projector_submodules
+from megatron_patch.model.specs import block_spec, norm, projector_submodules, uses_transformer_engine
 from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
@@ -299,6 +299,10 @@ def _common(config: Config) -> dict:
         "attention_dropout": 0.0,
         "masked_softmax_fusion": False,
         "attention_softmax_in_fp32": True,
+        # Which kernels Transformer Engine may take: megatron.core tells it for all of the process, in the environment.
+        "attention_backend": AttnBackend.unfused
+        if uses_transformer_engine(config.model) and not config.model.use_flash_attn
+        else AttnBackend.auto,
         "gradient_accumulation_fusion": False,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,

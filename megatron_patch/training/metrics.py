@@ -10,6 +10,7 @@ import textwrap
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -43,7 +44,7 @@ class Metrics:
         self.start = time.monotonic()
         self.shown: set[str] = set()  # keys of pictures
         if is_writer:
-            self.lines = (config.checkpoint.output / "log" / "metrics.jsonl").open("a", buffering=1)
+            self.lines = _open_lines(config.checkpoint.output / "log" / "metrics.jsonl")
             self.board = SummaryWriter(config.checkpoint.output / "tensorboard", purge_step=first_iteration)
             settings = json.dumps(dataclasses.asdict(config), default=str, indent=2)
             self.board.add_text("config", f"```json\n{settings}\n```", first_iteration)
@@ -146,6 +147,14 @@ class Metrics:
                 f"time left: {timedelta(seconds=round((last - iteration) * pace))}",
             )
         )
+
+
+def _open_lines(path: Path) -> IO[str]:
+    """Open a file for further lines behind its last whole one: a run may have been killed while it wrote another."""
+    file = path.open("a+", buffering=1)
+    file.seek(0)
+    file.truncate(sum(len(line.encode()) for line in file if line.endswith("\n")))
+    return file
 
 
 def memory() -> dict[str, int]:

@@ -119,11 +119,13 @@ def build_scheduler(optimizer: MegatronOptimizer, config: Config, iteration: int
     """The learning rate after `iteration` iterations; `step(1)` before each further one.
 
     Iteration i of n (from 1) has the rate of step i: a linear warmup, then a cosine that is at its lowest at n.
-    Always follows the present settings, also when an optimizer was restored that was saved under others.
+    It, the weight decay and Adam's own numbers always follow the present settings, also when an optimizer was restored
+    that was saved under others.
     """
     settings = config.optimizer
     for group in optimizer.param_groups:
         group["max_lr"], group["min_lr"] = settings.lr, settings.min_lr
+        group["betas"], group["eps"] = (settings.adam_beta1, settings.adam_beta2), settings.adam_eps
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -19,7 +19,7 @@ ALLOWED = {
     "parallel_config.py": ("checks", "sizes"),
     "config.py": ("checks", "parallel_config", "sizes"),
     "arguments.py": (),
-    "conversion.py": ("config", "arguments"),
+    "conversion.py": ("config", "arguments", "checkpoint", "families", "sizes"),
     "parallel.py": ("config",),
     "activations.py": ("config", "sizes"),
     "plan.py": ("activations", "config", "families", "sizes"),

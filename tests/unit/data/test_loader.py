@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 from dataclasses import replace
 from itertools import chain, islice
 
@@ -436,6 +437,17 @@ def test_a_shard_that_is_not_whole_is_named_before_training(model, dataset, tmp_
     damage(copy / "00002.tar")
     with pytest.raises(ValueError, match=said):
         build(model, copy)
+
+
+def test_a_killed_process_is_not_the_datas_fault(model, dataset):
+    loader = build(model, dataset, num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
+    with pytest.raises(
+        ValueError, match=r"a process that reads was killed .*; if memory ran out, use fewer --num-work"
+    ):
+        list(islice(batches, 100))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnBackend
 from transformers import LlavaForConditionalGeneration
 
 from megatron_patch.config import Parallel
 from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.families.llava import read_config
+from megatron_patch.model import llava as llava_module
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.training.loop import load_pretrained
 from megatron_patch.training.step import cut_text
@@ -63,6 +65,14 @@ def test_logits_and_loss_equal_transformers(mcore, hf, one_process, tmp_path, fl
     is_label = batch.labels != -100
     assert losses.shape == (is_label.sum(),)
     assert abs(losses.mean() - F.cross_entropy(expected[is_label], batch.labels[is_label])) <= 1e-5
+
+
+@pytest.mark.parametrize(("flash", "backend"), [(True, AttnBackend.auto), (False, AttnBackend.unfused)])
+def test_transformer_engine_is_told_which_attention(mcore, tmp_path, monkeypatch, flash, backend):
+    monkeypatch.setattr(llava_module, "uses_transformer_engine", lambda model: True)
+    config, llava = tiny_runs.config(mcore, tmp_path, use_flash_attn=flash), read_config(mcore)
+    assert llava_module.language_config(config, llava.language).attention_backend == backend
+    assert llava_module.vision_config(config, llava.vision).attention_backend == backend
 
 
 def test_text_without_pictures_trains(mcore, one_process, tmp_path):

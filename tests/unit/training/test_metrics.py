@@ -93,9 +93,13 @@ def test_scalars_have_megatron_lms_names(run, mcore, tmp_path):
 
 def test_a_resumed_run_replaces_what_a_killed_one_wrote(run, tmp_path):
     run(1, 5)
+    with (tmp_path / "log" / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 6, "lm lo')  # killed while writing
     run(4, 3, replace(STEP, totals=replace(TOTALS, loss=1.0)), seed=5)
     board = read(tmp_path)
     assert [(e.step, e.value) for e in board.Scalars("lm loss")] == [(1, 2), (2, 2), (3, 2), (4, 1), (5, 1), (6, 1)]
+    lines = [json.loads(line) for line in (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if "batch-size" in line] == [1, 2, 3, 4, 5, 4, 5, 6]
     settings = {event.step: event.tensor_proto.string_val[0].decode() for event in board.Tensors("config/text_summary")}
     assert settings.keys() == {1, 4}
     for step, seed in ((1, 1234), (4, 5)):

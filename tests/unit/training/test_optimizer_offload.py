@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -70,6 +72,35 @@ def test_a_run_goes_on_with_and_without_offload(mcore, tmp_path, one_process, pr
     reports = train(mcore, tmp_path / "broken", 2, before, precision, save=True)
     reports += train(mcore, tmp_path / "broken", STEPS - 2, after, precision)
     assert_equal(reports, expected, precision, exactly=before == after)
+
+
+@pytest.mark.parametrize("offload", ["false", "static"])
+def test_a_resumed_run_takes_the_numbers_that_it_is_given(mcore, tmp_path, one_process, offload):
+    train(mcore, tmp_path, 1, offload, save=True)
+    config = tiny_runs.config(mcore, tmp_path, adam_beta1=0.8, adam_beta2=0.99, adam_eps=1e-6, lr=1e-3)
+    config, llava = replace(config, optimizer=replace(config.optimizer, optimizer_offload=offload)), read_config(mcore)
+    _, wrapped, optimizer, progress, _ = start_or_resume(config, llava)
+    build_scheduler(optimizer, config, progress.iteration)
+    train_step(wrapped, optimizer, iter(tiny_runs.batches(llava, 2)), batch_runner(config, llava))
+    (chained,) = optimizer.chained_optimizers
+    stepping = getattr(chained.optimizer, "sub_optimizers", [chained.optimizer])
+    numbers = {(*group["betas"], group["eps"]) for inner in stepping for group in inner.param_groups}
+    assert numbers == {(0.8, 0.99, 1e-6)}
+
+
+def test_another_model_of_the_same_shapes_is_refused(mcore, tmp_path, one_process):
+    train(mcore, tmp_path / "out", 1, save=True)
+    for file, old, new, said in (
+        ("config.json", '"rope_theta": 500000.0', '"rope_theta": 1e4', "rotary_base of the language model is 10000.0"),
+        ("tokenizer.json", "<unused_0>", "<unused_x>", "the tokenizer's sha256 is {'tokenizer.json': "),
+        ("preprocessor_config.json", '"image_mean": [0.4', '"image_mean": [0.5', "image_mean is [0.58"),
+    ):
+        other = shutil.copytree(mcore, tmp_path / file)
+        text = (other / file).read_text()
+        (other / file).write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{other}: {said}')}.*, and the run in {tmp_path}/out/chec"):
+            train(other, tmp_path / "out", 1)
+        assert (tmp_path / "out" / "checkpoint" / file).read_bytes() == (mcore / file).read_bytes()
 
 
 def test_auto_takes_what_free_memory_asks_for(mcore, tmp_path, one_process, monkeypatch):
