@@ -2,18 +2,25 @@
 
 `no_cuda` holds what it needs where there is no CUDA device, `no_transformer_engine` what it needs where Transformer
 Engine and Apex are missing, `saving` and `optimizer_offload` what is to be mended everywhere. Each repair names the
-modules that it mends and is made right after such a module was loaded.
+modules that it mends and is made right after such a module was loaded. One that replaces a function is for that
+function as 0.16.1 has it: where another version's is not the same, it is left out, and a warning says so.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import importlib.abc
 import importlib.machinery
+import inspect
+import logging
+import operator
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+
+logger = logging.getLogger(__name__)
 
 PACKAGE = "megatron.core"
 
@@ -26,6 +33,22 @@ class Repair:
     """Name of a module, or a pattern of names with `*`."""
 
     make: Callable[[ModuleType], None]
+
+    function: str | None = None
+    """What in the module is replaced, if it is one function."""
+
+    source: str = ""
+    """Beginning of the sha256 of that function's source."""
+
+    def fits(self, module: ModuleType) -> bool:
+        """Whether the function that has the fault is the module's, to the letter."""
+        if self.function is None:
+            return True
+        try:
+            found = inspect.getsource(operator.attrgetter(self.function)(module))  # of what other repairs wrapped, too
+        except AttributeError:
+            return False
+        return hashlib.sha256(found.encode()).hexdigest().startswith(self.source)
 
 
 def install() -> None:
@@ -80,7 +103,13 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
         for repair in self.repairs:
-            repair.make(module)
+            if repair.fits(module):
+                repair.make(module)
+            else:
+                logger.warning(
+                    f"{module.__name__}.{repair.function} is not what {repair.make.__module__}.{repair.make.__name__} "
+                    f"was written for, which is left out: see there what goes wrong if it is still needed"
+                )
 
     def __getattr__(self, name: str):
         # importlib.resources, inspect and the like ask the loader for sources and paths.

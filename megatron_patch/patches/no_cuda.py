@@ -176,8 +176,13 @@ REPAIRS = (
     Repair("megatron.core", moves),
     Repair("megatron.core", type_names),
     Repair("megatron.core.jit", no_compilation),
-    Repair("megatron.core.tensor_parallel.random", random_number_tracker),
-    Repair("megatron.core.optimizer.cpu_offloading.hybrid_optimizer", parameters_on_the_device),
+    Repair("megatron.core.tensor_parallel.random", random_number_tracker, "CudaRNGStatesTracker.fork", "6821e1e39725"),
+    Repair(
+        "megatron.core.optimizer.cpu_offloading.hybrid_optimizer",
+        parameters_on_the_device,
+        "HybridDeviceOptimizer._get_sub_optimizer_param_groups",
+        "dc36f8e0ea82",
+    ),
 )
 
 

@@ -88,8 +88,23 @@ def version_of_nothing(module: ModuleType) -> None:
 
 
 REPAIRS = (
-    Repair("megatron.core.optimizer.distrib_optimizer", state_before_first_step),
-    Repair("megatron.core.optimizer.distrib_optimizer", loaded_parameter_has_no_step),
-    Repair("megatron.core.optimizer.distrib_optimizer", own_step_for_each_parameter),
-    Repair("megatron.core.utils", version_of_nothing),
+    Repair(
+        "megatron.core.optimizer.distrib_optimizer",
+        state_before_first_step,
+        "DistributedOptimizer.state_dict",
+        "fe621ae6a622",
+    ),
+    Repair(
+        "megatron.core.optimizer.distrib_optimizer",
+        loaded_parameter_has_no_step,
+        "DistributedOptimizer._set_main_param_and_optimizer_states",
+        "93c254228283",
+    ),
+    Repair(
+        "megatron.core.optimizer.distrib_optimizer",
+        own_step_for_each_parameter,
+        "DistributedOptimizer.load_state_dict",
+        "15f257b4c4f9",
+    ),
+    Repair("megatron.core.utils", version_of_nothing, "get_te_version", "74b250df3e19"),
 )

@@ -71,8 +71,28 @@ def settings_are_no_state(module: ModuleType) -> None:
 
 
 REPAIRS = (
-    Repair("megatron.core.optimizer.distrib_optimizer", leaves_of_fp32_models),
-    Repair("megatron.core.optimizer.cpu_offloading.hybrid_optimizer", loaded_weights_of_fp32_models),
-    Repair("megatron.core.optimizer.distrib_optimizer", loaded_state_has_no_master),
-    Repair("megatron.core.optimizer.distrib_optimizer", settings_are_no_state),
+    Repair(
+        "megatron.core.optimizer.distrib_optimizer",
+        leaves_of_fp32_models,
+        "DistributedOptimizer._build_model_and_main_param_groups",
+        "1b9f0ec06718",
+    ),
+    Repair(
+        "megatron.core.optimizer.cpu_offloading.hybrid_optimizer",
+        loaded_weights_of_fp32_models,
+        "HybridDeviceOptimizer._update_fp32_params_by_new_state",
+        "1f54baa10ab1",
+    ),
+    Repair(
+        "megatron.core.optimizer.distrib_optimizer",
+        loaded_state_has_no_master,
+        "DistributedOptimizer._set_main_param_and_optimizer_states",
+        "93c254228283",
+    ),
+    Repair(
+        "megatron.core.optimizer.distrib_optimizer",
+        settings_are_no_state,
+        "DistributedOptimizer.state_dict",
+        "fe621ae6a622",
+    ),
 )

@@ -77,6 +77,16 @@ def _places_without_padding(buffer) -> dict:
 
 
 REPAIRS = (
-    Repair("megatron.core.dist_checkpointing.strategies.filesystem_async", no_process_for_results),
-    Repair("megatron.core.optimizer.distrib_optimizer", states_of_several_buckets),
+    Repair(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async",
+        no_process_for_results,
+        "_get_write_results_queue",
+        "349269cbdd56",
+    ),
+    Repair(
+        "megatron.core.optimizer.distrib_optimizer",
+        states_of_several_buckets,
+        "DistributedOptimizer.sharded_param_state_fully_reshardable",
+        "e888c7cccb71",
+    ),
 )

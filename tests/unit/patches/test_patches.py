@@ -6,6 +6,8 @@ import importlib.util
 import multiprocessing
 import subprocess
 import sys
+from dataclasses import replace
+from unittest import mock
 
 import pytest
 
@@ -46,6 +48,21 @@ def test_megatron_core_imported_before_is_refused():
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert "import megatron_patch first" in result.stderr
+
+
+def test_a_repair_of_what_another_version_has_no_more_is_left_out(caplog):
+    """The function is another one, or gone. Where it is as it was, in the installed version, the repair is made."""
+    from megatron.core.optimizer import distrib_optimizer as module
+
+    stock = module.DistributedOptimizer.load_state_dict
+    (repair,) = (repair for repair in patches.needed() if repair.make.__name__ == "own_step_for_each_parameter")
+    others = [replace(repair, function=f"DistributedOptimizer.{name}") for name in ("state_dict", "gone")]
+    patches._Loader(mock.Mock(), others).exec_module(module)
+    assert module.DistributedOptimizer.load_state_dict is stock
+    assert [message.partition(" is not what ")[0] for message in caplog.messages] == [
+        f"{module.__name__}.{other.function}" for other in others
+    ]
+    assert repair.fits(module)
 
 
 def test_installing_twice_changes_nothing():
