@@ -6,70 +6,13 @@ import os
 import shutil
 import signal
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 
 import pytest
-import torch
 
-from megatron_patch.data.loader import resumed_loader, save_position, train_loader, valid_loader
-from tests.unit.data.samples import (
-    convert_folder,
-    describe,
-    jpeg,
-    settings,
-    write_annotations,
-    write_dataset,
-    write_pretrain,
-)
-
-COUNT = 60  # 6 samples in each of 10 shards: 54 to train on, 6 to validate
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    return folder, describe(folder)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("a dataset")
-    write_pretrain(folder / "raw", COUNT)
-    convert_folder(folder / "raw")
-    return folder / "raw" / "wds"
-
-
-def build(model, dataset, make=train_loader, rank=0, world_size=1, **changed):
-    options = {"num_workers": 0, "micro_batch_size": 2, "shuffle_buffer_size": 10, **changed}
-    return make(settings(model[0], dataset, **options), model[1], rank=rank, world_size=world_size)
-
-
-def resume(model, dataset, *positions, **changed):
-    """A loader that goes on from where each rank was."""
-
-    def make(config, llava, **rank):
-        return resumed_loader(config, llava, lambda rank: positions[rank], **rank)
-
-    return build(model, dataset, make, **changed)
-
-
-def take(loader, count):
-    return list(islice(iter(loader), count))
-
-
-def keys(batches):
-    return [batch.keys for batch in batches]
-
-
-def flat(batches):
-    return list(chain.from_iterable(keys(batches)))
-
-
-def assert_same(batches, others):
-    assert keys(batches) == keys(others)
-    for one, other in zip(batches, others, strict=True):
-        for name in ("input_ids", "labels", "pixels"):
-            assert torch.equal(getattr(one, name), getattr(other, name))
+from megatron_patch.data.loader import save_position, valid_loader
+from tests.unit.data.loaders import COUNT, assert_same, build, flat, keys, resume, take
+from tests.unit.data.samples import convert_folder, settings, write_annotations, write_pretrain
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -241,95 +184,6 @@ def test_position_in_another_dataset_is_refused_and_a_moved_one_is_the_same(mode
         resume(model, tmp_path / "raw" / "wds", position)
 
 
-CRUDE = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
-OWN = """\
-sample_type:
-  __module__: megatron_patch.data.conversation
-  __class__: Conversation
-sample_loader: sample_loader.py:sample_loader
-part_filter: sample_loader.py:part_filter
-"""
-OWN_LOADER = """\
-def sample_loader(raw):
-    return {"turns": [("<image> " + raw["question.txt"], raw["answer.txt"])], "pictures": [raw["png"]]}
-
-
-def part_filter(part):
-    return part in ("question.txt", "answer.txt", "png")
-"""
-BLEND = """\
-__module__: megatron.energon
-__class__: MetadatasetV2
-splits:
-  train:
-    blend:
-      - {weight: 3, path: vqa}
-      - {weight: 2, path: talk}
-      - {weight: 1, path: own}
-  val:
-    path: vqa
-"""
-
-BLEND_OF_ONE = """\
-__module__: megatron.energon
-__class__: MetadatasetV2
-splits:
-  train:
-    blend:
-      - {weight: 1, path: "PATH"}
-      - {weight: 1, path: "PATH"}
-"""
-
-
-@pytest.fixture(scope="module")
-def blend(dataset, tmp_path_factory):
-    """Three kinds of datasets: VQASample, several turns and pictures or none, one with its own sample_loader."""
-    folder = tmp_path_factory.mktemp("blend")
-    shutil.copytree(dataset, folder / "vqa")
-    talks = []
-    for index in range(30):
-        places = "<image>" * (index % 3)
-        turns = [("human", f"{places} what"), ("gpt", "a " * index), ("human", "and"), ("gpt", str(index))][
-            index == 0 :
-        ]
-        talk = {"json": json.dumps([{"from": who, "value": text} for who, text in turns]).encode()}
-        talk |= {name: jpeg((index, 0, 0)) for name in ("jpg", "1.jpg")[: index % 3]}
-        talks.append(talk)
-    write_dataset(folder / "talk", talks, CRUDE)
-    own = [{"question.txt": b"who", "answer.txt": b"me", "png": jpeg((0, 0, index))} for index in range(20)]
-    write_dataset(folder / "own", own, OWN)
-    (folder / "own" / ".nv-meta" / "sample_loader.py").write_text(OWN_LOADER)
-    (folder / "blend.yaml").write_text(BLEND)
-    return folder / "blend.yaml"
-
-
-def test_blends_of_all_kinds_keep_their_weights(model, blend):
-    loader = build(model, blend, micro_batch_size=1)
-    batches = take(loader, 240)
-    assert loader.failures.count == 0
-    counts = [sum(key.startswith(kind) for key in flat(batches)) for kind in ("0", "talk", "own")]
-    assert sum(counts) == 240
-    assert [abs(count - share) < 25 for count, share in zip(counts, (120, 80, 40), strict=True)] == [True] * 3
-    assert {len(batch.pixels) for batch in batches} == {0, 1, 2}
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("packing_buffer_size", [0, 12])
-def test_a_restored_blend_goes_on_exactly(num_workers, packing_buffer_size, model, blend):
-    """With samples waiting to be packed too."""
-    options = {"num_workers": num_workers, "packing_buffer_size": packing_buffer_size, "micro_batch_size": 1}
-    loader = build(model, blend, **options)
-    batches = iter(loader)
-    for _ in range(30):
-        next(batches)
-    position = save_position(loader)
-    expected = list(islice(batches, 20))
-    again = resume(model, blend, position, **options)
-    assert_same(take(again, 20), expected)
-    if packing_buffer_size:
-        assert max(len(batch.keys) for batch in expected) > 3
-
-
 def test_packing_uses_every_sample_once_an_epoch(model, dataset):
     """The buffer is no larger than what there is."""
     loader = build(model, dataset, micro_batch_size=1, packing_buffer_size=1000, shuffle_buffer_size=0)
@@ -399,21 +253,6 @@ def test_what_is_not_a_dataset_is_answered_in_one_line(model, dataset, tmp_path)
             build(model, path)
         assert "convert_llava_pretrain_to_wds.py" in str(caught.value)
         assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        (BLEND_OF_ONE.replace("1", "-3", 1), "split train has a weight of .*; expected one above 0"),
-        (BLEND_OF_ONE.replace("}", ""), "no yaml; expected a metadataset of energon"),
-        ("", "split train cannot be read: .*; expected a metadataset"),
-    ],
-)
-def test_what_is_not_a_blend_is_answered_in_one_line(text, why, model, dataset, tmp_path):
-    (tmp_path / "blend.yaml").write_text(text.replace("PATH", str(dataset)))
-    with pytest.raises(ValueError, match=rf"blend\.yaml: .*{why}") as caught:
-        build(model, tmp_path / "blend.yaml")
-    assert "\n" not in str(caught.value)
 
 
 def test_validation_needs_a_path(model, dataset):
