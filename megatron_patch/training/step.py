@@ -136,7 +136,7 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
         read.append(batch.keys)
         text = cut_text(batch, llava.image_token_id, config.parallel, multiple)
         if not part.pre_process and part.received_length != text["labels"].shape[1]:
-            raise ValueError(DIFFERENT_SAMPLES)
+            raise ValueError(f"{DIFFERENT_SAMPLES} (this stage: {', '.join(batch.keys)})")
         input_ids = image_rows = pixel_values = labels = None
         if part.pre_process:
             input_ids = text["input_ids"].to(parallel.device(), non_blocking=True)
