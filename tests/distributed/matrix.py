@@ -111,15 +111,15 @@ def train(config: Config) -> Report:
     return report
 
 
-def compute(
-    cases: Iterable[Case], checkpoint: Path, output: Path, runs: Iterable[str] = RUNS
-) -> dict[str, dict[str, list[Report]]]:
-    """Train every case in every run, from the same checkpoint; name of case -> run -> the ranks' reports.
+def compute(pairs: Iterable[tuple[Case, str]], checkpoint: Path, output: Path) -> dict[tuple[str, str], list[Report]]:
+    """Train cases in runs, from the same checkpoint; (name of the case, run) -> the ranks' reports.
 
     All cases must be of one number of processes. `output` gets what a run writes beside checkpoints.
     """
-    cases, runs = list(cases), list(runs)
-    (world_size,) = {case.world_size for case in cases}
+    pairs = list(pairs)
+    if not pairs:
+        return {}
+    (world_size,) = {case.world_size for case, _ in pairs}
     jobs = []
     patches = read_config(checkpoint).vision.num_image_tokens
     usual = {
@@ -127,12 +127,12 @@ def compute(
         "lr": LEARNING_RATE,
         "decoder_seq_length": patches * max(map(max, PICTURES)) + 64,
     }
-    for case, run in itertools.product(cases, runs):
+    for case, run in pairs:
         settings = {**usual, **RUNS[run], **case.changed}
         config = tiny_runs.config(checkpoint, output, parallel=case.cut, **settings)
         jobs.append((train, case.cut, (config,)))
-    results = iter(run_jobs(jobs, world_size))
-    return {case.name: {run: next(results) for run in runs} for case in cases}
+    names = [(case.name, run) for case, run in pairs]
+    return dict(zip(names, run_jobs(jobs, world_size), strict=True))
 
 
 def differences(reports: list[Report], expected: Report) -> tuple[float, float]:
@@ -172,7 +172,7 @@ def print_table(cases: list[Case], checkpoint: Path, folder: Path, runs: list[st
     devices = torch.cuda.device_count()
     print(f"{STEPS} steps on {f'{devices} GPUs' if devices else 'the CPU'}; the largest differences from one process:")
     print(f"{'':22}" + "".join(f"{run + ' loss':>17}{'grad norm':>11}" for run in runs))
-    expected = compute([ONE], checkpoint, folder, runs)[ONE.name]
+    expected = compute([(ONE, run) for run in runs], checkpoint, folder)
     all_good = True
     for _, group in itertools.groupby(cases, lambda case: case.world_size):
         possible = []
@@ -181,14 +181,15 @@ def print_table(cases: list[Case], checkpoint: Path, folder: Path, runs: list[st
                 print(f"{case.name:22} left out: {reason}")
             else:
                 possible.append(case)
-        for name, reports in compute(possible, checkpoint, folder, runs).items() if possible else ():
+        reports = compute(itertools.product(possible, runs), checkpoint, folder)
+        for case in possible:
             cells = ""
             for run in runs:
-                loss, norm = differences(reports[run], expected[run][0])
+                loss, norm = differences(reports[case.name, run], expected[ONE.name, run][0])
                 good = max(loss, norm) <= TOLERANCE[run]
                 cells += f"{loss:17.1e}{norm:11.1e}{'' if good else ' !'}"
                 all_good = all_good and good
-            print(f"{name:22}{cells}", flush=True)
+            print(f"{case.name:22}{cells}", flush=True)
     return all_good
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import replace
 
 import pytest
 from megatron.core import parallel_state
@@ -18,7 +17,7 @@ from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.optimizer import build_scheduler, gather_weights
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import run_jobs
 
 
 def train(config: Config, steps: int) -> list[float]:
@@ -54,22 +53,25 @@ def train_twice(config: Config) -> list[float]:
     return train(config, 4) + train(config, 4)
 
 
-def reports(mcore, folder, **sizes) -> list[float]:
-    cut = Parallel(**sizes)
-    config = tiny_runs.config(mcore, folder, parallel=cut)
-    config = replace(config, data=replace(config.data, global_batch_size=8))  # two micro batches per rank
-    return run_ranks(train_twice, cut, 2, config)[0]
+CASES = {
+    "plain": {},
+    "gradients": {"overlap_grad_reduce": True},
+    "gradients and weights": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+    "gradients, plain optimizer": {"overlap_grad_reduce": True, "use_distributed_optimizer": False},
+}
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"overlap_grad_reduce": True},
-        {"overlap_grad_reduce": True, "overlap_param_gather": True},
-        {"overlap_grad_reduce": True, "use_distributed_optimizer": False},
-    ],
-    ids=["gradients", "gradients and weights", "gradients, plain optimizer"],
-)
-def test_overlapping_changes_nothing(mcore, tmp_path, flags):
-    expected = reports(mcore, tmp_path / "plain")
-    assert reports(mcore, tmp_path / "overlapped", **flags) == pytest.approx(expected, abs=1e-5)
+@pytest.fixture(scope="module")
+def reports(mcore, tmp_path_factory) -> dict[str, list[float]]:
+    """What the first rank of each case reports."""
+    jobs = []
+    for name, flags in CASES.items():
+        cut = Parallel(**flags)
+        config = tiny_runs.config(mcore, tmp_path_factory.mktemp(name), parallel=cut, global_batch_size=8)
+        jobs.append((train_twice, cut, (config,)))  # two micro batches per rank
+    return dict(zip(CASES, (first for first, _ in run_jobs(jobs, 2)), strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "plain"])
+def test_overlapping_changes_nothing(reports, name):
+    assert reports[name] == pytest.approx(reports["plain"], abs=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from megatron_patch.families.llava import read_config
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import run_jobs, run_ranks
 
 STEPS = 3
 MULTIPLE = 8
@@ -51,6 +52,36 @@ def packing(config: Config) -> Config:
     return replace(config, data=data)
 
 
+CASES = {
+    "one": (1, {}, {}),
+    "one, sel": (1, {}, {"recompute": "sel"}),
+    "one, full": (1, {}, {"recompute": "full"}),
+    "CP2": (2, {"context_parallel_size": 2}, {}),
+    "PP2": (2, {"pipeline_model_parallel_size": 2}, {}),
+    "PP4": (4, {"pipeline_model_parallel_size": 4}, {}),
+    "CP2xTP2+SP": (4, {"context_parallel_size": 2, "tensor_model_parallel_size": 2}, {}),
+}
+"""Number of processes, how they are cut, other settings."""
+
+
+@pytest.fixture(scope="module")
+def reports_of(mcore, tmp_path_factory):
+    """A case's reports. All cases of a number of processes are computed at once, on the same ones."""
+    folder = tmp_path_factory.mktemp("packing")
+
+    @functools.cache
+    def compute(world_size: int) -> dict[str, list]:
+        names, jobs = [], []
+        for name, (size, sizes, changed) in CASES.items():
+            if size == world_size:
+                cut = Parallel(**sizes)
+                names.append(name)
+                jobs.append((train, cut, (packing(tiny_runs.config(mcore, folder, parallel=cut, **changed)),)))
+        return dict(zip(names, run_jobs(jobs, world_size), strict=True))
+
+    return lambda name: compute(CASES[name][0])[name]
+
+
 @pytest.fixture(scope="module")
 def expected(mcore, tmp_path_factory):
     """Each sample in a row of its own, one process."""
@@ -59,23 +90,9 @@ def expected(mcore, tmp_path_factory):
     return reports
 
 
-@pytest.mark.parametrize(
-    ("world_size", "sizes", "changed"),
-    [
-        (1, {}, {}),
-        (1, {}, {"recompute": "sel"}),
-        (1, {}, {"recompute": "full"}),
-        (2, {"context_parallel_size": 2}, {}),
-        (2, {"pipeline_model_parallel_size": 2}, {}),
-        (4, {"pipeline_model_parallel_size": 4}, {}),
-        (4, {"context_parallel_size": 2, "tensor_model_parallel_size": 2}, {}),
-    ],
-    ids=["one", "one, sel", "one, full", "CP2", "PP2", "PP4", "CP2xTP2+SP"],
-)
-def test_packed_samples_train_as_alone(mcore, tmp_path, expected, world_size, sizes, changed):
-    cut = Parallel(**sizes)
-    config = packing(tiny_runs.config(mcore, tmp_path, parallel=cut, **changed))
-    for reports in run_ranks(train, cut, world_size, config):
+@pytest.mark.parametrize("name", CASES)
+def test_packed_samples_train_as_alone(reports_of, expected, name):
+    for reports in reports_of(name):
         for (loss, norm, *counts), (expected_loss, expected_norm, *expected_counts) in zip(
             reports, expected, strict=True
         ):

@@ -6,6 +6,7 @@ The repairs of megatron.core that a GPU needs are tested by tests/unit/patches, 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -30,8 +31,9 @@ with_transformer_engine = pytest.mark.skipif(
 ON_CPU = """
 import json, sys
 from pathlib import Path
-from tests.distributed.matrix import ONE, compute
-print(json.dumps(compute([ONE], Path(sys.argv[1]), Path(sys.argv[2]))[ONE.name]))
+from tests.distributed.matrix import ONE, RUNS, compute
+reports = compute([(ONE, run) for run in RUNS], Path(sys.argv[1]), Path(sys.argv[2]))
+print(json.dumps({run: found for (_, run), found in reports.items()}))
 """
 
 
@@ -57,7 +59,7 @@ def test_losses_equal_the_cpus(mcore, tmp_path, on_cpu, monkeypatch, run, tolera
     # The tower's convolution would round its inputs to TF32 otherwise.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     case = Case("local layers", changed={"transformer_impl": "local"})
-    (report,) = compute([case], mcore, tmp_path, [run])[case.name][run]
+    (report,) = compute([(case, run)], mcore, tmp_path)[case.name, run]
     (expected,) = on_cpu[run]
     assert losses(report) == pytest.approx(losses(expected), abs=tolerance)
 
@@ -83,7 +85,8 @@ def test_attention_is_fused_where_it_is_asked_for(mcore, tmp_path, flash):
 @with_transformer_engine
 def test_transformer_engine_learns_the_same(mcore, tmp_path):
     cases = [Case(name, changed={"transformer_impl": name}) for name in ("local", "transformer_engine")]
-    found = compute(cases, mcore, tmp_path, ["everything", "bf16"])
-    for run, tolerance in {"everything": 1e-4, "bf16": 5e-2}.items():
-        (local,), (engine,) = (found[case.name][run] for case in cases)
+    tolerances = {"everything": 1e-4, "bf16": 5e-2}
+    found = compute(itertools.product(cases, tolerances), mcore, tmp_path)
+    for run, tolerance in tolerances.items():
+        (local,), (engine,) = (found[case.name, run] for case in cases)
         assert losses(engine) == pytest.approx(losses(local), abs=tolerance)
