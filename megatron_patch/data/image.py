@@ -205,14 +205,16 @@ def _resize_and_crop(rgb: Image.Image, size: tuple[int, int], crop: tuple[int, i
     Where the picture is smaller than the crop, black around it, the odd line above and on the left.
     """
     (width, height), bicubic = size, Image.Resampling.BICUBIC
-    window = _window(rgb.width, width, crop[0]) if rgb.width > rgb.height else range(width)
-    if len(window) < width:
-        # As little of what is cut off as changes no pixel. Columns first: Pillow's own order for what is wider than
-        # high, which two calls make sure of.
-        left, right = (place * rgb.width / width for place in (window.start, window.stop))
-        rgb = rgb.resize((len(window), rgb.height), bicubic, box=(left, 0, right, rgb.height))
-    resized = rgb.resize((len(window), height), bicubic)
-    left, top = (width - crop[0]) // 2 - window.start, (height - crop[1]) // 2
+    left, top = (width - crop[0]) // 2, (height - crop[1]) // 2
+    if rgb.width > rgb.height:
+        # Little of what is cut off, and in the second step nothing of it. Columns first is Pillow's own order for what
+        # is wider than high: no pixel changes.
+        window = _window(rgb.width, width, crop[0])
+        first, last = (place * rgb.width / width for place in (window.start, window.stop))
+        rgb = rgb.resize((len(window), rgb.height), bicubic, box=(first, 0, last, rgb.height))
+        rgb = rgb.crop((left - window.start, 0, left - window.start + crop[0], rgb.height))
+        width, left = crop[0], 0
+    resized = rgb.resize((width, height), bicubic)
     return resized.crop((left, top, left + crop[0], top + crop[1]))
 
 
