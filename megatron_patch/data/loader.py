@@ -35,8 +35,6 @@ SAMPLES_PER_SLICE = 100
 """Neighbours in a shard that are read one after another; slices come in random order."""
 SHARES = ("data-parallel size", "num_workers")
 """How many processes share the reading: what a position does not depend on where it can be dealt out anew."""
-KILLED = "DataLoader worker (pid"
-"""In torch's words for a process that reads and is gone."""
 PREPARE = (
     "prepare one with: python toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py DIR, "
     "or energon prepare --non-interactive"
@@ -95,7 +93,7 @@ class Loader(SavableDataLoader[Batch]):
         except Exception as error:
             # Not one sample's: of a shard, or of a process that reads. From there, the last line says what it was.
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            if KILLED in reason:
+            if any(map(_was_killed, getattr(self._iterator, "_workers", ()))):
                 raise ValueError(
                     f"{self.failures.dataset}: a process that reads was killed ({reason}); if memory ran out, use "
                     f"fewer --num-workers, else start the same command again"
@@ -310,6 +308,12 @@ def _open(path: Path, split: str, **options: Any) -> LoadedDatasetList:
         why = " ".join(str(error).split()) or "no yaml"
         advice = PREPARE if path.is_dir() else "expected a metadataset of energon, such as docs/formats.md shows"
         raise ValueError(f"{path}: split {split} cannot be read: {why}; {advice}") from error
+
+
+def _was_killed(process: multiprocessing.Process) -> bool:
+    """Whether a signal ended it. It is noticed in several ways, some of them while it is still ending."""
+    process.join(0.2)
+    return (process.exitcode or 0) < 0
 
 
 def _key(sample: Any) -> str:

@@ -126,7 +126,10 @@ def of_two_ranks(model, dataset):
         for each in batches:
             list(islice(each, 4 * steps))
         positions = [save_position(loader) for loader in loaders]
-        return positions, [[batch for each in batches for batch in islice(each, 4)] for _ in range(5)]
+        following = [[batch for each in batches for batch in islice(each, 4)] for _ in range(5)]
+        for each in batches:
+            each.close()
+        return positions, following
 
     return make
 
@@ -166,6 +169,8 @@ def test_ranks_that_cannot_go_on_exactly_are_refused(world_size, global_batch_si
     for each in batches:
         next(each)
     positions = [save_position(loader) for loader in loaders]
+    for each in batches:
+        each.close()  # left to the garbage collector, each process would take five seconds
     with pytest.raises(ValueError, match=named) as caught:
         resume(model, dataset, *positions, world_size=world_size, global_batch_size=global_batch_size)
     assert "\n" not in str(caught.value)
