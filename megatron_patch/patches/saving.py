@@ -37,7 +37,7 @@ class Results:
         """Take it. Raises queue.Empty when nothing was put in, by a process that was killed for instance."""
         self.file.seek(0)
         try:
-            return pickle.load(self.file)
+            return pickle.load(self.file)  # of this process's own child, in memory that has no name
         except EOFError:
             raise queue.Empty from None
 

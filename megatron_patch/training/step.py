@@ -161,10 +161,7 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
             micro_batch_size=config.data.micro_batch_size,
             forward_only=forward_only,
         )
-        losses = zip(read, reports, strict=True) if reports else ()  # of the last stage
-        for samples, report in losses:
-            if not report["totals"][0].isfinite():
-                raise FloatingPointError(f"the loss of samples {', '.join(samples)} is {report['totals'][0].item()}")
+        _check_finite(read, reports)
         totals = _total(reports, batches.seconds, read, num_reading)
         if not forward_only:
             report_spike(totals.loss, usual, read, reports)
@@ -231,6 +228,13 @@ def _next_batch(batches: Iterator[Batch]) -> Batch:
     if group.size() > 1:
         dist.broadcast_object_list(box, group=group, group_src=0, device=parallel.device())
     return box[0]
+
+
+def _check_finite(read: list[list[str]], reports: list[dict[str, Tensor]]) -> None:
+    """Raise FloatingPointError for the first micro batch whose loss is no number. Only the last stage has reports."""
+    for samples, report in zip(read, reports, strict=True) if reports else ():
+        if not report["totals"][0].isfinite():
+            raise FloatingPointError(f"the loss of samples {', '.join(samples)} is {report['totals'][0].item()}")
 
 
 def report_spike(loss: float, usual: Iterable[float], keys: list[list[str]], reports: list[dict[str, Tensor]]) -> None:

@@ -41,6 +41,7 @@ def run_jobs(jobs: Sequence[Job], world_size: int) -> list[list[Any]]:
             _rank(0, *arguments)
         else:
             mp.spawn(_rank, arguments, nprocs=world_size)
+        # Anything that a test's function returns, from processes of its own.
         by_rank = [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world_size)]
         return [list(results) for results in zip(*by_rank, strict=True)]
 

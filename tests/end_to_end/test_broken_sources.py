@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,17 @@ def refused(capsys, target: Path, sources: dict[str, Path]) -> str:
     return lines[0]
 
 
+@contextlib.contextmanager
+def changed(path: Path, key: str, value: object) -> Iterator[None]:
+    """A json file with one setting changed, for a while."""
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), key: value}))
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
 @pytest.mark.parametrize(
     ("source", "key", "value", "message"),
     [
@@ -61,12 +74,8 @@ def refused(capsys, target: Path, sources: dict[str, Path]) -> str:
 )
 def test_wrong_types_in_config_json(tmp_path, capsys, sources, source, key, value, message):
     path = sources[source] / "config.json"
-    before = path.read_text()
-    path.write_text(json.dumps({**json.loads(before), key: value}))
-    try:
+    with changed(path, key, value):
         line = refused(capsys, tmp_path / "target", sources)
-    finally:
-        path.write_text(before)
     assert str(path) in line
     assert message in line
 
@@ -106,12 +115,8 @@ def test_broken_files(tmp_path, capsys, sources, source, name, content, message)
 )
 def test_a_picture_transform_that_is_not_the_towers(tmp_path, capsys, sources, key, value, message):
     path = sources["clip"] / "preprocessor_config.json"
-    before = path.read_text()
-    path.write_text(json.dumps({**json.loads(before), key: value}))
-    try:
+    with changed(path, key, value):
         line = refused(capsys, tmp_path / "target", sources)
-    finally:
-        path.write_text(before)
     assert f"{path}: {message}" in line
 
 

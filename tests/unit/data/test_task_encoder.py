@@ -16,12 +16,6 @@ from tests.unit.data.samples import CLIP, QUESTION, describe, encode, jpeg, sett
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    return folder, describe(folder)
-
-
-@pytest.fixture(scope="module")
 def encoder(model):
     return LlavaTaskEncoder(settings(model[0]), model[1])
 
