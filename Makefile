@@ -1,9 +1,10 @@
 # Every target works on a fresh clone: .venv is built when it is missing or older than what defines it.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(CURDIR)/$(VENV)/bin
+# Relative, for the path to here may have spaces.
+BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-export PATH := $(BIN):$(PATH)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: setup quickstart test lint matrix bench bench-training bench-converter clean
 
