@@ -206,16 +206,22 @@ def _resize_and_crop(rgb: Image.Image, size: tuple[int, int], crop: tuple[int, i
     """
     (width, height), bicubic = size, Image.Resampling.BICUBIC
     left, top = (width - crop[0]) // 2, (height - crop[1]) // 2
-    if rgb.width > rgb.height:
-        # Little of what is cut off, and in the second step nothing of it. Columns first is Pillow's own order for what
-        # is wider than high: no pixel changes.
-        window = _window(rgb.width, width, crop[0])
-        first, last = (place * rgb.width / width for place in (window.start, window.stop))
-        rgb = rgb.resize((len(window), rgb.height), bicubic, box=(first, 0, last, rgb.height))
-        rgb = rgb.crop((left - window.start, 0, left - window.start + crop[0], rgb.height))
-        width, left = crop[0], 0
-    resized = rgb.resize((width, height), bicubic)
-    return resized.crop((left, top, left + crop[0], top + crop[1]))
+    if rgb.height > 2 * rgb.width:
+        # Of what is as high as this, Pillow 13 resizes the rows first.
+        return rgb.resize(size, bicubic).crop((left, top, left + crop[0], top + crop[1]))
+    # Pillow's own two steps, so that no pixel changes, without most of what is cut off. Columns:
+    columns, rows = _window(rgb.width, width, crop[0]), _window(rgb.height, height, crop[1])
+    first, last = (place * rgb.width / width for place in (columns.start, columns.stop))
+    upper, lower = (place * rgb.height / height for place in (rows.start, rows.stop))
+    reach = math.ceil(2 * max(1, rgb.height / height))  # of a bicubic row's weights
+    above, below = max(0, math.floor(upper) - reach), min(rgb.height, math.ceil(lower) + reach)
+    rgb = rgb.resize((len(columns), below - above), bicubic, box=(first, above, last, below))
+    # Rows, of the wanted columns only:
+    left -= columns.start
+    rgb = rgb.crop((left, 0, left + crop[0], rgb.height))
+    rgb = rgb.resize((crop[0], len(rows)), bicubic, box=(0, upper - above, crop[0], lower - above))
+    top -= rows.start
+    return rgb.crop((0, top, crop[0], top + crop[1]))
 
 
 def _window(given: int, resized: int, wanted: int) -> range:

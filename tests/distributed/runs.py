@@ -66,9 +66,13 @@ def run(config: Config, world_size: int, fault: Fault | None = None) -> End:
         ]
         for rank in ranks:
             rank.start()
+        deadline = None
         while any(rank.is_alive() for rank in ranks):
-            if any(rank.exitcode for rank in ranks):
-                time.sleep(0.2)  # others may have the same to say
+            failed = [rank.exitcode for rank in ranks if rank.exitcode]
+            if failed and deadline is None:
+                # One that ended by itself leaves the others time: they may have the same to say.
+                deadline = time.monotonic() + (10 if max(failed) > 0 else 0)
+            if deadline is not None and time.monotonic() >= deadline:
                 for rank in ranks:
                     rank.kill()
             time.sleep(0.02)
