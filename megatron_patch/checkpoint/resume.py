@@ -62,14 +62,24 @@ def latest(folder: Path) -> Path | None:
     return checkpoint
 
 
-def load(config: Config, checkpoint: Path, chunks: list[LlavaModel], optimizer: MegatronOptimizer) -> Progress:
-    """Restore weights and optimizer from a checkpoint that a `Saver` wrote, at any parallel sizes.
+def find(config: Config) -> Path | None:
+    """The checkpoint that the run goes on from, None when it has none yet. Collective.
 
     Raises ValueError, one line and the same on every rank, for a checkpoint that is damaged or of another training.
     """
-    agree(_check_files, checkpoint)
-    _check_same_training(config, checkpoint)
-    agree(_check_same_model, config.model.description, checkpoint.parent, rank=0)
+    checkpoint = latest(config.checkpoint.folder)
+    if checkpoint is not None:
+        agree(_check_files, checkpoint)
+        _check_same_training(config, checkpoint)
+        agree(_check_same_model, config.model.description, checkpoint.parent, rank=0)
+    return checkpoint
+
+
+def load(checkpoint: Path, chunks: list[LlavaModel], optimizer: MegatronOptimizer) -> Progress:
+    """Restore weights and optimizer from a checkpoint that `find` gave, at any parallel sizes.
+
+    Raises ValueError where they are others than this run has.
+    """
     model = model_state(chunks)
     try:
         state = dist_checkpointing.load(

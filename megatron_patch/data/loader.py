@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -80,13 +81,26 @@ class Loader(SavableDataLoader[Batch]):
         self.failures = failures
         self.fingerprint = fingerprint
         self.is_closed = False
+        self._begun: Any = None
+        # For its workers' seeds torch draws from this, not from the numbers that a model begins with.
+        self.generator = torch.Generator()
         # Energon always pins, which without a device is only a warning.
         self.pin_memory = torch.cuda.is_available()
 
     def __iter__(self) -> Iterator[Batch]:
+        """The workers begin to read now, not when the first batch is asked for."""
         assert not self.is_closed, "iterated before, and its workers ended with that iterator"
+        if self.num_workers and self._iterator is None:
+            self._begun = super()._get_iterator()
+        return self._batches(super().__iter__())
+
+    def _get_iterator(self) -> Any:
+        begun, self._begun = self._begun, None
+        return super()._get_iterator() if begun is None else begun
+
+    def _batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         try:
-            yield from super().__iter__()
+            yield from batches
         except FatalSampleError as error:
             # From a worker it arrives with a traceback before its text.
             raise ValueError(str(error).splitlines()[-1].rpartition("FatalSampleError: ")[2]) from error
@@ -313,7 +327,8 @@ def _open(path: Path, split: str, **options: Any) -> LoadedDatasetList:
 
 def _was_killed(process: multiprocessing.Process) -> bool:
     """Whether a signal ended it. It is noticed in several ways, some of them while it is still ending."""
-    process.join(0.2)
+    with contextlib.suppress(RuntimeError):  # torch's, out of the signal that the process ended
+        process.join(0.2)
     return (process.exitcode or 0) < 0
 
 

@@ -44,9 +44,10 @@ def train(config: Config) -> int:
     """
     stop = Stop(config.training.exit_duration_in_mins)
     llava = read_config(config.model.description)
-    chunks, wrapped, optimizer, progress, checkpoint = start_or_resume(config, llava)
+    checkpoint = resume.find(config)
+    loader, batches = open_data(config, llava, checkpoint)  # read from now on, while the model is built
+    chunks, wrapped, optimizer, progress = start_or_resume(config, llava, checkpoint)
     scheduler = build_scheduler(optimizer, config, progress.iteration)
-    loader, batches = open_data(config, llava, checkpoint)
     run_batch, caption = batch_runner(config, llava), captioner(config, llava)
     world_size, is_writer = dist.get_world_size(), dist.get_rank() == 0
     metrics = Metrics(config, llava, first_iteration=progress.iteration + 1, world_size=world_size, is_writer=is_writer)
@@ -84,10 +85,9 @@ def train(config: Config) -> int:
 
 
 def start_or_resume(
-    config: Config, llava: Llava
-) -> tuple[list[LlavaModel], list[DistributedDataParallel], MegatronOptimizer, Progress, Path | None]:
-    """Model and optimizer with the weights of the run's last checkpoint, or of the pretrained one, or new ones."""
-    checkpoint = resume.latest(config.checkpoint.folder)
+    config: Config, llava: Llava, checkpoint: Path | None = None
+) -> tuple[list[LlavaModel], list[DistributedDataParallel], MegatronOptimizer, Progress]:
+    """Model and optimizer with the weights of `checkpoint`, one that `resume.find` gave, or of the pretrained one."""
     if dist.get_rank() == 0:
         resume.remove_partial(config.checkpoint.folder)
     chunks = build_model(config, llava)
@@ -100,13 +100,13 @@ def start_or_resume(
     optimizer = build_optimizer(wrapped, config, llava)
     progress = Progress()
     if checkpoint is not None:
-        progress = resume.load(config, checkpoint, chunks, optimizer)
+        progress = resume.load(checkpoint, chunks, optimizer)
         logger.info(f"resumed from {checkpoint} at iteration {progress.iteration}")
     if dist.get_rank() == 0:
         # Beside the weights, so that a checkpoint can be exported without the folder that it came from.
         copy_companions(config.model.description, config.checkpoint.folder)
         write_processor(config, llava.language.family, config.checkpoint.folder)
-    return chunks, wrapped, optimizer, progress, checkpoint
+    return chunks, wrapped, optimizer, progress
 
 
 def build_model(config: Config, llava: Llava) -> list[LlavaModel]:

@@ -97,7 +97,7 @@ def train(config: Config) -> Report:
     from megatron.core import parallel_state  # which must not be imported before megatron_patch
 
     llava = read_config(config.model.description)
-    _, wrapped, optimizer, _, _ = start_or_resume(config, llava)
+    _, wrapped, optimizer, _ = start_or_resume(config, llava)
     scheduler = build_scheduler(optimizer, config, 0)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     batches = itertools.cycle(tiny_runs.batches(llava, MICRO_BATCHES, pictures=PICTURES)[rank::size])

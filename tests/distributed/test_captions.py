@@ -77,7 +77,7 @@ def config(mcore, pretrain, output, **changed) -> Config:
 def caption(config: Config) -> tuple[list[Caption], float, bool]:
     """Captions, the weights' norm, and whether the model is to be trained after that."""
     llava = read_config(config.model.description)
-    _, wrapped, _, _, _ = start_or_resume(config, llava)
+    _, wrapped, _, _ = start_or_resume(config, llava)
     captions = captioner(config, llava)(wrapped)
     return captions, params_norm(wrapped), all(chunk.training for chunk in wrapped)
 

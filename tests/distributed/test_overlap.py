@@ -8,6 +8,7 @@ import itertools
 import pytest
 from megatron.core import parallel_state
 
+from megatron_patch.checkpoint import resume
 from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.config import Config, Parallel
@@ -30,7 +31,7 @@ def train(config: Config, steps: int) -> list[float]:
         stock = optimizer_module.DistributedDataParallelConfig
         # Several buckets, as a model of some size has them.
         patch.setattr(optimizer_module, "DistributedDataParallelConfig", functools.partial(stock, bucket_size=20_000))
-        chunks, wrapped, optimizer, progress, _ = start_or_resume(config, llava)
+        chunks, wrapped, optimizer, progress = start_or_resume(config, llava, resume.find(config))
     assert len(wrapped[0].bucket_groups) > (3 if config.parallel.overlap_grad_reduce else 0)
     scheduler = build_scheduler(optimizer, config, progress.iteration)
     made = tiny_runs.batches(llava, 4)

@@ -35,7 +35,7 @@ def pack(batch: Batch) -> Batch:
 def train(config: Config) -> list[tuple[float, float, int, int]]:
     """Loss, gradient norm, samples and tokens of a few steps on the same two micro batches."""
     llava = read_config(config.model.description)
-    _, wrapped, optimizer, _, _ = start_or_resume(config, llava)
+    _, wrapped, optimizer, _ = start_or_resume(config, llava)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     batches = tiny_runs.batches(llava, 2)[rank::size]
     batches = itertools.cycle([pack(batch) for batch in batches] if config.data.packs else batches)

@@ -13,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
+from megatron_patch.checkpoint import resume
 from megatron_patch.checkpoint.hf import HfReader
 from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.checkpoint.saving import Saver
@@ -84,7 +85,7 @@ def round_trip(source: Path, clip: Path, tmp_path: Path, tp: int, pp: int) -> No
 def train(config: Config, steps: int) -> list[float]:
     """Losses of some steps, everything trained; then a checkpoint is saved."""
     llava = read_config(config.model.description)
-    chunks, wrapped, optimizer, _, _ = start_or_resume(config, llava)
+    chunks, wrapped, optimizer, _ = start_or_resume(config, llava)
     scheduler = build_scheduler(optimizer, config, 0)
     batches, run = itertools.cycle(tiny_runs.batches(llava, 2)), batch_runner(config, llava)
     losses = []
@@ -98,7 +99,7 @@ def train(config: Config, steps: int) -> list[float]:
 def logits(config: Config, input_ids: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
     """[b, s, vocabulary] of the run's last checkpoint, or of the weights that it starts from."""
     llava = read_config(config.model.description)
-    (model,), *_ = start_or_resume(config, llava)
+    (model,), *_ = start_or_resume(config, llava, resume.find(config))
     image_rows = find_image_rows(input_ids, llava.image_token_id)
     with torch.no_grad():
         return model.eval()(input_ids, image_rows, pictures)[..., : llava.language.vocab_size]

@@ -68,7 +68,7 @@ def operators(mcore, output, changed: dict) -> set[str]:
     """Names of what one training step in bf16 calls in torch."""
     config = tiny_runs.config(mcore, output, precision="bf16", transformer_impl="local", **changed)
     llava = read_config(mcore)
-    _, wrapped, optimizer, _, _ = start_or_resume(config, llava)
+    _, wrapped, optimizer, _ = start_or_resume(config, llava)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         train_step(wrapped, optimizer, iter(tiny_runs.batches(llava, 2)), batch_runner(config, llava))
     return {event.key for event in profile.key_averages()}

@@ -56,7 +56,7 @@ def kept_bytes(config: Config, llava, model) -> int:
 def measure(config: Config) -> dict[str, int]:
     """Bytes that this rank has of everything."""
     llava = read_config(config.model.description)
-    chunks, wrapped, optimizer, _, _ = start_or_resume(config, llava)
+    chunks, wrapped, optimizer, _ = start_or_resume(config, llava)
     storages = {weight.untyped_storage().data_ptr(): weight for chunk in chunks for weight in chunk.parameters()}
     gradients = [buffer.grad_data for chunk in wrapped for buffer in chunk.buffers]
     stepped = [weight for group in optimizer.param_groups for weight in group["params"]]

@@ -41,7 +41,7 @@ TP2_PP2 = Parallel(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
 def save_trained(config):
     """One step on all ranks, then a save. Returns this rank's cut and its weights."""
     llava = read_config(config.model.description)
-    chunks, wrapped, optimizer, _, _ = start_or_resume(config, llava)
+    chunks, wrapped, optimizer, _ = start_or_resume(config, llava)
     train_step(wrapped, optimizer, itertools.cycle(tiny_runs.batches(llava, 2)), batch_runner(config, llava))
     Saver(config, chunks, optimizer).save(Progress(1, 4), None)
     return rank(), tensors(chunks[0])

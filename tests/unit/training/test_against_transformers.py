@@ -72,7 +72,7 @@ def test_losses_equal_transformers_for_twenty_steps(mcore, hf, tmp_path, freeze)
 
     config = tiny_runs.config(mcore, tmp_path, train_iters=STEPS, freeze_lm=freeze, freeze_vit=freeze)
     config = replace(config, optimizer=SETTINGS)
-    _, wrapped, optimizer, _, _ = start_or_resume(config, llava)
+    _, wrapped, optimizer, _ = start_or_resume(config, llava)
     scheduler, run = build_scheduler(optimizer, config, 0), batch_runner(config, llava)
     losses = []
     for _ in range(STEPS):

@@ -32,7 +32,7 @@ VISION = VisionModel(
 def test_flops_are_those_that_torch_counts(mcore, tmp_path, freeze_lm, freeze_vit):
     config = tiny_runs.config(mcore, tmp_path, freeze_lm=freeze_lm, freeze_vit=freeze_vit, use_flash_attn=False)
     llava = read_config(mcore)
-    _, wrapped, optimizer, _, _ = start_or_resume(config, llava)
+    _, wrapped, optimizer, _ = start_or_resume(config, llava)
     with FlopCounterMode(display=False) as counter:
         step = train_step(wrapped, optimizer, iter(tiny_runs.batches(llava, 2)), batch_runner(config, llava))
     assert step.totals == replace(step.totals, num_positions=4 * 60, num_pairs=4 * 60**2, num_pictures=4)

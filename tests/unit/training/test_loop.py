@@ -16,7 +16,7 @@ from tests import tiny_runs
 
 def test_a_loss_that_is_no_number_stops_and_names_the_samples(mcore, tmp_path, one_process):
     config, llava = tiny_runs.config(mcore, tmp_path), read_config(mcore)
-    (chunk,), wrapped, optimizer, _, _ = start_or_resume(config, llava)
+    (chunk,), wrapped, optimizer, _ = start_or_resume(config, llava)
     with torch.no_grad():
         chunk.vision_projection.encoder.linear_fc2.bias.fill_(float("nan"))
     before = {name: tensor.clone() for name, tensor in chunk.state_dict().items() if tensor is not None}
@@ -29,7 +29,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_samples(mcore, tmp_path, o
 def test_fp16_gradients_that_overflow_leave_the_weights_and_lower_the_scale(mcore, tmp_path, one_process, monkeypatch):
     monkeypatch.setattr(optimizer_module, "FIRST_LOSS_SCALE", 2.0**30)
     config, llava = tiny_runs.config(mcore, tmp_path, precision="fp16"), read_config(mcore)
-    (chunk,), wrapped, optimizer, _, _ = start_or_resume(config, llava)
+    (chunk,), wrapped, optimizer, _ = start_or_resume(config, llava)
     before = chunk.vision_projection.encoder.linear_fc1.weight.clone()
     batches, run = itertools.cycle(tiny_runs.batches(llava, 2)), batch_runner(config, llava)
     steps = [train_step(wrapped, optimizer, batches, run) for _ in range(3)]

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_patch import parallel
+from megatron_patch.checkpoint import resume
 from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.families.llava import read_config
@@ -28,7 +29,7 @@ def train(mcore, output, steps, offload="false", precision="fp32", save=False):
     config = tiny_runs.config(mcore, output, precision=precision)
     config = replace(config, optimizer=replace(config.optimizer, optimizer_offload=offload))
     llava = read_config(mcore)
-    chunks, wrapped, optimizer, progress, _ = start_or_resume(config, llava)
+    chunks, wrapped, optimizer, progress = start_or_resume(config, llava, resume.find(config))
     scheduler = build_scheduler(optimizer, config, progress.iteration)
     batches, run = itertools.cycle(tiny_runs.batches(llava, 2)), batch_runner(config, llava)
     reports = []
@@ -79,7 +80,7 @@ def test_a_resumed_run_takes_the_numbers_that_it_is_given(mcore, tmp_path, one_p
     train(mcore, tmp_path, 1, offload, save=True)
     config = tiny_runs.config(mcore, tmp_path, adam_beta1=0.8, adam_beta2=0.99, adam_eps=1e-6, lr=1e-3)
     config, llava = replace(config, optimizer=replace(config.optimizer, optimizer_offload=offload)), read_config(mcore)
-    _, wrapped, optimizer, progress, _ = start_or_resume(config, llava)
+    _, wrapped, optimizer, progress = start_or_resume(config, llava, resume.find(config))
     build_scheduler(optimizer, config, progress.iteration)
     train_step(wrapped, optimizer, iter(tiny_runs.batches(llava, 2)), batch_runner(config, llava))
     (chained,) = optimizer.chained_optimizers

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 def build(mcore, tmp_path, *, cut: Parallel | None = None, **changed):
     """Configuration, first layer of the language model, wrapped model, optimizer."""
     config = tiny_runs.config(mcore, tmp_path, parallel=cut, **changed)
-    chunks, wrapped, optimizer, _, _ = start_or_resume(config, read_config(mcore))
+    chunks, wrapped, optimizer, _ = start_or_resume(config, read_config(mcore))
     return config, chunks[0].language_model.decoder.layers[0], wrapped, optimizer
 
 
