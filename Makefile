@@ -18,8 +18,9 @@ $(STAMP): setup.py constraints.txt
 quickstart: $(STAMP)
 	sh examples/llava_mcore/quickstart.sh
 
+# A file's tests share what they set up, so that they stay together.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
