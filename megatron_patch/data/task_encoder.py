@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,20 @@ class Batch(PinMemoryMixin):
     """Samples that were cut at their end, since they were longer than allowed."""
     segment_lengths: list[int] | None = None
     """Of a packed sequence [1, s]: the positions of each sample with its padding, s in all. None: a sample per row."""
+
+    def __reduce__(self) -> tuple[Callable[..., Batch], tuple]:
+        """Words go to another process by value: torch hands each tensor over as a file, in most of a millisecond."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _rebuild, (values | {name: values[name].numpy() for name in WORDS},)
+
+
+WORDS = ("input_ids", "labels")
+"""Of a batch: few bytes."""
+
+
+def _rebuild(values: dict[str, Any]) -> Batch:
+    """What `Batch.__reduce__` took apart."""
+    return Batch(**(values | {name: torch.from_numpy(values[name]) for name in WORDS}))
 
 
 def _parse(extension: str, data: bytes) -> Any:
