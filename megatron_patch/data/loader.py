@@ -90,7 +90,7 @@ class Loader(SavableDataLoader[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         """The workers begin to read now, not when the first batch is asked for."""
         assert not self.is_closed, "iterated before, and its workers ended with that iterator"
-        if self.num_workers and self._iterator is None:
+        if self.num_workers and self._iterator is None and self._begun is None:
             self._begun = super()._get_iterator()
         return self._batches(super().__iter__())
 
