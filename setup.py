@@ -20,7 +20,8 @@ setup(
         "tensorboard",
         "sentencepiece",
         "protobuf",
-        "pillow",
+        # Known to resize in the order in which megatron_patch/data/image.py does it in two steps.
+        "pillow>=9.5,<14",
         "tqdm",
     ],
     extras_require={

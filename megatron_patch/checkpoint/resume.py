@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import platform
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
@@ -29,6 +31,7 @@ from megatron_patch.families.llava import read_config
 from megatron_patch.model.llava import LlavaModel
 
 CONFIG = "run_config.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,20 @@ def find(config: Config) -> Path | None:
 
     Raises ValueError, one line and the same on every rank, for a checkpoint that is damaged or of another training.
     """
-    checkpoint = latest(config.checkpoint.folder)
+    folder = config.checkpoint.folder
+    _check_shared(folder)
+    checkpoint = agree(latest, folder, rank=0)
     if checkpoint is not None:
         agree(_check_files, checkpoint)
-        _check_same_training(config, checkpoint)
-        agree(_check_same_model, config.model.description, checkpoint.parent, rank=0)
+        agree(_check_same_training, config, checkpoint)
+        agree(_check_same_model, config.model.description, folder, rank=0)
     return checkpoint
 
 
 def load(checkpoint: Path, chunks: list[LlavaModel], optimizer: MegatronOptimizer) -> Progress:
     """Restore weights and optimizer from a checkpoint that `find` gave, at any parallel sizes.
 
-    Raises ValueError where they are others than this run has.
+    Raises ValueError where its tensors are not those of this run's model and optimizer.
     """
     model = model_state(chunks)
     try:
@@ -99,11 +104,40 @@ def load(checkpoint: Path, chunks: list[LlavaModel], optimizer: MegatronOptimize
     return Progress(**state["progress"])
 
 
+def _check_shared(folder: Path) -> None:
+    """Raise ValueError, on every rank, when one does not see what rank 0 writes into `folder`."""
+    path = agree(_mark, folder, rank=0)
+    try:
+        agree(_check_seen, path)
+    finally:
+        if dist.get_rank() == 0:
+            path.unlink(missing_ok=True)
+
+
+def _mark(folder: Path) -> Path:
+    """An empty file there, of a name that no machine remembers as missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".{uuid.uuid4().hex}"
+    path.touch()
+    return path
+
+
+def _check_seen(path: Path) -> None:
+    if not path.exists():
+        raise ValueError(
+            f"{path.parent}: rank {dist.get_rank()} on {platform.node()} does not see what rank 0 writes there; give "
+            f"an output folder that all nodes share"
+        )
+
+
 def _check_files(checkpoint: Path) -> None:
     """This rank's share of: nothing is damaged, and `.metadata`, which megatron.core unpickles, holds only values."""
     try:
         checksums.check(checkpoint, dist.get_rank(), dist.get_world_size())
         read_metadata(checkpoint / ".metadata")
+        unlisted = {path.name for path in checkpoint.glob("*.pt")} - checksums.read(checkpoint).keys()
+        if unlisted:
+            raise ValueError(f"{checkpoint / min(unlisted)}: not in {checksums.FILE}, which lists what was written")
     except ValueError as error:
         raise ValueError(f"{error}; write an earlier iteration into {checkpoint.parent / TRACKER}") from None
 
@@ -185,16 +219,17 @@ def saved(folder: Path) -> list[Path]:
     return sorted(folder.glob("iter_" + 7 * "[0-9]"))
 
 
-def agree(action: Callable[..., Any], *arguments: Any, rank: int | None = None) -> None:
-    """Call `action(*arguments)` on every rank, or on one. Where it raises OSError or ValueError, every rank does."""
-    error: Exception | None = None
+def agree(action: Callable[..., T], *arguments: Any, rank: int | None = None) -> T:
+    """What `action(*arguments)` gives here, or on `rank` alone. Where it raises OSError or ValueError, all ranks do."""
+    result = error = None
     try:
         if rank in (None, dist.get_rank()):
-            action(*arguments)
+            result = action(*arguments)
     except (OSError, ValueError) as caught:
         error = caught
-    errors: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for error in errors:
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, (error, None if rank is None else result))
+    for error, _ in reports:
         if error is not None:
             raise error
+    return result if rank is None else reports[rank][1]

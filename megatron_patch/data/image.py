@@ -200,7 +200,7 @@ def _expand_to_square(rgb: Image.Image, mean: tuple[float, ...]) -> Image.Image:
 
 
 def _resize_and_crop(rgb: Image.Image, size: tuple[int, int], crop: tuple[int, int]) -> Image.Image:
-    """Resize to `size` and cut the middle `crop` out, both (width, height).
+    """Resize to `size`, which keeps the aspect, and cut the middle `crop` out, both (width, height).
 
     Where the picture is smaller than the crop, black around it, the odd line above and on the left.
     """

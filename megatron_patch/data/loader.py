@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -89,9 +90,15 @@ class Loader(SavableDataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         """The workers begin to read now, not when the first batch is asked for."""
-        assert not self.is_closed, "iterated before, and its workers ended with that iterator"
+        assert not self.is_closed, "its workers ended"
         if self.num_workers and self._iterator is None and self._begun is None:
-            self._begun = super()._get_iterator()
+            try:
+                self._begun = super()._get_iterator()
+            except OSError as error:
+                raise ValueError(
+                    f"{self.failures.dataset}: a process to read it cannot be started ({error}); use fewer "
+                    f"--num-workers"
+                ) from error
         return self._batches(super().__iter__())
 
     def _get_iterator(self) -> Any:
@@ -105,19 +112,48 @@ class Loader(SavableDataLoader[Batch]):
             # From a worker it arrives with a traceback before its text.
             raise ValueError(str(error).splitlines()[-1].rpartition("FatalSampleError: ")[2]) from error
         except Exception as error:
-            # Not one sample's: of a shard, or of a process that reads. From there, the last line says what it was.
+            self.raise_if_killed(error)
+            # Not one sample's: of a shard. From a worker, the last line says what it was.
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            if any(map(_was_killed, getattr(self._iterator, "_workers", ()))):
-                raise ValueError(
-                    f"{self.failures.dataset}: a process that reads was killed ({reason}); if memory ran out, use "
-                    f"fewer --num-workers, else start the same command again"
-                ) from error
             raise ValueError(f"{self.failures.dataset}: reading failed ({reason}); convert the data anew") from error
         finally:
-            if self._iterator is not None:
-                # Left to the garbage collector, which first ends the queues' threads, each worker takes 5 seconds.
-                self._iterator._shutdown_workers()
-                self.is_closed = True
+            self.close()
+
+    def raise_if_killed(self, error: Exception) -> None:
+        """Raise ValueError where a signal ended a worker: then `error`, whatever it says, follows from that."""
+        if not self.is_closed and any(map(_was_killed, getattr(self._running, "_workers", ()))):
+            raise ValueError(
+                f"{self.failures.dataset}: a process that reads was killed; if memory ran out, use fewer "
+                f"--num-workers, else start the same command again"
+            ) from error
+
+    def close(self) -> None:
+        """End the workers. Left to the garbage collector, which first ends queues' threads, each takes 5 seconds."""
+        if self.num_workers and self._running is not None:
+            self._running._shutdown_workers()
+            self.is_closed = True
+
+    @property
+    def _running(self) -> Any:
+        return self._iterator if self._begun is None else self._begun
+
+
+@contextlib.contextmanager
+def reading(loader: Loader | MockLoader | None) -> Iterator[Iterator[Batch | None]]:
+    """`loader`'s batches, None for ever without one. What fails because a worker was killed says so.
+
+    The workers end with it.
+    """
+    try:
+        yield itertools.repeat(None) if loader is None else iter(loader)
+    except Exception as error:
+        # Torch raises in the midst of anything when one ends, and something else may have made its own of that.
+        if isinstance(loader, Loader):
+            loader.raise_if_killed(error)
+        raise
+    finally:
+        if isinstance(loader, Loader):
+            loader.close()
 
 
 def train_loader(config: Config, llava: Llava, *, rank: int, world_size: int) -> Loader | MockLoader:
@@ -304,6 +340,8 @@ def _check_shard(path: EPath) -> int:
         if not file.is_file():
             raise ValueError(f"{file}: missing, though the dataset lists it; copy or convert the data again")
     places = index.read_bytes()
+    if not places or len(places) % 8:
+        raise ValueError(f"{index}: {len(places)} bytes, expected 8 for each place; copy or convert the data again")
     (end,) = struct.unpack("<Q", places[-8:])
     if path.size() < end:
         raise ValueError(f"{path}: {path.size()} bytes, expected {end} by its index; copy or convert the data again")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,7 +11,6 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.energon import SavableDataLoader
 
 from megatron_patch import parallel
 from megatron_patch.checkpoint import resume
@@ -22,7 +20,8 @@ from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.checkpoint.stages import Stage
 from megatron_patch.config import Config
-from megatron_patch.data.loader import resumed_loader, save_position, train_loader, valid_loader
+from megatron_patch.data.loader import Loader, reading, resumed_loader, save_position, train_loader, valid_loader
+from megatron_patch.data.mock import MockLoader
 from megatron_patch.data.processor import write_processor
 from megatron_patch.families.llava import read_config
 from megatron_patch.families.transformer_engine import to_transformer_engine_name
@@ -45,42 +44,45 @@ def train(config: Config) -> int:
     stop = Stop(config.training.exit_duration_in_mins)
     llava = read_config(config.model.description)
     checkpoint = resume.find(config)
-    loader, batches = open_data(config, llava, checkpoint)  # read from now on, while the model is built
-    chunks, wrapped, optimizer, progress = start_or_resume(config, llava, checkpoint)
-    scheduler = build_scheduler(optimizer, config, progress.iteration)
-    run_batch, caption = batch_runner(config, llava), captioner(config, llava)
-    world_size, is_writer = dist.get_world_size(), dist.get_rank() == 0
-    metrics = Metrics(config, llava, first_iteration=progress.iteration + 1, world_size=world_size, is_writer=is_writer)
-    saver = Saver(config, chunks, optimizer)
-    if progress.iteration >= config.training.train_iters:
-        logger.info(
-            f"nothing to do: {progress.iteration} iterations are done, and --train-iters asks for "
-            f"{config.training.train_iters}"
+    loader = resume.agree(open_data, config, llava, checkpoint)
+    with reading(loader) as batches:  # from now on, while the model is built
+        chunks, wrapped, optimizer, progress = start_or_resume(config, llava, checkpoint)
+        scheduler = build_scheduler(optimizer, config, progress.iteration)
+        run_batch, caption = batch_runner(config, llava), captioner(config, llava)
+        world_size, is_writer = dist.get_world_size(), dist.get_rank() == 0
+        metrics = Metrics(
+            config, llava, first_iteration=progress.iteration + 1, world_size=world_size, is_writer=is_writer
         )
+        saver = Saver(config, chunks, optimizer)
+        if progress.iteration >= config.training.train_iters:
+            logger.info(
+                f"nothing to do: {progress.iteration} iterations are done, and --train-iters asks for "
+                f"{config.training.train_iters}"
+            )
 
-    for iteration in range(progress.iteration + 1, config.training.train_iters + 1):
-        scheduler.step(1)
-        step = train_step(wrapped, optimizer, batches, run_batch)
-        progress = Progress(iteration, progress.consumed_samples + step.totals.num_samples)
-        metrics.log(iteration, step, optimizer.param_groups[0]["lr"], progress.consumed_samples)
+        for iteration in range(progress.iteration + 1, config.training.train_iters + 1):
+            scheduler.step(1)
+            step = train_step(wrapped, optimizer, batches, run_batch)
+            progress = Progress(iteration, progress.consumed_samples + step.totals.num_samples)
+            metrics.log(iteration, step, optimizer.param_groups[0]["lr"], progress.consumed_samples)
 
-        stops = stop.due()
-        if config.validates and not stops and is_due(iteration, config.training.eval_interval, config):
-            metrics.log_validation(iteration, validate(config, llava, wrapped, run_batch))
-            metrics.log_captions(iteration, caption(wrapped))
-        saver.poll()
-        if stops or is_due(iteration, config.checkpoint.save_interval, config):
-            metrics.flush()
-            gather_weights(wrapped, config)
-            saver.save(progress, save_position(loader) if writes_position(config) else None)
-        if stops:
-            break
-    saver.wait()
-    metrics.flush()
-    if stop.reason:
-        logger.info(
-            f"stopped by {stop.reason} after iteration {progress.iteration}; the same command goes on from there"
-        )
+            stops = stop.due()
+            if config.validates and not stops and is_due(iteration, config.training.eval_interval, config):
+                metrics.log_validation(iteration, validate(config, llava, wrapped, run_batch))
+                metrics.log_captions(iteration, caption(wrapped))
+            saver.poll()
+            if stops or is_due(iteration, config.checkpoint.save_interval, config):
+                metrics.flush()
+                gather_weights(wrapped, config)
+                saver.save(progress, save_position(loader) if writes_position(config) else None)
+            if stops:
+                break
+        saver.wait()
+        metrics.flush()
+        if stop.reason:
+            logger.info(
+                f"stopped by {stop.reason} after iteration {progress.iteration}; the same command goes on from there"
+            )
     return stop.exit_code
 
 
@@ -145,33 +147,29 @@ def load_pretrained(config: Config, llava: Llava, chunk: LlavaModel) -> None:
         raise ValueError(f"{config.model.pretrained_checkpoint}: {wrong[0]} and {len(wrong) - 1} more do not match")
 
 
-def open_data(config: Config, llava: Llava, checkpoint: Path | None) -> tuple[SavableDataLoader | None, Iterator]:
-    """The training data from where `checkpoint` left it, on the ranks that read."""
+def open_data(config: Config, llava: Llava, checkpoint: Path | None) -> Loader | MockLoader | None:
+    """The training data from where `checkpoint` left it; None on the ranks that do not read."""
     if not reads_data(config):
-        return None, itertools.repeat(None)
+        return None
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     if config.validates:
         valid_loader(config, llava, rank=rank, world_size=size)  # raises now what would stop the first validation
     if checkpoint is None:
-        loader = train_loader(config, llava, rank=rank, world_size=size)
-    else:
-        positions = functools.partial(resume.read_position, checkpoint)
-        loader = resumed_loader(config, llava, positions, rank=rank, world_size=size)
-    return loader, iter(loader)
+        return train_loader(config, llava, rank=rank, world_size=size)
+    positions = functools.partial(resume.read_position, checkpoint)
+    return resumed_loader(config, llava, positions, rank=rank, world_size=size)
 
 
 def validate(
     config: Config, llava: Llava, chunks: list[DistributedDataParallel], run_batch: Callable[..., Totals]
 ) -> Totals:
     """The loss on the first samples of the val split: every validation sees the same."""
-    batches = itertools.repeat(None)
+    loader = None
     if reads_data(config):
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        batches = iter(valid_loader(config, llava, rank=rank, world_size=size))
-    with evaluating(chunks):
+        loader = valid_loader(config, llava, rank=rank, world_size=size)
+    with reading(loader) as batches, evaluating(chunks):
         totals = [run_batch(chunks, batches, forward_only=True) for _ in range(config.training.eval_iters)]
-    if reads_data(config):
-        batches.close()  # ends the processes that read
     return Totals.mean(totals)
 
 

@@ -25,7 +25,7 @@ import torch._dynamo  # torch's optimizers import it when they are built
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_patch import parallel
-from megatron_patch.checkpoint import checksums, disk, saving
+from megatron_patch.checkpoint import checksums, disk, resume, saving
 from megatron_patch.checkpoint.companions import checkpoint_folder
 from megatron_patch.config import Config
 from megatron_patch.data.task_encoder import LlavaTaskEncoder
@@ -172,6 +172,25 @@ def weights_spoilt_after_step(iteration: int) -> None:
 
     loop.build_model = build_and_keep
     after_step(iteration, spoil)
+
+
+def reader_killed_while_loading() -> None:
+    """The processes that read are killed while the checkpoint is loaded."""
+    load = resume.dist_checkpointing.load
+
+    def kill_and_load(*arguments, **named):
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        return load(*arguments, **named)
+
+    resume.dist_checkpointing.load = kill_and_load
+
+
+def another_folder() -> None:
+    """Under the output's path this rank finds another folder, as on a node with a disk of its own. A mock."""
+    stock = resume._check_seen
+    resume._check_seen = lambda path: stock(path.parent / "of another node" / path.name)
 
 
 def sample_unreadable(count: int) -> None:

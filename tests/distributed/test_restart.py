@@ -113,8 +113,10 @@ def test_killed_while_the_background_writes(train, settings, unbroken, tmp_path)
     assert end.codes == [-signal.SIGKILL], end
     (partial,) = config.checkpoint.folder.glob("*.partial")
     stat = Path("/proc", (partial / "__0_0.distcp").read_text(), "stat")
-    time.sleep(0.5)
-    assert not stat.exists() or " Z " in stat.read_text()
+    deadline = time.monotonic() + 10
+    while stat.exists() and " Z " not in stat.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert not (config.checkpoint.folder / TRACKER).exists()
     assert train(config, 1).codes == [0]
     assert_same(tmp_path, unbroken(ONE))
@@ -219,8 +221,8 @@ class TestRefused:
         assert train(config, 2, (runs.killed_after_step, 0, (4,))).codes[0] == -signal.SIGKILL
         return config
 
-    def refused(self, train, config: Config) -> set[str]:
-        end = train(config, 2)
+    def refused(self, train, config: Config, fault: runs.Fault | None = None) -> set[str]:
+        end = train(config, 2, fault)
         assert end.codes == [1, 1]
         return set(end.errors)
 
@@ -251,9 +253,37 @@ class TestRefused:
         tracker.write_text(text)
         assert f"has iter_{INTERVAL:07d} and no {TRACKER}; write the iteration to go on from into it" in error
 
+    def test_a_position_that_is_not_listed(self, train, saved):
+        """It would be unpickled."""
+        folder = saved.checkpoint.folder / f"iter_{INTERVAL:07d}"
+        sums = checksums.read(folder)
+        checksums.write(folder, {name: digest for name, digest in sums.items() if name != "data_position_000.pt"})
+        (error,) = self.refused(train, saved)
+        checksums.write(folder, sums)
+        assert f"{folder}/data_position_000.pt: not in SHA256SUMS" in error
+
+    def test_a_folder_of_another_node(self, train, saved):
+        (error,) = self.refused(train, saved, (runs.another_folder, 1, ()))
+        assert f"ValueError: {saved.checkpoint.folder}/of another node: rank 1 on " in error
+        assert error.endswith("give an output folder that all nodes share")
+
+    def test_data_that_only_one_rank_reads(self, train, settings, tmp_path):
+        config = settings(tmp_path, TP2)
+        config = replace(config, data=replace(config.data, data_path=tmp_path / "none"))
+        (error,) = self.refused(train, config)
+        assert error.startswith(f"ValueError: {tmp_path}/none: missing; expected an energon dataset")
+
+    def test_a_reader_killed_while_loading(self, train, saved):
+        end = train(saved, 2, (runs.reader_killed_while_loading, 0, ()))
+        assert any(
+            error.startswith(f"ValueError: {saved.data.data_path}: a process that reads was killed; if memory ran out")
+            for error in end.errors
+        ), end
+
     def test_other_workers(self, train, saved):
         changed = replace(saved, data=replace(saved.data, num_workers=2))
-        assert any("num_workers was 1 when it was saved and is 2 now" in said for said in self.refused(train, changed))
+        (error,) = self.refused(train, changed)
+        assert "num_workers was 1 when it was saved and is 2 now" in error
 
     def test_other_data_parallel_size(self, train, saved):
         (error,) = self.refused(train, replace(saved, parallel=ONE))

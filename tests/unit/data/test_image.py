@@ -98,6 +98,14 @@ def test_every_kind_of_picture_is_bit_equal(picture, transform, tmp_path):
     assert_equal_to_transformers(encoded(mode, size, file_format, **options), tmp_path, settings)
 
 
+def test_what_the_crop_leaves_out_changes_no_pixel(tmp_path):
+    """Ends that are exact and that are not, wide and high, smaller than the crop, and on both sides of 1:2."""
+    settings = write_transform(tmp_path, "clip", size=56)
+    for short, long in ((75, 100), (66, 100), (67, 100), (40, 79), (40, 80), (40, 81), (40, 82), (112, 224), (9, 300)):
+        for size in ((short, long), (long, short)):
+            assert_equal_to_transformers(encoded("RGB", size, "PNG"), tmp_path, settings)
+
+
 def test_crop_larger_than_the_picture_pads_as_transformers_does(tmp_path):
     settings = write_settings(tmp_path, size={"shortest_edge": 21}, crop_size={"height": 28, "width": 30})
     for size in ((20, 40), (41, 20), (23, 24)):

@@ -1,5 +1,6 @@
 """Loaders on a real energon dataset: order, exact positions, and what is not read."""
 
+import errno
 import json
 import logging
 import os
@@ -273,8 +274,10 @@ def test_validation_needs_a_path(model, dataset):
         (lambda tar: tar.unlink(), "00002.tar: missing, though the dataset lists it"),
         (lambda tar: os.truncate(tar, 5000), r"00002.tar: 5000 bytes, expected \d+ by its index"),
         (lambda tar: tar.with_name("00002.tar.idx").unlink(), "00002.tar.idx: missing, though the dataset lists it"),
+        (lambda tar: os.truncate(f"{tar}.idx", 13), "00002.tar.idx: 13 bytes, expected 8 for each place"),
+        (lambda tar: os.truncate(f"{tar}.idx", 0), "00002.tar.idx: 0 bytes, expected 8 for each place"),
     ],
-    ids=["missing", "cut off", "no index"],
+    ids=["missing", "cut off", "no index", "index cut off", "empty index"],
 )
 def test_a_shard_that_is_not_whole_is_named_before_training(model, dataset, tmp_path, damage, said):
     copy = shutil.copytree(dataset, tmp_path / "copy")
@@ -289,9 +292,19 @@ def test_a_killed_process_is_not_the_datas_fault(model, dataset):
     next(batches)
     os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
     with pytest.raises(
-        ValueError, match=r"a process that reads was killed .*; if memory ran out, use fewer --num-work"
+        ValueError, match=r"a process that reads was killed; if memory ran out, use fewer --num-workers"
     ):
         list(islice(batches, 100))
+
+
+def test_a_process_that_cannot_be_started(model, dataset, monkeypatch):
+    def fork():
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    loader = build(model, dataset, num_workers=1)
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(ValueError, match=r"cannot be started \(.*Cannot allocate memory\); use fewer --num-workers"):
+        iter(loader)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

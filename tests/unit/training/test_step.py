@@ -77,7 +77,7 @@ def test_the_wait_for_batches_is_measured():
 
     batches = TimedIterator(slow())
     assert [next(batches), next(batches)] == ["a", "b"]
-    assert 0.1 <= batches.seconds < 0.2
+    assert batches.seconds >= 0.1
 
 
 @pytest.mark.parametrize("loss", [19.9, 20.1])
