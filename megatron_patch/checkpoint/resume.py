@@ -68,7 +68,8 @@ def latest(folder: Path) -> Path | None:
 def find(config: Config) -> Path | None:
     """The checkpoint that the run goes on from, None when it has none yet. Collective.
 
-    Raises ValueError, one line and the same on every rank, for a checkpoint that is damaged or of another training.
+    Raises ValueError or OSError, one line and the same on every rank, for a folder that not all ranks share, and for a
+    checkpoint that is damaged or of another training.
     """
     folder = config.checkpoint.folder
     _check_shared(folder)

@@ -174,17 +174,27 @@ def weights_spoilt_after_step(iteration: int) -> None:
     after_step(iteration, spoil)
 
 
-def reader_killed_while_loading() -> None:
+def readers_killed_while_loading() -> None:
     """The processes that read are killed while the checkpoint is loaded."""
     load = resume.dist_checkpointing.load
 
     def kill_and_load(*arguments, **named):
-        for child in multiprocessing.active_children():
-            child.kill()
-            child.join()
+        kill_readers()
         return load(*arguments, **named)
 
     resume.dist_checkpointing.load = kill_and_load
+
+
+def readers_killed_after_step(iteration: int) -> None:
+    """The processes that read are killed before the next step asks them for anything."""
+    after_step(iteration, kill_readers)
+
+
+def kill_readers() -> None:
+    """SIGKILL for every process that this one started."""
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
 
 
 def another_folder() -> None:

@@ -273,12 +273,15 @@ class TestRefused:
         (error,) = self.refused(train, config)
         assert error.startswith(f"ValueError: {tmp_path}/none: missing; expected an energon dataset")
 
-    def test_a_reader_killed_while_loading(self, train, saved):
-        end = train(saved, 2, (runs.reader_killed_while_loading, 0, ()))
-        assert any(
-            error.startswith(f"ValueError: {saved.data.data_path}: a process that reads was killed; if memory ran out")
-            for error in end.errors
-        ), end
+    @pytest.mark.parametrize(
+        "fault",
+        [(runs.readers_killed_while_loading, 0, ()), (runs.readers_killed_after_step, 0, (INTERVAL + 1,))],
+        ids=["while loading", "between steps"],
+    )
+    def test_readers_that_are_killed(self, train, saved, fault):
+        said = f"ValueError: {saved.data.data_path}: a process that reads was killed; if memory ran out"
+        end = train(saved, 2, fault)
+        assert any(error.startswith(said) for error in end.errors), end
 
     def test_other_workers(self, train, saved):
         changed = replace(saved, data=replace(saved.data, num_workers=2))

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from dataclasses import replace
 from itertools import islice
 
 import pytest
+import torch
 
 from megatron_patch.data.loader import save_position, valid_loader
 from tests.unit.data.loaders import COUNT, assert_same, build, flat, keys, resume, take
@@ -284,6 +286,18 @@ def test_a_shard_that_is_not_whole_is_named_before_training(model, dataset, tmp_
     damage(copy / "00002.tar")
     with pytest.raises(ValueError, match=said):
         build(model, copy)
+
+
+def test_reading_begins_at_once_and_draws_no_number_of_the_models(model, dataset):
+    """Ranks that do not read would else begin with other weights."""
+    loader, numbers = build(model, dataset, num_workers=1), torch.get_rng_state()
+    before = set(multiprocessing.active_children())
+    batches = iter(loader)
+    (reader,) = set(multiprocessing.active_children()) - before
+    next(batches)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    batches.close()
+    assert not reader.is_alive()
 
 
 def test_a_killed_process_is_not_the_datas_fault(model, dataset):
