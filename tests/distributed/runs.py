@@ -191,10 +191,10 @@ def readers_killed_after_step(iteration: int) -> None:
 
 
 def kill_readers() -> None:
-    """SIGKILL for every process that this one started."""
+    """SIGKILL for every process that this one started, and time for the signal of that to come."""
     for child in multiprocessing.active_children():
-        child.kill()
-        child.join()
+        os.kill(child.pid, signal.SIGKILL)
+    time.sleep(1)
 
 
 def another_folder() -> None:

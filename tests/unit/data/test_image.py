@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 import zlib
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import transformers
 from PIL import Image
 
 from megatron_patch.data.image import (
+    _window,
     load_pixels,
     normalize,
     preprocessor_of,
@@ -99,11 +101,33 @@ def test_every_kind_of_picture_is_bit_equal(picture, transform, tmp_path):
 
 
 def test_what_the_crop_leaves_out_changes_no_pixel(tmp_path):
-    """Ends that are exact and that are not, wide and high, smaller than the crop, and on both sides of 1:2."""
+    """Wide and high, smaller than the crop, and on both sides of 1:2, from where on Pillow 13 takes another order."""
     settings = write_transform(tmp_path, "clip", size=56)
-    for short, long in ((75, 100), (66, 100), (67, 100), (40, 79), (40, 80), (40, 81), (40, 82), (112, 224), (9, 300)):
+    for short, long in (
+        (75, 100),
+        (66, 100),
+        (67, 100),
+        (40, 81),
+        (80, 159),
+        (80, 160),
+        (80, 163),
+        (80, 190),
+        (9, 300),
+    ):
         for size in ((short, long), (long, short)):
             assert_equal_to_transformers(encoded("RGB", size, "PNG"), tmp_path, settings)
+
+
+def test_a_window_ends_where_pillow_can_begin():
+    """Pillow takes places as float32. Where none is exact the window is everything."""
+    assert _window(500, 448, 336) == range(56, 392)
+    assert _window(32769, 4096, 334) == range(4096)
+    for given in range(300, 700):
+        window = _window(given, given * 3 // 4, 200)
+        first = (given * 3 // 4 - 200) // 2
+        assert window.start <= first <= window.stop - 200
+        for place in (window.start, window.stop):
+            assert float(np.float32(place * given / (given * 3 // 4))) == Fraction(place * given, given * 3 // 4)
 
 
 def test_crop_larger_than_the_picture_pads_as_transformers_does(tmp_path):
