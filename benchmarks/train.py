@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_patch.config import Config, Model
+from megatron_patch.estimate.flops import Work, forward_flops, step_flops
+from megatron_patch.estimate.memory import plan
 from megatron_patch.families.llava import read_config
-from megatron_patch.plan import plan
 from megatron_patch.sizes import Llava
-from megatron_patch.training.flops import Work, forward_flops, step_flops
 
 if TYPE_CHECKING:
     from contest import Batch, Result

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from megatron_patch.checkpoint.companions import checkpoint_folder
 from megatron_patch.config import MOCK, Config
+from megatron_patch.estimate.memory import report
 from megatron_patch.families.llava import read_config
 from megatron_patch.files import TRAINING
-from megatron_patch.plan import report
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

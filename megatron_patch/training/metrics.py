@@ -16,9 +16,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_patch.config import Config
+from megatron_patch.estimate.flops import megatron_lm_flops, step_flops
 from megatron_patch.sizes import Llava
 from megatron_patch.training.captions import Caption
-from megatron_patch.training.flops import megatron_lm_flops, step_flops
 from megatron_patch.training.log import logger
 from megatron_patch.training.step import Step, Totals
 

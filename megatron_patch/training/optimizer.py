@@ -12,8 +12,8 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_patch import parallel
 from megatron_patch.config import Config
+from megatron_patch.estimate.memory import GIB, offload_fraction, plan
 from megatron_patch.model.llava import LlavaModel
-from megatron_patch.plan import GIB, offload_fraction, plan
 from megatron_patch.sizes import Llava
 from megatron_patch.training.log import logger
 

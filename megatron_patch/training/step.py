@@ -30,10 +30,10 @@ from megatron_patch.config import Config, Parallel
 from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.data.task_encoder import Batch
 from megatron_patch.data.tokenize import IGNORE
+from megatron_patch.estimate.flops import Work
 from megatron_patch.model.llava import DTYPES, find_image_rows
 from megatron_patch.model.specs import FP8_MULTIPLE, uses_transformer_engine
 from megatron_patch.sizes import Llava
-from megatron_patch.training.flops import Work
 from megatron_patch.training.log import logger
 from megatron_patch.training.params_norm import params_norm
 

@@ -21,19 +21,18 @@ ALLOWED = {
     "arguments.py": (),
     "conversion.py": ("config", "arguments", "checkpoint", "families", "sizes"),
     "parallel.py": ("config",),
-    "activations.py": ("config", "sizes"),
-    "plan.py": ("activations", "config", "families", "sizes"),
-    "launch.py": ("config", "families", "files", "checkpoint", "plan"),
+    "estimate": ("config", "families", "sizes"),
+    "launch.py": ("config", "families", "files", "checkpoint", "estimate"),
     "patches": (),
     "families": ("sizes",),
     "model": ("config", "sizes"),
     "checkpoint": ("checks", "config", "files", "sizes", "families", "model"),
     "data": ("config", "sizes", "files"),
-    "training": ("config", "sizes", "families", "model", "checkpoint", "data", "parallel", "plan", "files"),
+    "training": ("config", "sizes", "families", "model", "checkpoint", "data", "parallel", "estimate", "files"),
     "__init__.py": ("patches",),
 }
 WITHOUT_MEGATRON_CORE = ("config.py", "sizes.py", "arguments.py", "conversion.py", "launch.py", "families", "data")
-WITHOUT_MEGATRON_CORE += ("parallel_config.py", "activations.py", "plan.py")
+WITHOUT_MEGATRON_CORE += ("parallel_config.py", "estimate")
 MEGATRON_CORE_IN_CHECKPOINT = ("resume.py", "saving.py")
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -14,9 +14,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
+from megatron_patch.estimate.flops import megatron_lm_flops, step_flops
 from megatron_patch.families.llava import read_config
 from megatron_patch.training.captions import Caption
-from megatron_patch.training.flops import megatron_lm_flops, step_flops
 from megatron_patch.training.metrics import Metrics
 from megatron_patch.training.step import Step, Totals
 from tests import tiny_runs

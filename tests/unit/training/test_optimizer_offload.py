@@ -13,8 +13,8 @@ from megatron_patch import parallel
 from megatron_patch.checkpoint import resume
 from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.checkpoint.saving import Saver
+from megatron_patch.estimate.memory import plan
 from megatron_patch.families.llava import read_config
-from megatron_patch.plan import plan
 from megatron_patch.training import optimizer as optimizer_module
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.optimizer import build_scheduler

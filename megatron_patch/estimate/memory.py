@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_patch.activations import ELEMENT, activations
 from megatron_patch.config import Config
+from megatron_patch.estimate.activations import ELEMENT, activations
 from megatron_patch.families.family import Weight
 from megatron_patch.families.llava import pipeline_copies, rows
 from megatron_patch.sizes import Llava

@@ -12,9 +12,9 @@ from megatron.core import parallel_state
 from megatron_patch.config import Config, Parallel
 from megatron_patch.data.image import normalize
 from megatron_patch.data.task_encoder import Batch
+from megatron_patch.estimate.memory import plan
 from megatron_patch.families.llava import read_config
 from megatron_patch.launch import launch
-from megatron_patch.plan import plan
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.step import cut_text
 from tests import tiny_runs
