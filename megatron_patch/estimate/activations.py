@@ -72,7 +72,6 @@ def language_layer(config: Config, llava: Llava, fused_norm: bool = True) -> Lay
     heads = config.data.micro_batch_size * model.num_attention_heads // tp
 
     norms = 2 * (_norm(given, trained, fused_norm) + between * FP32)
-    rotary = 4 * length * model.kv_channels * w
     if not config.model.use_flash_attn:
         # Keys and values are repeated for each query head; the scores in fp32, and in 16 bits once more.
         core = heads * length * length * (FP32 + (w if w < FP32 else 0))
@@ -93,8 +92,8 @@ def language_layer(config: Config, llava: Llava, fused_norm: bool = True) -> Lay
     if config.training.recompute_granularity == "selective":
         attention, core = inputs, core + max(0, attention - inputs)
     ffn = t * model.ffn_hidden_size // tp * w
-    mlp = (4 + trained) * ffn  # gate and up, SiLU, up once more, their product
-    return Layer(kept=norms + rotary + attention + core + output + mlp, core=core, given=given)
+    mlp = (2 + trained) * ffn  # gate and up, their product
+    return Layer(kept=norms + attention + core + output + mlp, core=core, given=given)
 
 
 def vision_layer(config: Config, llava: Llava) -> Layer:

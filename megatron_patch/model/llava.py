@@ -237,6 +237,7 @@ def language_config(config: Config, sizes: LanguageModel) -> TransformerConfig:
         normalization="RMSNorm",
         activation_func=F.silu,
         gated_linear_unit=True,
+        bias_activation_fusion=True,
         add_bias_linear=False,
         add_qkv_bias=sizes.add_qkv_bias,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,

@@ -66,9 +66,15 @@ def needed() -> list[Repair]:
     """The repairs for this machine."""
     import torch
 
-    from megatron_patch.patches import no_cuda, no_transformer_engine, optimizer_offload, saving
+    from megatron_patch.patches import no_cuda, no_transformer_engine, optimizer_offload, rotary, saving, swiglu
 
-    repairs = [*saving.REPAIRS, *no_transformer_engine.REPAIRS, *optimizer_offload.REPAIRS]
+    repairs = [
+        *rotary.REPAIRS,
+        *swiglu.REPAIRS,
+        *saving.REPAIRS,
+        *no_transformer_engine.REPAIRS,
+        *optimizer_offload.REPAIRS,
+    ]
     if not torch.cuda.is_available():
         repairs += no_cuda.REPAIRS
     return repairs

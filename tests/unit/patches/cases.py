@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import tempfile
+from collections.abc import Callable
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_patch  # noqa: F401  (installs the repairs)
 from megatron_patch import patches
@@ -183,6 +185,42 @@ def settings_are_no_state() -> None:
     _save_and_load(*_optimizer(offload=True))
 
 
+def few_kernels() -> None:
+    """The backward pass of SwiGLU: SiLU, two products, SiLU's own, where nothing is compiled."""
+    from megatron.core import jit
+
+    jit.disable_jit_fuser()
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+
+    given = torch.randn(3, 1, 8, requires_grad=True)
+    output, gradient = bias_swiglu_impl(given, None), torch.ones(3, 1, 4)
+    names = kernels(lambda: torch.autograd.grad(output, given, gradient))
+    assert names == ["aten.silu", "aten.mul", "aten.mul", "aten.silu_backward"], names
+
+
+def one_rotation() -> None:
+    """Queries are rotated with three kernels, forward and backward, once their angles were seen."""
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+
+    query, angles = torch.randn(5, 2, 3, 8, requires_grad=True), torch.randn(5, 1, 1, 8)
+    rotated, gradient = _apply_rotary_pos_emb_bshd(query, angles), torch.ones(5, 2, 3, 8)
+    forward = kernels(lambda: _apply_rotary_pos_emb_bshd(query, angles))
+    backward = kernels(lambda: torch.autograd.grad(rotated, query, gradient))
+    assert forward == backward == ["aten.mul", "aten.addcmul_", "aten.addcmul_"], (forward, backward)
+
+
+def angles_of_packed_samples() -> None:
+    """Packed queries too: nothing is put together again for the next layer."""
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
+
+    _start()
+    query, angles, borders = torch.randn(8, 3, 8), torch.randn(5, 1, 1, 8), torch.tensor([0, 5, 8], dtype=torch.int32)
+    group = torch.distributed.group.WORLD
+    _apply_rotary_pos_emb_thd(query, borders, angles, cp_group=group)
+    names = kernels(lambda: _apply_rotary_pos_emb_thd(query, borders, angles, cp_group=group))
+    assert names == ["aten.mul", "aten.addcmul_", "aten.addcmul_"], names
+
+
 def version_of_nothing() -> None:
     """Settings for offloaded 16-bit weights."""
     from megatron.core.optimizer import OptimizerConfig
@@ -190,6 +228,21 @@ def version_of_nothing() -> None:
     OptimizerConfig(
         lr=0.1, use_distributed_optimizer=True, use_precision_aware_optimizer=True, optimizer_cpu_offload=True
     )
+
+
+def kernels(function: Callable[[], object]) -> list[str]:
+    """The operations on numbers that `function` dispatches; no views, no empty tensors."""
+    names = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if not operation.is_view and "empty" not in str(operation):
+                names.append(str(operation.overloadpacket))
+            return operation(*args, **(kwargs or {}))
+
+    with Recorder():
+        function()
+    return names
 
 
 def _start() -> None:
