@@ -7,6 +7,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import MegatronModule, param_is_not_shared
+from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_patch import parallel
 
@@ -14,17 +16,35 @@ from megatron_patch import parallel
 def params_norm(chunks: list[MegatronModule]) -> float:
     """L2 norm of the whole model's weights, frozen ones included. All ranks call it; all get the same.
 
-    Weights that several tensor-parallel ranks or pipeline stages hold alike count once.
+    Weights that several tensor-parallel ranks or pipeline stages hold alike count once. Frozen ones are read the first
+    time, and again when they have changed.
     """
-    mine = [
-        parameter.detach()
-        for chunk in chunks
-        for parameter in chunk.parameters()
-        if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)
-    ]
     squares = torch.zeros((), dtype=torch.float64, device=parallel.device())
-    if mine:
-        norms = torch._foreach_norm(mine, 2, dtype=torch.float32)
-        squares += torch.stack(norms).double().square().sum()
+    for chunk in chunks:
+        mine = [
+            parameter
+            for parameter in chunk.parameters()
+            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)
+        ]
+        squares += _squares([parameter for parameter in mine if parameter.requires_grad])
+        squares += _frozen_squares(chunk, [parameter for parameter in mine if not parameter.requires_grad])
     dist.all_reduce(squares, group=parallel_state.get_model_parallel_group())
     return squares.sqrt().item()
+
+
+def _frozen_squares(chunk: MegatronModule, frozen: list[Parameter]) -> Tensor:
+    """`_squares` of the frozen weights, kept on `chunk`: most of a model, and the same at each step."""
+    state = [(parameter.data_ptr(), parameter._version) for parameter in frozen]  # writing counts the version up
+    known, squares = getattr(chunk, "frozen_squares", (None, None))
+    if known != state:
+        squares = _squares(frozen)
+        chunk.frozen_squares = state, squares
+    return squares
+
+
+def _squares(weights: list[Parameter]) -> Tensor:
+    """Sum of their squares, fp64."""
+    if not weights:
+        return torch.zeros((), dtype=torch.float64, device=parallel.device())
+    norms = torch._foreach_norm([weight.detach() for weight in weights], 2, dtype=torch.float32)
+    return torch.stack(norms).double().square().sum()

@@ -221,6 +221,43 @@ def angles_of_packed_samples() -> None:
     assert names == ["aten.mul", "aten.addcmul_", "aten.addcmul_"], names
 
 
+def fused_accumulation() -> None:
+    """A linear layer adds its weight's gradient to the one that it has."""
+    from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+
+    _start()
+    weight = torch.nn.Parameter(torch.randn(3, 4))
+    weight.main_grad = torch.ones(3, 4)
+    tokens = torch.randn(5, 2, 4)
+    output = linear_with_grad_accumulation_and_async_allreduce(tokens, weight, None, True, False, False)
+    output.backward(torch.ones_like(output))
+    assert weight.grad is None
+    torch.testing.assert_close(weight.main_grad, 1 + tokens.sum((0, 1)).expand(3, 4))
+
+
+def norm_at_once() -> None:
+    """The norm of many gradients is waited for once, and is what it was."""
+    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+
+    _start()
+    gradients, norms = [torch.randn(size) for size in range(1, 9)], []
+    names = kernels(lambda: norms.append(get_grad_norm_fp32(gradients)))
+    assert names.count("aten._local_scalar_dense") == 1, names
+    assert abs(norms[0] - torch.cat(gradients).norm().item()) < 1e-6 * norms[0]
+
+
+def scaling_in_place() -> None:
+    """Clipped gradients are multiplied where they are."""
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    for parameter in parameters:
+        parameter.grad = torch.full((2,), 3.0)
+    names = kernels(lambda: clip_grad_by_total_norm_fp32(parameters, max_norm=1.0, total_norm=2.0))
+    assert [name for name in names if name != "aten.zeros"] == ["aten._foreach_mul_"], names
+    assert all(parameter.grad.allclose(torch.tensor(1.5)) for parameter in parameters)
+
+
 def version_of_nothing() -> None:
     """Settings for offloaded 16-bit weights."""
     from megatron.core.optimizer import OptimizerConfig
