@@ -16,6 +16,7 @@ from megatron_patch.estimate.memory import GIB, offload_fraction, plan
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.sizes import Llava
 from megatron_patch.training.log import logger
+from megatron_patch.training.weight_gradients import accumulate_in_place
 
 FIRST_LOSS_SCALE = 2.0**12
 """fp16: what the loss, a sum over tokens, is multiplied with at first. Halved after gradients overflow twice."""
@@ -43,6 +44,7 @@ def wrap(chunks: list[LlavaModel], config: Config) -> list[DistributedDataParall
         )
         for index, chunk in enumerate(chunks)
     ]
+    accumulate_in_place(wrapped)
     if config.parallel.overlap_grad_reduce:
         # Gradients are sent only when the last micro batch has added its own.
         no_syncs = [chunk.no_sync for chunk in wrapped]
