@@ -15,6 +15,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 
 class SDPAttention(MegatronModule):
@@ -86,7 +87,9 @@ class SDPAttention(MegatronModule):
             context = self._attend(query, key, value, is_causal=self.is_causal)
         else:
             context = self._attend_pieces(query, key, value)
-        return context.permute(2, 0, 1, 3).flatten(2)  # [s, b, n * d]
+        # The memory-efficient kernel (fp32 on a GPU) lays its output out sample by sample, from which the next layer
+        # would make a matrix product for each position. What others give is contiguous here already.
+        return context.permute(2, 0, 1, 3).flatten(2).contiguous()  # [s, b, n * d]
 
     def _attend_pieces(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """This rank's two pieces of the queries, each against the part of the sequence that ends with it."""
@@ -95,7 +98,8 @@ class SDPAttention(MegatronModule):
         contexts = []
         for piece, queries in zip((rank, 2 * size - 1 - rank), query.chunk(2, dim=2), strict=True):
             end = (piece + 1) * length
-            mask = torch.ones(length, end, dtype=torch.bool, device=query.device).tril(piece * length)
+            # A name for a mask, not one: with a tensor, no kernel that skips what is masked could be taken.
+            mask = causal_lower_right(length, end)
             contexts.append(self._attend(queries, key[:, :, :end], value[:, :, :end], attn_mask=mask))
         return torch.cat(contexts, dim=2)
 
