@@ -19,6 +19,8 @@ def start(parallel: Parallel, seed: int, timeout_minutes: int = 10, init_method:
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # fp32 is fp32: cuDNN would round what it convolves to TF32.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
         init_method=init_method,
