@@ -238,6 +238,9 @@ def language_config(config: Config, sizes: LanguageModel) -> TransformerConfig:
         activation_func=F.silu,
         gated_linear_unit=True,
         bias_activation_fusion=True,
+        # Transformer Engine's kernel; local layers have patches/rotary.py. It takes a packed sequence's borders on the
+        # device, for which megatron.core's own rotation would wait in each layer.
+        apply_rope_fusion=uses_transformer_engine(config.model),
         add_bias_linear=False,
         add_qkv_bias=sizes.add_qkv_bias,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,

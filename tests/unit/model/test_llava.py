@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.enums import AttnBackend
 from transformers import LlavaForConditionalGeneration
 
@@ -67,12 +70,39 @@ def test_logits_and_loss_equal_transformers(mcore, hf, one_process, tmp_path, fl
     assert abs(losses.mean() - F.cross_entropy(expected[is_label], batch.labels[is_label])) <= 1e-5
 
 
-@pytest.mark.parametrize(("flash", "backend"), [(True, AttnBackend.auto), (False, AttnBackend.unfused)])
-def test_transformer_engine_is_told_which_attention(mcore, tmp_path, monkeypatch, flash, backend):
+@pytest.fixture
+def engine(monkeypatch) -> mock.Mock:
+    """Stand-ins for Transformer Engine's rotations, which need a GPU, as if its layers were used."""
     monkeypatch.setattr(llava_module, "uses_transformer_engine", lambda model: True)
+    engine = mock.Mock()
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", engine.rotate)
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", engine.rotate_packed)
+    return engine
+
+
+@pytest.mark.parametrize(("flash", "backend"), [(True, AttnBackend.auto), (False, AttnBackend.unfused)])
+def test_transformer_engine_is_told_which_attention(mcore, tmp_path, engine, flash, backend):
     config, llava = tiny_runs.config(mcore, tmp_path, use_flash_attn=flash), read_config(mcore)
     assert llava_module.language_config(config, llava.language).attention_backend == backend
     assert llava_module.vision_config(config, llava.vision).attention_backend == backend
+
+
+def test_transformer_engine_rotates_with_its_own_kernels(mcore, tmp_path, engine):
+    """Packed samples too: their borders, which are on the device, are not looked at."""
+    config, llava = tiny_runs.config(mcore, tmp_path), read_config(mcore)
+    query, angles, borders = torch.zeros(4, 1, 2, 8), torch.zeros(4, 1, 1, 8), mock.Mock(spec=[])
+    group = mock.Mock(**{"rank.return_value": 1, "size.return_value": 2})
+    settings = llava_module.language_config(config, llava.language)
+    rope_utils.apply_rotary_pos_emb(query, angles, settings, cp_group=group)
+    rope_utils.apply_rotary_pos_emb(query, angles, settings, borders, cp_group=group)
+    engine.rotate.assert_called_once_with(query, angles, interleaved=False)
+    engine.rotate_packed.assert_called_once_with(query, borders, angles, cp_size=2, cp_rank=1)
+    assert not llava_module.vision_config(config, llava.vision).apply_rope_fusion
+
+
+def test_local_layers_rotate_without_transformer_engine(mcore, tmp_path):
+    config, llava = tiny_runs.config(mcore, tmp_path), read_config(mcore)
+    assert not llava_module.language_config(config, llava.language).apply_rope_fusion
 
 
 def test_text_without_pictures_trains(mcore, one_process, tmp_path):
