@@ -1,9 +1,9 @@
 """Repairs of megatron.core 0.16.1, made while it is imported, so that no other file knows about them.
 
 `no_cuda` holds what it needs where there is no CUDA device, `no_transformer_engine` what it needs where Transformer
-Engine and Apex are missing, `saving` and `optimizer_offload` what is to be mended everywhere. Each repair names the
-modules that it mends and is made right after such a module was loaded. One that replaces a function is for that
-function as 0.16.1 has it: where another version's is not the same, it is left out, and a warning says so.
+Engine and Apex are missing, `meta_device`, `saving` and `optimizer_offload` what is to be mended everywhere. Each
+repair names the modules that it mends and is made right after such a module was loaded. One that replaces a function is
+for that function as 0.16.1 has it: where another version's is not the same, it is left out, and a warning says so.
 """
 
 from __future__ import annotations
@@ -66,9 +66,14 @@ def needed() -> list[Repair]:
     """The repairs for this machine."""
     import torch
 
-    from megatron_patch.patches import no_cuda, no_transformer_engine, optimizer_offload, saving
+    from megatron_patch.patches import meta_device, no_cuda, no_transformer_engine, optimizer_offload, saving
 
-    repairs = [*saving.REPAIRS, *no_transformer_engine.REPAIRS, *optimizer_offload.REPAIRS]
+    repairs = [
+        *saving.REPAIRS,
+        *meta_device.REPAIRS,
+        *no_transformer_engine.REPAIRS,
+        *optimizer_offload.REPAIRS,
+    ]
     if not torch.cuda.is_available():
         repairs += no_cuda.REPAIRS
     return repairs
