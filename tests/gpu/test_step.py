@@ -5,7 +5,6 @@ The repairs of megatron.core that a GPU needs are tested by tests/unit/patches, 
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from megatron_patch.families.llava import read_config
+from megatron_patch.patches.transformer_engine import transformer_engine_fault
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
@@ -25,7 +25,7 @@ from tests.end_to_end.scripts import ROOT
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pytest -m gpu")
 with_transformer_engine = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None, reason="needs transformer-engine[pytorch]"
+    transformer_engine_fault() is not None, reason=f"needs Transformer Engine: {transformer_engine_fault()}"
 )
 
 ON_CPU = """
