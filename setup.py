@@ -1,4 +1,4 @@
-"""Install the toolkit: `pip install -e .`, with Transformer Engine `pip install -e .[te]`."""
+"""Install the toolkit: `pip install -e .`; README.md says how with Transformer Engine."""
 
 from setuptools import find_packages, setup
 
@@ -25,7 +25,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "te": ["transformer-engine[pytorch]"],
+        # megatron-core 0.16.1's own range (its extra "dev").
+        "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
         "s3": ["megatron-energon[s3]"],
         # moto with Flask: a local S3 server.
         "dev": [

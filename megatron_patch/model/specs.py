@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from megatron_patch.config import Model
 from megatron_patch.model.attention import SDPAttention
+from megatron_patch.patches.transformer_engine import transformer_engine_fault
 
 # torch_dist checkpoints carry Transformer Engine's names whichever spec wrote them, as gpt_layer_specs.py does it.
 # (megatron.core's own vision specs lack this, so that their checkpoints fit one spec only.)
@@ -49,14 +48,12 @@ class TorchNorm:
 
 def uses_transformer_engine(model: Model) -> bool:
     """Whether layers are Transformer Engine's. Raises ValueError when it was asked for and cannot be had."""
-    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    if model.transformer_impl == "transformer_engine" and not available:
-        raise ValueError(
-            "--transformer-impl transformer_engine: needs a GPU and the package transformer-engine[pytorch]; use local"
-        )
-    if model.precision == "fp8" and not available:
-        raise ValueError("--precision fp8: needs a GPU and the package transformer-engine[pytorch]; use bf16")
-    return available and model.transformer_impl != "local"
+    fault = transformer_engine_fault() if torch.cuda.is_available() else "no GPU is visible"
+    if fault and model.transformer_impl == "transformer_engine":
+        raise ValueError(f"--transformer-impl transformer_engine: {fault}; use local")
+    if fault and model.precision == "fp8":
+        raise ValueError(f"--precision fp8: needs Transformer Engine, and {fault}; use bf16")
+    return fault is None and model.transformer_impl != "local"
 
 
 def norm(model: Model) -> type:

@@ -1,10 +1,10 @@
 """Repairs of megatron.core 0.16.1, made while it is imported, so that no other file knows about them.
 
 `no_cuda` holds what it needs where there is no CUDA device, `no_transformer_engine` what it needs where Transformer
-Engine and Apex are missing, `rotary`, `swiglu` and `gradients` what is faster otherwise, `saving` and
-`optimizer_offload` what is to be mended everywhere. Each repair names the modules that it mends and is made right after
-such a module was loaded. One that replaces a function is for that function as 0.16.1 has it: where another version's is
-not the same, it is left out, and a warning says so.
+Engine and Apex are missing, `transformer_engine` hides one that cannot be imported. `rotary`, `swiglu` and `gradients`
+hold what is faster otherwise, `meta_device`, `saving` and `optimizer_offload` what is to be mended everywhere. Each
+repair names the modules that it mends and is made right after such a module was loaded. One that replaces a function is
+for that function as 0.16.1 has it: where another version's is not the same, it is left out, and a warning says so.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+
+from megatron_patch.patches.transformer_engine import transformer_engine_fault
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ def needed() -> list[Repair]:
 
     from megatron_patch.patches import (
         gradients,
+        meta_device,
         no_cuda,
         no_transformer_engine,
         optimizer_offload,
@@ -82,6 +85,7 @@ def needed() -> list[Repair]:
         *swiglu.REPAIRS,
         *gradients.REPAIRS,
         *saving.REPAIRS,
+        *meta_device.REPAIRS,
         *no_transformer_engine.REPAIRS,
         *optimizer_offload.REPAIRS,
     ]
@@ -98,6 +102,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
     def find_spec(self, name: str, path, target=None) -> importlib.machinery.ModuleSpec | None:
         if name == PACKAGE:
+            transformer_engine_fault()
             self.repairs = needed()
         elif not name.startswith(PACKAGE + "."):
             return None

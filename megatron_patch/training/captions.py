@@ -24,6 +24,7 @@ from megatron_patch.data.loader import valid_loader
 from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
 from megatron_patch.data.tokenize import IGNORE
 from megatron_patch.model.llava import DTYPES
+from megatron_patch.model.specs import FP8_MULTIPLE
 from megatron_patch.sizes import Llava
 from megatron_patch.training.step import cut_text
 
@@ -122,7 +123,7 @@ def _generate(
     """The answer to each prompt up to one of `ends`, int64 [s] each; `next_words`: (input_ids, lengths) -> ids [b]."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])  # [b]
     longest = min(int(lengths.max()) + MAX_NEW_TOKENS, config.model.decoder_seq_length)
-    multiple = config.parallel.sequence_multiple
+    multiple = config.parallel.sequence_multiple * _multiple(config)
     input_ids = torch.zeros(len(prompts), -(-longest // multiple) * multiple, dtype=torch.int64)  # [b, s]
     for row, prompt in enumerate(prompts):
         input_ids[row, : len(prompt)] = prompt
@@ -141,6 +142,11 @@ def _generate(
     return [torch.tensor(answer, dtype=torch.int64) for answer in answers]
 
 
+def _multiple(config: Config) -> int:
+    """What the number of tokens on a rank is a multiple of: fp8's kernels ask for it in evaluation too."""
+    return FP8_MULTIPLE if config.model.precision == "fp8" else 1
+
+
 def _next_words(
     config: Config, llava: Llava, pixels: Tensor
 ) -> Callable[[list[DistributedDataParallel], Tensor, Tensor], Tensor]:
@@ -154,7 +160,8 @@ def _next_words(
     def next_words(chunks: list[DistributedDataParallel], input_ids: Tensor, lengths: Tensor) -> Tensor:
         positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         # Context parallelism deals out sequences: the positions go along in the place of labels.
-        text = cut_text(Batch(keys=[], input_ids=input_ids, labels=positions, pixels=pixels), llava.image_token_id, cut)
+        batch = Batch(keys=[], input_ids=input_ids, labels=positions, pixels=pixels)
+        text = cut_text(batch, llava.image_token_id, cut, _multiple(config))
         words, image_rows = (text[name].to(parallel.device()) for name in ("input_ids", "image_rows"))
         is_last = (text["labels"] == (lengths - 1).unsqueeze(1)).to(parallel.device())  # [b, s / CP]
         outputs = schedule(

@@ -8,7 +8,7 @@ import torch
 from tests.end_to_end.scripts import TRAIN, call, scalars, train_arguments
 from tests.unit.data.samples import convert_folder, write_pretrain
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pytest -m gpu")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])

@@ -5,7 +5,6 @@ The repairs of megatron.core that a GPU needs are tested by tests/unit/patches, 
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from megatron_patch.families.llava import read_config
+from megatron_patch.patches.transformer_engine import transformer_engine_fault
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
@@ -23,9 +23,9 @@ from tests.distributed.matrix import ONE, Case, compute
 from tests.distributed.ranks import run_ranks
 from tests.end_to_end.scripts import ROOT
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pytest -m gpu")
 with_transformer_engine = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None, reason="needs transformer-engine[pytorch]"
+    transformer_engine_fault() is not None, reason=f"needs Transformer Engine: {transformer_engine_fault()}"
 )
 
 ON_CPU = """
@@ -40,9 +40,11 @@ print(json.dumps({run: found for (_, run), found in reports.items()}))
 @pytest.fixture(scope="module")
 def on_cpu(mcore, tmp_path_factory) -> dict[str, list]:
     """What a process that sees no GPU reports of the tests' few steps, run by run."""
+    # In front, and not alone: the dependencies may come by the same variable.
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", ON_CPU, mcore, tmp_path_factory.mktemp("cpu")],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
         capture_output=True,
         text=True,
     )

@@ -25,7 +25,7 @@ ALLOWED = {
     "launch.py": ("config", "families", "files", "checkpoint", "estimate"),
     "patches": (),
     "families": ("sizes",),
-    "model": ("config", "sizes"),
+    "model": ("config", "patches", "sizes"),
     "checkpoint": ("checks", "config", "files", "sizes", "families", "model"),
     "data": ("config", "sizes", "files"),
     "training": ("config", "sizes", "families", "model", "checkpoint", "data", "parallel", "estimate", "files"),

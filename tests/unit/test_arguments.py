@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_patch import config
 from megatron_patch.arguments import flag, parse, walk
 from megatron_patch.config import Config
 
@@ -108,6 +110,23 @@ def test_what_needs_transformer_engine_is_refused_without(capsys, monkeypatch, w
     assert said in error_of(capsys, *words.split())
 
 
+def test_transformer_engine_without_its_extension_is_refused(capsys, monkeypatch, tmp_path):
+    """As `pip install transformer-engine` leaves it. (Mocks: empty files in the places of package and library.)"""
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+    said = error_of(capsys, "--transformer-impl", "transformer_engine")
+    assert "which is installed without its part for torch (transformer_engine_torch); install that as README" in said
+    for place in (tmp_path, package, package / "wheel_lib"):
+        place.mkdir(exist_ok=True)
+        library = place / "transformer_engine_torch.cpython-312-x86_64-linux-gnu.so"
+        library.touch()
+        assert parse(Config, [*REQUIRED, "--transformer-impl", "transformer_engine"])
+        library.unlink()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -121,7 +140,7 @@ def test_what_needs_transformer_engine_is_refused_without(capsys, monkeypatch, w
     ],
 )
 def test_what_does_not_go_together_with_transformer_engine(capsys, monkeypatch, words, said):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(config, "require_transformer_engine", lambda *words: None)
     assert said in error_of(capsys, *words.split())
 
 

@@ -6,6 +6,7 @@ import copy
 import multiprocessing
 import tempfile
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -145,6 +146,24 @@ def states_of_several_buckets() -> None:
     _save_and_load(model, optimizer)
     for state, before in zip(inner.state.values(), expected, strict=True):
         assert torch.equal(state["exp_avg"], before)
+
+
+def positions_without_memory() -> None:
+    """Built on the meta device, the whole network asks CUDA for nothing: on a machine with a GPU, which is mocked."""
+    _start()
+    from megatron.core.tensor_parallel import layers
+
+    from megatron_patch.checkpoint.verify import _config
+    from megatron_patch.model.llava import LlavaModel
+    from tests.unit.test_config import LLAVA
+
+    with (
+        mock.patch.object(torch.Tensor, "cuda", torch._C.TensorBase.cuda),  # torch's own, which moves tensors
+        mock.patch.object(layers.torch.cuda, "current_device", mock.Mock(side_effect=AssertionError)),
+        torch.device("meta"),
+    ):
+        model = LlavaModel(_config(), LLAVA)
+    assert all(weight.is_meta for weight in model.parameters())
 
 
 def streams() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_patch import config
 from megatron_patch.config import Parallel
 from megatron_patch.data.task_encoder import Batch
 from megatron_patch.training.captions import MAX_NEW_TOKENS, _generate, _prompt_and_answer
@@ -12,23 +13,33 @@ from tests import tiny_runs
 ENDS = torch.tensor([2, 3])
 
 
-def generate(tmp_path, prompts: list[list[int]], answers: list[list[int]], length: int) -> list[list[int]]:
+def generate(
+    tmp_path, prompts: list[list[int]], answers: list[list[int]], length: int, precision: str = "fp32"
+) -> list[list[int]]:
     """What is made of a model that says `answers`, one word after the other."""
-    config = tiny_runs.config(tmp_path, tmp_path, decoder_seq_length=length, parallel=Parallel(context_parallel_size=2))
+    cut = Parallel(context_parallel_size=2)
+    settings = tiny_runs.config(tmp_path, tmp_path, decoder_seq_length=length, parallel=cut, precision=precision)
 
     def next_words(input_ids, lengths):
-        assert input_ids.shape[1] % 4 == 0
+        assert input_ids.shape[1] % (4 * 16 if precision == "fp8" else 4) == 0
         said = lengths - torch.tensor([len(prompt) for prompt in prompts])
         for row, prompt in enumerate(prompts):
             assert input_ids[row, : lengths[row]].tolist() == prompt + answers[row][: said[row]]
         return torch.tensor([answer[count] for answer, count in zip(answers, said, strict=True)])
 
-    return [said.tolist() for said in _generate(config, tuple(map(torch.tensor, prompts)), ENDS, next_words)]
+    return [said.tolist() for said in _generate(settings, tuple(map(torch.tensor, prompts)), ENDS, next_words)]
 
 
 def test_a_caption_ends_with_its_end(tmp_path):
     answers = [[7, 8, 2], [3, 9], [5, 6, 7, 2]]
     assert generate(tmp_path, [[1], [1, 3, 4], [1, 3]], answers, 128) == [[7, 8], [], [5, 6, 7]]
+
+
+def test_sequences_are_padded_for_fp8(tmp_path, monkeypatch):
+    """To 16 tokens in each of a rank's two slices. (A mock: Transformer Engine, which is not asked for.)"""
+    monkeypatch.setattr(config, "require_transformer_engine", lambda *words: None)
+    answers = [[7, 8, 2], [3, 9], [5, 6, 7, 2]]
+    assert generate(tmp_path, [[1], [1, 3, 4], [1, 3]], answers, 128, "fp8") == [[7, 8], [], [5, 6, 7]]
 
 
 def test_a_caption_ends_with_the_sequence_or_at_the_most_words(tmp_path):
