@@ -61,6 +61,7 @@ def launch(config: Config, script: Path, argv: Sequence[str]) -> int:
         where = [f"--nnodes={nodes}", f"--node-rank={node_rank}"]
         where += [f"--master-addr={os.environ['MASTER_ADDR']}", f"--master-port={os.environ['MASTER_PORT']}"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    set_gpu_environment(config)
     arguments = [*where, f"--nproc-per-node={processes}", str(script), *argv]
     return _torchrun(arguments, config.checkpoint.output / "log", first_rank=node_rank * processes)
 
@@ -98,6 +99,23 @@ def check_devices(config: Config, processes: int) -> None:
         raise ValueError("--transformer-impl transformer_engine: needs a GPU, and torch sees none here; use auto")
     if count == 0 and config.model.precision == "fp8":
         raise ValueError("--precision fp8: needs a GPU, and torch sees none here; use bf16")
+
+
+def set_gpu_environment(config: Config) -> None:
+    """Set the environment variables that a run on GPUs wants, where the user has not."""
+    import torch
+
+    if torch.cuda.device_count() == 0:
+        return
+    cut = config.parallel
+    if cut.tensor_model_parallel_size > 1 or cut.context_parallel_size > 1:
+        # Kernels then start in the order of their launch: a collective before the product that is to hide it.
+        # Megatron-LM refuses another value for GPUs before Blackwell.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Lengths vary from batch to batch, and segments of fixed sizes would leave gaps. Every torch from 2.6 on reads this
+    # name, in 2.9 with a warning; the new name is ignored there. What the user says under either is left as it is.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def check_output(output: Path) -> None:

@@ -48,7 +48,11 @@ def stop() -> None:
 
 def free_memory() -> int | None:
     """Bytes that are free on this process's GPU; None without one."""
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    # What torch keeps of tensors that are gone, such as the weights from before DDP's buffers, counts as used.
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
 
 
 def device() -> torch.device:

@@ -1,10 +1,11 @@
 """Repairs of megatron.core 0.16.1, made while it is imported, so that no other file knows about them.
 
-`no_cuda` holds what it needs where there is no CUDA device, `no_transformer_engine` what it needs where Transformer
-Engine and Apex are missing, `transformer_engine` hides one that cannot be imported. `rotary`, `swiglu` and `gradients`
-hold what is faster otherwise, `meta_device`, `saving` and `optimizer_offload` what is to be mended everywhere. Each
-repair names the modules that it mends and is made right after such a module was loaded. One that replaces a function is
-for that function as 0.16.1 has it: where another version's is not the same, it is left out, and a warning says so.
+`no_cuda` holds what it needs where there is no CUDA device, `no_compiler` where there is one and no C compiler,
+`no_transformer_engine` where Transformer Engine and Apex are missing; `transformer_engine` hides one that cannot be
+imported. `rotary`, `swiglu` and `gradients` hold what is faster otherwise, `meta_device`, `saving` and
+`optimizer_offload` what is to be mended everywhere. Each repair names the modules that it mends and is made right after
+such a module was loaded. One that replaces a function is for that function as 0.16.1 has it: where another version's is
+not the same, it is left out, and a warning says so.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def needed() -> list[Repair]:
     from megatron_patch.patches import (
         gradients,
         meta_device,
+        no_compiler,
         no_cuda,
         no_transformer_engine,
         optimizer_offload,
@@ -91,6 +93,8 @@ def needed() -> list[Repair]:
     ]
     if not torch.cuda.is_available():
         repairs += no_cuda.REPAIRS
+    elif not no_compiler.can_compile():
+        repairs += no_compiler.REPAIRS
     return repairs
 
 

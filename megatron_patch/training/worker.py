@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 
 from megatron_patch.config import Config
-from megatron_patch.files import TRAINING
 from megatron_patch.training.log import start_log
 
 EXPECTED = (ValueError, OSError, FloatingPointError)
@@ -20,16 +18,18 @@ def run(config: Config) -> int:
     start_log(config.checkpoint.output / "log", rank)
     # Here, so that what libraries remark while they are loaded goes to the log.
     from megatron_patch import parallel
+    from megatron_patch.training import peers
     from megatron_patch.training.loop import train
     from megatron_patch.training.stopping import end_with_parent, lock
 
     end_with_parent()
+    peers.watch()
     try:
         # Held until this process ends.
         held = lock(config.checkpoint.folder) if rank == 0 else None
         parallel.start(config.parallel, config.training.seed, config.training.distributed_timeout_minutes)
-        mark = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name(TRAINING)
-        mark.touch()
+        mark = peers.mark_path()
+        mark.write_text(str(os.getpid()))
         code = train(config)
         mark.unlink()
         parallel.stop()
@@ -38,7 +38,9 @@ def run(config: Config) -> int:
     except Exception as error:
         logging.getLogger().error("stopped", exc_info=True)
         if not _others_are_gone(error):
-            _tell_launcher(error)
+            line = _line(error)
+            _tell_launcher(line)
+            peers.tell(line)
         return 1
     return code
 
@@ -50,11 +52,16 @@ def _others_are_gone(error: Exception) -> bool:
     return not isinstance(error, EXPECTED) and (isinstance(error, DistError) or "gloo" in str(error))
 
 
-def _tell_launcher(error: Exception) -> None:
-    """Hand it what ends the run, in torchrun's way: one line, which it prints once however many ranks have it."""
-    from torch.distributed.elastic.multiprocessing.errors.handlers import get_error_handler
-
+def _line(error: Exception) -> str:
+    """What ends the run, in one line."""
     line = " ".join(str(error).split())
     if not isinstance(error, EXPECTED):
         line = f"{type(error).__name__}: {line[:300]}; its traceback is in the rank's log"
+    return line
+
+
+def _tell_launcher(line: str) -> None:
+    """Hand it what ends the run, in torchrun's way; it prints the line once however many ranks have it."""
+    from torch.distributed.elastic.multiprocessing.errors.handlers import get_error_handler
+
     get_error_handler().record_exception(RuntimeError(line))

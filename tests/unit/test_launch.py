@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
-from megatron_patch.config import Parallel
+from megatron_patch.config import MOCK, Parallel
 from megatron_patch.files import TRAINING
-from megatron_patch.launch import _torchrun, check_devices, check_files, find_nodes, processes_per_node
+from megatron_patch.launch import _torchrun, check_devices, check_files, find_nodes, launch, processes_per_node
 from tests.tiny_runs import config
 
 JOB = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "node-0", "MASTER_PORT": "6000"}
@@ -75,6 +77,38 @@ def test_more_processes_than_gpus_are_refused(environment):
         check_devices(run(), 3)
     environment.setattr(torch.cuda, "device_count", lambda: 0)
     check_devices(run(), 3)
+
+
+ONE_QUEUE, GROWING = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "sizes", "given", "expected"),
+    [
+        (0, {"tensor_model_parallel_size": 2}, {}, {}),
+        (2, {}, {}, GROWING),
+        (2, {"pipeline_model_parallel_size": 2}, {}, GROWING),
+        (2, {"tensor_model_parallel_size": 2}, {}, ONE_QUEUE | GROWING),
+        (2, {"context_parallel_size": 2}, {}, ONE_QUEUE | GROWING),
+        (2, {"tensor_model_parallel_size": 2}, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, GROWING),
+        (2, {}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, {}),
+        (2, {}, {"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}, {}),
+    ],
+)
+def test_what_gpus_want_is_in_the_ranks_environment(environment, mcore, tmp_path, gpus, sizes, given, expected):
+    """The GPUs are a mock. What the user set is left as it is."""
+    names = {*ONE_QUEUE, *GROWING, "PYTORCH_ALLOC_CONF"}
+    handed = {}
+    environment.setattr(torch.cuda, "device_count", lambda: gpus)
+    environment.setattr(torchrun, "main", lambda arguments: handed.update(os.environ))
+    environment.setattr("logging.disable", lambda level: None)
+    with mock.patch.dict(os.environ):
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(given, NPROC_PER_NODE="2")
+        settings = config(mcore, tmp_path, parallel=Parallel(**sizes), data_path=MOCK)
+        assert launch(settings, Path("script.py"), []) == 0
+    assert {name: handed[name] for name in names & handed.keys()} == expected | given
 
 
 @pytest.mark.parametrize(

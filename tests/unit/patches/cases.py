@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
 import tempfile
 from collections.abc import Callable
 from unittest import mock
@@ -20,6 +21,14 @@ def run_without(repair: str | None, case: str) -> None:
     everything = patches.needed
     patches.needed = lambda: [r for r in everything() if r.make.__name__ != repair]
     globals()[case]()
+
+
+def run_with_a_gpu_and_no_compiler(repair: str | None, case: str) -> None:
+    """The same where torch sees a GPU, which is a mock, and nobody finds a compiler."""
+    torch.cuda.is_available = lambda: True
+    os.environ["PATH"] = ""
+    os.environ.pop("CC", None)
+    run_without(repair, case)
 
 
 def torch_without_cuda() -> None:
@@ -100,6 +109,11 @@ def no_compilation() -> None:
         return x
 
     assert jit_fuser(function) is function
+
+
+def no_compilation_without_a_compiler() -> None:
+    """Small functions stay what they are."""
+    no_compilation()
 
 
 def state_before_first_step() -> None:

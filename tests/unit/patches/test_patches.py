@@ -20,9 +20,9 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "tests.unit.patches.cases"])
 
 
-def exit_codes(case: str, *left_out: str | None) -> list[int]:
+def exit_codes(case: str, *left_out: str | None, run=cases.run_without) -> list[int]:
     """How a case ends with each of these repairs left out (None: none), all at once."""
-    processes = [PROCESSES.Process(target=cases.run_without, args=(repair, case)) for repair in left_out]
+    processes = [PROCESSES.Process(target=run, args=(repair, case)) for repair in left_out]
     for process in processes:
         process.start()
     for process in processes:
@@ -36,6 +36,11 @@ def exit_codes(case: str, *left_out: str | None) -> list[int]:
 @pytest.mark.parametrize("repair", REPAIRS)
 def test_fails_without_the_repair_and_passes_with_it(repair):
     assert exit_codes(repair, repair, None) == [1, 0]
+
+
+def test_without_a_compiler_nothing_is_compiled_for_a_gpu():
+    repair = "no_compilation_without_a_compiler"
+    assert exit_codes(repair, repair, None, run=cases.run_with_a_gpu_and_no_compiler) == [1, 0]
 
 
 def test_importing_the_package_loads_neither_torch_nor_megatron():
