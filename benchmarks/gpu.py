@@ -97,7 +97,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path(os.environ.get("OUT", "build/gpu_check")), help="default: $OUT"
     )
-    parser.add_argument("--engine", type=Path, default=Path("build/engine"), help="folder with Transformer Engine")
+    parser.add_argument("--engine", type=Path, default=Path("build/gpu/engine"), help="folder with Transformer Engine")
     parser.add_argument("--steps", type=int, default=9, help="measured steps of a row")
     parser.add_argument("--scale", type=float, default=1.0, help="of all limits")
     parser.add_argument("--ended", type=int, help="run nothing: note that these phases ended with this exit code")
@@ -111,6 +111,7 @@ def main() -> int:
         return note_end(options)
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for devices
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tiny model gains nothing by more
     else:
         import torch
 

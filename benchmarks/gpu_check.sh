@@ -10,7 +10,7 @@ HERE=$(cd "$(dirname "$0")" && pwd)
 ROOT=$(dirname "$HERE")
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-./build/gpu_check}
-ENGINE=${ENGINE:-./build/engine}
+ENGINE=${ENGINE:-./build/gpu/engine}
 mkdir -p "$OUT" "$ENGINE"
 OUT=$(cd "$OUT" && pwd)
 ENGINE=$(cd "$ENGINE" && pwd)

@@ -46,16 +46,16 @@ if [ "$TE" != none ]; then
     library=transformer_engine/wheel_lib/libtransformer_engine.so
     "$PYTHON" "$HERE/trim_fatbin.py" "$site/$library" "$TEMPORARY/library" --sm "$SM"
     mv "$TEMPORARY/library" "$site/$library"
-    # All in one stream, and the last time with xz -3: 15 s; more takes minutes and gains a tenth.
+    # More than -3 takes minutes and gains little.
     tar -C "$site" -cf - . | xz -3 >"$FOLDER/engine/te.tar.xz"
 fi
 
 "$PYTHON" "$HERE/wheels.py" check "$FOLDER"
 
 if "$PYTHON312" -c 'import sys, torch, transformers; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then
-    "$PYTHON312" -m venv --system-site-packages "$TEMPORARY/venv"
-    "$TEMPORARY/venv/bin/python" -m pip install --quiet --no-index --no-deps --ignore-installed "$FOLDER"/wheels/*.whl
-    PYTHONPATH=$ROOT "$TEMPORARY/venv/bin/python" -W ignore -c \
+    # Before its own packages, as on the other machine.
+    "$PYTHON312" -m pip install --quiet --no-index --no-deps --target "$TEMPORARY/target" "$FOLDER"/wheels/*.whl
+    PYTHONPATH=$TEMPORARY/target:$ROOT "$PYTHON312" -W ignore -c \
         'import megatron_patch, megatron.energon; from megatron_patch.training import loop'
     echo "Python 3.12 imports the toolkit with these wheels"
 else

@@ -71,7 +71,7 @@ def listed(name: str) -> list[str]:
 
 
 def check(folder: Path) -> int:
-    """Print each file's size and the requirements that nothing meets; 1 when there is one, or it is too much to carry."""
+    """Print each file's size and the requirements that nothing meets; 1 when there is one, or all is too large."""
     wheels = {path: describe(path) for path in sorted(folder.glob("**/*.whl"))}
     total = 0
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -107,7 +107,7 @@ def there(lines: list[str]) -> dict[str, str]:
 def missing(carried: dict[str, str], requires: dict[str, list[str]], there: dict[str, str]) -> list[str]:
     """What Python 3.12 on Linux would lack.
 
-    `carried`: name -> version of the wheels; `requires`: the requirements of each package; `there`: as `there` gives it.
+    `carried`: name -> version of the wheels. `requires`: each package's requirements. `there`: what `there` gives.
     """
     problems = []
     for package, lines in requires.items():
