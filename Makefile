@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup quickstart test lint matrix bench bench-training bench-converter clean
+.PHONY: setup quickstart test lint matrix bench bench-training bench-converter bench-gpu clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,11 @@ bench-training: $(STAMP)
 
 bench-converter: $(STAMP)
 	$(BIN)/python benchmarks/converter.py
+
+# Where torch has its own environment: make bench-gpu BENCH_PYTHON=python3, which needs no .venv then.
+BENCH_PYTHON ?= $(BIN)/python
+bench-gpu: $(if $(filter $(BIN)/%,$(BENCH_PYTHON)),$(STAMP))
+	PYTHON=$(BENCH_PYTHON) sh benchmarks/gpu_check.sh && $(BENCH_PYTHON) benchmarks/gpu_table.py --compare
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache

@@ -9,7 +9,6 @@ and the losses must be equal. Where other work shares the cores, CPU seconds are
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import statistics
 import sys
@@ -18,7 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.nn.functional as F
-from contest import IGNORE, SIZES, Result, machine, make_batch, make_config, ours, run_round, write_description
+from contest import run_round
+from contestants import Ours, transformers_model
+from inputs import IGNORE, SIZES, machine, make_batch, make_config, write_description
+from timing import Result, release, warm_up
 
 from megatron_patch import parallel
 from megatron_patch.config import Parallel
@@ -36,7 +38,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3, help="of each round; the first is not measured")
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
-    batches = [make_batch(options.samples, seed) for seed in range(options.steps)]
+    batches = [make_batch(options.size, options.samples, seed) for seed in range(options.steps)]
     ways = {"padded to 1,024": [pad(batch) for batch in batches], "padded to the longest": batches}
     ways["packed"] = [pack(batch) for batch in batches]
     results = {name: Result() for name in ways}
@@ -45,10 +47,14 @@ def main() -> int:
         parallel.start(Parallel(), seed=1, init_method=f"file://{folder}/store", rank=0, world_size=1)
         config = make_config(Path(folder), True, "fp32", ways["padded to 1,024"])
         data = replace(config.data, micro_batch_size=1, global_batch_size=1, packing_buffer_size=options.samples)
+        weights = transformers_model(config)
         for _ in range(options.rounds):
             for name, mine in ways.items():
-                run_round(ours(replace(config, data=data) if name == "packed" else config), mine, results[name])
-                gc.collect()
+                contestant = Ours(replace(config, data=data) if name == "packed" else config, weights)
+                warm_up(contestant, [[batch] for batch in mine])
+                run_round(contestant, mine, results[name])
+                del contestant
+                release()
         parallel.stop()
     print(f"{options.size}, the projector trains, fp32: {machine()}; load average {os.getloadavg()[0]:.1f}")
     tokens = statistics.mean(sum(lengths(batch)) for batch in batches[1:])
