@@ -6,6 +6,7 @@ import json
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,16 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from megatron_patch.config import Parallel
 from megatron_patch.files import TRAINING
-from megatron_patch.launch import _torchrun, check_devices, check_files, find_nodes, processes_per_node
+from megatron_patch.launch import (
+    _torchrun,
+    check_devices,
+    check_files,
+    find_nodes,
+    processes_per_node,
+    suggest_faster,
+)
 from tests.tiny_runs import config
+from tests.unit.test_config import LLAVA
 
 JOB = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "node-0", "MASTER_PORT": "6000"}
 
@@ -75,6 +84,30 @@ def test_more_processes_than_gpus_are_refused(environment):
         check_devices(run(), 3)
     environment.setattr(torch.cuda, "device_count", lambda: 0)
     check_devices(run(), 3)
+
+
+def test_faster_settings_are_suggested_on_gpus_alone(environment, capsys):
+    given = run(tensor_model_parallel_size=4)
+    settings = replace(
+        given,
+        model=replace(given.model, precision="bf16", freeze_lm=True, freeze_vit=True, decoder_seq_length=1024),
+        data=replace(given.data, micro_batch_size=1, global_batch_size=256),
+    )
+    environment.setattr(torch.cuda, "device_count", lambda: 0)
+    suggest_faster(settings, LLAVA, 4)
+    assert not capsys.readouterr().out
+
+    # Mocks of a GPU.
+    environment.setattr(torch.cuda, "device_count", lambda: 4)
+    gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=79 * 2**30)
+    environment.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    suggest_faster(settings, LLAVA, 4)
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("TP 1, PP 1, CP 1, micro batch 8, AC none fits (")
+    assert "of this GPU's 79 GiB" in said
+    gpu.total_memory = 3 * 2**30
+    suggest_faster(settings, LLAVA, 4)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
