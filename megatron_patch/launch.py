@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 
 from megatron_patch.checkpoint.companions import checkpoint_folder
 from megatron_patch.config import MOCK, Config
-from megatron_patch.estimate.memory import report
+from megatron_patch.estimate.cards import find_card
+from megatron_patch.estimate.report import line, report, suggest
 from megatron_patch.families.llava import read_config
 from megatron_patch.files import TRAINING
+from megatron_patch.sizes import Llava
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -54,6 +56,7 @@ def launch(config: Config, script: Path, argv: Sequence[str]) -> int:
         print(report(config, llava, world_size))
         return 0
     check_devices(config, processes)
+    suggest_faster(config, llava, world_size)
     check_output(config.checkpoint.output)
     if nodes == 1:
         where = ["--standalone"]
@@ -116,6 +119,17 @@ def set_gpu_environment(config: Config) -> None:
     # name, in 2.9 with a warning; the new name is ignored there. What the user says under either is left as it is.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def suggest_faster(config: Config, llava: Llava, world_size: int) -> None:
+    """Print a line where less model parallelism fits this machine's GPUs and is predicted to be faster."""
+    import torch
+
+    if torch.cuda.device_count() > 0:
+        gpu = torch.cuda.get_device_properties(0)
+        suggestion = suggest(config, llava, world_size, find_card(gpu.name), gpu.total_memory)
+        if suggestion is not None:
+            print(line(suggestion, gpu.total_memory, "this GPU's"), flush=True)
 
 
 def check_output(output: Path) -> None:

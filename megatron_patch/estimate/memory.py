@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_patch.config import Config
-from megatron_patch.estimate.activations import ELEMENT, activations
+from megatron_patch.estimate.activations import ELEMENT, FP32, activations
 from megatron_patch.families.family import Weight
 from megatron_patch.families.llava import pipeline_copies, rows
 from megatron_patch.sizes import Llava
@@ -21,6 +21,9 @@ from megatron_patch.sizes import Llava
 GIB = 2**30
 BUCKET = 40_000_000
 """Elements of a bucket of overlapped gradients, with few data-parallel ranks (distributed_data_parallel.py:63)."""
+
+STATE = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+"""Bytes of a moment's element in the precision-aware optimizer."""
 
 LAYER = re.compile(r"language_model\.decoder\.layers\.(\d+)\.")
 # The order in which modules register their weights, which is the (reversed) order in the buffers.
@@ -35,21 +38,29 @@ class Memory:
     """Bytes that the rank of a pipeline stage needs which needs most."""
 
     parameters: int
+    fp8_copies: int
+    """With fp8, of the weights that are multiplied in it (Transformer Engine keeps them beside the 16-bit ones)."""
+
     gradients: int
     optimizer: int
     activations: int
     """Kept between forward and backward, of all micro batches on their way."""
 
     working: int
-    """For the time of one layer: what is recomputed or fetched of it; or the logits and their fp32 copy."""
+    """For the time of one layer: what is recomputed or fetched of it; or the logits and their fp32 copy; or what the
+    optimizer's step takes beyond the activations' room."""
 
     on_cpu: int
     """Besides, in the CPU's memory: what is offloaded."""
 
+    saving: int
+    """Besides, in the CPU's memory, while optimizer states are saved or read: those of all data-parallel ranks."""
+
     @property
     def total(self) -> int:
         """On the device."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.working
+        states = self.parameters + self.fp8_copies + self.gradients + self.optimizer
+        return states + self.activations + self.working
 
 
 def plan(
@@ -75,24 +86,36 @@ def offload_fraction(memory: Memory, free: int) -> float:
 
     A tenth of it is left for what is not counted.
     """
-    room = 0.9 * free - memory.activations - memory.working
+    room = 0.9 * free - memory.fp8_copies - memory.activations - memory.working
     return min(1.0, max(0.0, 1 - room / memory.optimizer)) if memory.optimizer else 0.0
 
 
-def report(config: Config, llava: Llava, world_size: int) -> str:
-    """The plan as a table in GiB, a line per pipeline stage."""
+def optimizer_bytes(config: Config) -> int:
+    """What the optimizer keeps on the device of a weight that it steps.
+
+    Adam's two moments; with 16-bit weights also their fp32 copy. Transformer Engine's precision-aware FusedAdam
+    (fused_adam.py) keeps of that the 16 bits that a bf16 weight lacks, and a whole copy of other weights, fp32 too.
+    """
+    precision, settings = config.model.precision, config.optimizer
+    if not settings.use_precision_aware_optimizer:
+        return 8 if ELEMENT[precision] == FP32 else 12
+    moments = STATE[settings.exp_avg_dtype] + STATE[settings.exp_avg_sq_dtype]
+    return moments + (2 if precision in ("bf16", "fp8") else FP32)
+
+
+def memory_report(config: Config, llava: Llava, world_size: int) -> str:
+    """The memory as a table in GiB, a line per pipeline stage."""
     words = config.model.decoder_seq_length - llava.vision.num_image_tokens
     lines = [
         f"memory of a rank in GiB (2^30 bytes), {config.data.micro_batch_size} x {config.model.decoder_seq_length} "
         f"tokens per micro batch, {words} labels in each sequence:",
         f"{'stage':>5} {'parameters':>11} {'gradients':>11} {'optimizer':>11} {'activations':>11} {'working':>11} "
-        f"{'total':>11} {'on the CPU':>11}",
+        f"{'total':>11} {'on the CPU':>11} {'to save':>11}",
     ]
     for stage, memory in enumerate(plan(config, llava, world_size)):
-        parts = (memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.working)
-        lines.append(
-            f"{stage:>5} " + " ".join(f"{part / GIB:>11.3f}" for part in (*parts, memory.total, memory.on_cpu))
-        )
+        parts = (memory.parameters + memory.fp8_copies, memory.gradients, memory.optimizer)
+        parts += (memory.activations, memory.working, memory.total, memory.on_cpu, memory.saving)
+        lines.append(f"{stage:>5} " + " ".join(f"{part / GIB:>11.3f}" for part in parts))
     if config.optimizer.optimizer_offload == "auto":
         lines.append(
             "--optimizer-offload auto: as much of the optimizer as does not fit goes to the CPU; above, nothing"
@@ -110,11 +133,12 @@ def _stage(
     fraction: float,
 ) -> Memory:
     size = ELEMENT[config.model.precision]
-    parameters = gradients = states = 0
+    parameters = copies = gradients = states = 0
     for chunk in range(config.parallel.virtual_pipeline_model_parallel_size):
         weights = list(chunk_weights(config, llava, stage, chunk))
-        trained = [numel for numel, is_trained in weights if is_trained]
-        frozen = sum(numel for numel, is_trained in weights if not is_trained)
+        trained = [numel for _, numel, is_trained in weights if is_trained]
+        frozen = sum(numel for _, numel, is_trained in weights if not is_trained)
+        copies += sum(numel * _fp8_copies(config, name, is_trained) for name, numel, is_trained in weights)
         held, owned = sum(trained), sum(trained)
         if config.parallel.use_distributed_optimizer and trained:
             ranks = data_parallel_size * config.parallel.context_parallel_size
@@ -123,25 +147,31 @@ def _stage(
         parameters += size * (held + frozen)
         gradients += 4 * held
         states += owned
-    # Adam's two; with 16-bit weights also their fp32 copy. Offloaded: both, the fp32 weight and the gradient.
-    optimizer = round(states * (1 - fraction)) * (8 if size == 4 else 12)
+    optimizer = round(states * (1 - fraction)) * optimizer_bytes(config)
+    # Offloaded: Adam's two moments, the fp32 weight and the gradient.
     on_cpu = round(states * fraction) * 16
 
     kept, working = activations(config, llava, stage, micro_batches, fused_norm)
+    if config.optimizer.use_precision_aware_optimizer:
+        # FusedAdam.step takes a fp32 copy of every moment that is kept in fewer bits, of all weights at once.
+        moments = (config.optimizer.exp_avg_dtype, config.optimizer.exp_avg_sq_dtype)
+        working = max(working, FP32 * states * sum(moment != "fp32" for moment in moments) - kept)
     if config.training.recompute == "offload":
         on_cpu, kept = on_cpu + kept, 0
     return Memory(
         parameters=parameters,
+        fp8_copies=copies,
         gradients=gradients,
         optimizer=optimizer,
         activations=kept,
         working=working,
         on_cpu=on_cpu,
+        saving=3 * gradients if config.parallel.use_distributed_optimizer else 0,  # weights and two moments in fp32
     )
 
 
-def chunk_weights(config: Config, llava: Llava, stage: int, chunk: int) -> Iterator[tuple[int, bool]]:
-    """Elements of each weight of a (virtual) stage on one tensor-parallel rank, and whether it is trained."""
+def chunk_weights(config: Config, llava: Llava, stage: int, chunk: int) -> Iterator[tuple[str, int, bool]]:
+    """Each weight of a (virtual) stage on one tensor-parallel rank: name, elements, whether it is trained."""
     cut, model = config.parallel, config.model
     stages, chunks = cut.pipeline_model_parallel_size, cut.virtual_pipeline_model_parallel_size
     count = cut.num_layers_per_chunk(llava)
@@ -156,7 +186,21 @@ def chunk_weights(config: Config, llava: Llava, stage: int, chunk: int) -> Itera
         at_start = not name.startswith("language_model.") or name.startswith("language_model.embedding.")
         if int(match[1]) in layers if match else is_first if at_start else is_last:
             frozen = {"vision_model": model.freeze_vit, "language_model": model.freeze_lm}
-            yield _numel(table[name], llava, cut.tensor_model_parallel_size), not frozen.get(name.split(".")[0], False)
+            is_trained = not frozen.get(name.split(".")[0], False)
+            yield name, _numel(table[name], llava, cut.tensor_model_parallel_size), is_trained
+
+
+def _fp8_copies(config: Config, name: str, is_trained: bool) -> int:
+    """Bytes of each element of a weight that Transformer Engine keeps in fp8, until Blackwell.
+
+    The weight, and for its input's gradient its transpose (float8_tensor_storage.py). Where the input needs no
+    gradient, te.Linear does without the transpose (linear.py), te.LayerNormLinear does not (layernorm_linear.py).
+    """
+    is_layer = name.startswith(("language_model.decoder.layers.", "vision_model.decoder.layers."))
+    if config.model.precision != "fp8" or not is_layer or not re.search(r"linear_\w+\.weight$", name):
+        return 0
+    needs_gradient = is_trained or name.startswith("language_model.")
+    return 2 if needs_gradient or re.search(r"linear_(qkv|fc1)", name) else 1
 
 
 def _registered(name: str) -> tuple[int, int, int, bool]:

@@ -7,6 +7,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -16,8 +17,17 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from megatron_patch.config import MOCK, Parallel
 from megatron_patch.files import TRAINING
-from megatron_patch.launch import _torchrun, check_devices, check_files, find_nodes, launch, processes_per_node
+from megatron_patch.launch import (
+    _torchrun,
+    check_devices,
+    check_files,
+    find_nodes,
+    launch,
+    processes_per_node,
+    suggest_faster,
+)
 from tests.tiny_runs import config
+from tests.unit.test_config import LLAVA
 
 JOB = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "node-0", "MASTER_PORT": "6000"}
 
@@ -109,6 +119,30 @@ def test_what_gpus_want_is_in_the_ranks_environment(environment, mcore, tmp_path
         settings = config(mcore, tmp_path, parallel=Parallel(**sizes), data_path=MOCK)
         assert launch(settings, Path("script.py"), []) == 0
     assert {name: handed[name] for name in names & handed.keys()} == expected | given
+
+
+def test_faster_settings_are_suggested_on_gpus_alone(environment, capsys):
+    given = run(tensor_model_parallel_size=4)
+    settings = replace(
+        given,
+        model=replace(given.model, precision="bf16", freeze_lm=True, freeze_vit=True, decoder_seq_length=1024),
+        data=replace(given.data, micro_batch_size=1, global_batch_size=256),
+    )
+    environment.setattr(torch.cuda, "device_count", lambda: 0)
+    suggest_faster(settings, LLAVA, 4)
+    assert not capsys.readouterr().out
+
+    # Mocks of a GPU.
+    environment.setattr(torch.cuda, "device_count", lambda: 4)
+    gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=79 * 2**30)
+    environment.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    suggest_faster(settings, LLAVA, 4)
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("TP 1, PP 1, CP 1, micro batch 8, AC none fits (")
+    assert "of this GPU's 79 GiB" in said
+    gpu.total_memory = 3 * 2**30
+    suggest_faster(settings, LLAVA, 4)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

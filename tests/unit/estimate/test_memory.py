@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,11 +136,60 @@ def test_what_is_offloaded_is_on_the_cpu(mcore, tmp_path):
     assert memory.total == usual.parameters + usual.gradients + memory.working
 
 
+@pytest.fixture
+def transformer_engine(monkeypatch):
+    """As if it were installed. A mock: its sources say what it keeps."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+
+
+@pytest.mark.usefixtures("transformer_engine")
+@pytest.mark.parametrize("freeze_vit", [False, True])
+def test_fp8_keeps_weights_and_transposes_beside_the_16_bit_ones(mcore, tmp_path, freeze_vit):
+    llava = read_config(mcore)
+    bf16, fp8 = (
+        tiny_runs.config(mcore, tmp_path, precision=precision, freeze_vit=freeze_vit) for precision in ("bf16", "fp8")
+    )
+    (usual,), (memory,) = plan(bf16, llava, world_size=1), plan(fp8, llava, world_size=1)
+    language, vision = llava.language, llava.vision
+    heads, groups = (n * language.kv_channels for n in (language.num_attention_heads, language.num_query_groups))
+    layer = language.hidden_size * (2 * heads + 2 * groups + 3 * language.ffn_hidden_size)
+    before = vision.hidden_size * (3 * vision.hidden_size + vision.ffn_hidden_size)  # qkv, fc1
+    behind = vision.hidden_size * (vision.hidden_size + vision.ffn_hidden_size)  # proj, fc2
+    copies = language.num_layers * 2 * layer
+    copies += vision.num_layers * (2 * before + (1 if freeze_vit else 2) * behind)
+    assert (usual.fp8_copies, memory.fp8_copies) == (0, copies)
+    assert memory.total == usual.total + copies
+
+
+@pytest.mark.usefixtures("transformer_engine")
+@pytest.mark.parametrize(
+    ("precision", "moments", "expected"),
+    [
+        ("bf16", ("fp32", "fp32"), 2 + 8),  # the 16 bits that the weight lacks, and two moments
+        ("bf16", ("bf16", "fp8"), 2 + 3),
+        ("fp8", ("fp16", "fp16"), 2 + 4),
+        ("fp16", ("fp32", "fp32"), 4 + 8),
+        ("fp32", ("fp32", "fp32"), 4 + 8),
+    ],
+)
+def test_the_precision_aware_optimizer_keeps_less(mcore, tmp_path, precision, moments, expected):
+    llava = read_config(mcore)
+    settings = {"use_precision_aware_optimizer": True, "exp_avg_dtype": moments[0], "exp_avg_sq_dtype": moments[1]}
+    (usual,) = plan(tiny_runs.config(mcore, tmp_path, precision=precision), llava, world_size=1)
+    (memory,) = plan(tiny_runs.config(mcore, tmp_path, precision=precision, **settings), llava, world_size=1)
+    weights = usual.optimizer // (8 if precision == "fp32" else 12)
+    assert memory.optimizer == expected * weights
+    # The step takes fp32 copies of the smaller moments, where the activations were.
+    taken = 4 * weights * sum(moment != "fp32" for moment in moments)
+    assert memory.activations + memory.working == max(usual.activations + usual.working, taken)
+
+
 def test_the_plan_is_printed_and_nothing_started(mcore, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NPROC_PER_NODE", "4")
     config = tiny_runs.config(mcore, tmp_path / "output", parallel=Parallel(pipeline_model_parallel_size=2), plan=True)
     assert launch(config, Path("unused"), []) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split()[:3] == ["stage", "parameters", "gradients"]
-    assert [line.split()[0] for line in lines[3:]] == ["0", "1"]
+    assert [line.split()[0] for line in lines[3:5]] == ["0", "1"]
+    assert lines[5].startswith("predicted time on 4 GPUs")
     assert not (tmp_path / "output").exists()
