@@ -89,6 +89,8 @@ def test_more_processes_than_gpus_are_refused(environment):
     check_devices(run(), 3)
 
 
+H100 = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=79 * 2**30)
+"""A mock of a GPU."""
 ONE_QUEUE, GROWING = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
@@ -110,6 +112,7 @@ def test_what_gpus_want_is_in_the_ranks_environment(environment, mcore, tmp_path
     names = {*ONE_QUEUE, *GROWING, "PYTORCH_ALLOC_CONF"}
     handed = {}
     environment.setattr(torch.cuda, "device_count", lambda: gpus)
+    environment.setattr(torch.cuda, "get_device_properties", lambda index: H100)
     environment.setattr(torchrun, "main", lambda arguments: handed.update(os.environ))
     environment.setattr("logging.disable", lambda level: None)
     with mock.patch.dict(os.environ):
@@ -134,13 +137,13 @@ def test_faster_settings_are_suggested_on_gpus_alone(environment, capsys):
 
     # Mocks of a GPU.
     environment.setattr(torch.cuda, "device_count", lambda: 4)
-    gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=79 * 2**30)
-    environment.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    environment.setattr(torch.cuda, "get_device_properties", lambda index: H100)
     suggest_faster(settings, LLAVA, 4)
     (said,) = capsys.readouterr().out.splitlines()
     assert said.startswith("TP 1, PP 1, CP 1, micro batch 8, AC none fits (")
     assert "of this GPU's 79 GiB" in said
-    gpu.total_memory = 3 * 2**30
+    small = SimpleNamespace(name="NVIDIA H100", total_memory=3 * 2**30)
+    environment.setattr(torch.cuda, "get_device_properties", lambda index: small)
     suggest_faster(settings, LLAVA, 4)
     assert not capsys.readouterr().out
 
