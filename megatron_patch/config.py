@@ -255,7 +255,7 @@ class Training:
     """Samples of the val split that the model captions at each validation, for the log and TensorBoard; 0: none."""
 
     plan: bool = False
-    """Print what the ranks need in memory, by arithmetic, and start nothing."""
+    """Print what the ranks need in memory and how long an iteration takes, by arithmetic, and start nothing."""
 
     exit_duration_in_mins: int | None = None
     """Minutes after which a run saves and ends, to be started again; none: it goes on to the last iteration."""
@@ -372,10 +372,11 @@ class Config:
         llava.check_model_size(self.model.model_size)
         self.parallel.check(llava)
         self.training.check(self.parallel.num_layers_per_chunk(llava))
-        if self.model.pretrained_checkpoint is None and (self.model.freeze_lm or self.model.freeze_vit):
+        random = self.model.pretrained_checkpoint is None and (self.model.freeze_lm or self.model.freeze_vit)
+        if random and self.data.data_path != MOCK and not self.training.plan:
             raise ValueError(
                 "--pretrained-checkpoint none: new weights are random and would stay so where they are frozen; "
-                "give --freeze-lm false --freeze-vit false"
+                "give --freeze-lm false --freeze-vit false, or --data-path mock to measure speed"
             )
         tokens = llava.vision.num_image_tokens
         if self.model.seq_length not in (None, tokens):

@@ -51,10 +51,11 @@ class Memory:
     optimizer's step takes beyond the activations' room."""
 
     on_cpu: int
-    """Besides, in the CPU's memory: what is offloaded."""
+    """Besides, in the CPU's memory: what is offloaded. (Of Adam's 16 bytes a weight half is pinned, in powers of two,
+    and takes more.)"""
 
     saving: int
-    """Besides, in the CPU's memory, while optimizer states are saved or read: those of all data-parallel ranks."""
+    """Besides, in the CPU's memory while a checkpoint is written: this rank's share. To read one takes less."""
 
     @property
     def total(self) -> int:
@@ -133,7 +134,7 @@ def _stage(
     fraction: float,
 ) -> Memory:
     size = ELEMENT[config.model.precision]
-    parameters = copies = gradients = states = 0
+    parameters = copies = gradients = states = saved = 0
     for chunk in range(config.parallel.virtual_pipeline_model_parallel_size):
         weights = list(chunk_weights(config, llava, stage, chunk))
         trained = [numel for _, numel, is_trained in weights if is_trained]
@@ -145,6 +146,7 @@ def _stage(
             overlapped = config.parallel.overlap_grad_reduce and stage == chunk == 0
             held, owned = _buffer(trained, ranks, max(BUCKET, 10**6 * data_parallel_size) if overlapped else None)
         parameters += size * (held + frozen)
+        saved += 3 * FP32 * sum(trained) + size * (sum(trained) + frozen)  # fp32 weights and moments; weights
         gradients += 4 * held
         states += owned
     optimizer = round(states * (1 - fraction)) * optimizer_bytes(config)
@@ -152,12 +154,12 @@ def _stage(
     on_cpu = round(states * fraction) * 16
 
     kept, working = activations(config, llava, stage, micro_batches, fused_norm)
+    if config.training.recompute == "offload":
+        on_cpu, kept = on_cpu + kept, 0
     if config.optimizer.use_precision_aware_optimizer:
         # FusedAdam.step takes a fp32 copy of every moment that is kept in fewer bits, of all weights at once.
         moments = (config.optimizer.exp_avg_dtype, config.optimizer.exp_avg_sq_dtype)
         working = max(working, FP32 * states * sum(moment != "fp32" for moment in moments) - kept)
-    if config.training.recompute == "offload":
-        on_cpu, kept = on_cpu + kept, 0
     return Memory(
         parameters=parameters,
         fp8_copies=copies,
@@ -166,7 +168,7 @@ def _stage(
         activations=kept,
         working=working,
         on_cpu=on_cpu,
-        saving=3 * gradients if config.parallel.use_distributed_optimizer else 0,  # weights and two moments in fp32
+        saving=saved // (data_parallel_size * config.parallel.context_parallel_size),
     )
 
 

@@ -12,7 +12,7 @@ from megatron_patch.estimate.memory import GIB, memory_report, plan
 from megatron_patch.estimate.time import Time, predict
 from megatron_patch.sizes import Llava
 
-ROOM = 0.85
+ROOM = 0.8
 """Part of a GPU's memory that the plan may take: caches, communication's buffers and the CUDA context come on top."""
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 ENOUGH = 1.01

@@ -189,8 +189,10 @@ def _stage(
         link = card.link if cut.model_parallel_size <= NODE else NETWORK
         calls, communication = calls + 2, communication + 2 * (LATENCY + sent / link)
     if training.recompute == "offload":
-        kept, _ = activations(config, llava, stage, 1)
-        compute += 2 * kept / PCIE  # there and back, on the computing stream
+        # There and back, beside the computation. The plan's sequences are longer.
+        planned = config.data.micro_batch_size * config.model.decoder_seq_length / cut.context_parallel_size
+        kept = activations(config, llava, stage, 1)[0] * batch.tokens / planned
+        communication += max(0.0, 2 * kept / PCIE - compute)
     shared = cut.tensor_model_parallel_size * cut.context_parallel_size > 1
     launches = launched * LAUNCH + calls * COLLECTIVE + shared * kernels.handover
     return _Stage(compute=compute, communication=communication, launches=launches, idle=idle)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -10,7 +12,10 @@ import pytest
 
 from megatron_patch.arguments import parse
 from megatron_patch.config import Checkpoint, Config, Data, Model, Optimizer, Parallel, Training
+from megatron_patch.estimate.cards import CARDS
+from megatron_patch.estimate.report import suggest
 from tests.end_to_end.scripts import TRAIN
+from tests.unit.test_config import LLAVA
 
 # As tutorials of Pai-Megatron-Patch have it.
 PUBLISHED = (
@@ -127,3 +132,15 @@ def test_flags_behind_the_arguments_win(script):
     before = flat(MEANING)
     changed = {name: setting for name, setting in flat(config).items() if setting != before[name]}
     assert changed == {"freeze_lm": False, "lr": 2e-5, "seed": 7}
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_zh-CN.md"])
+def test_the_walk_through_recommends_what_the_plan_suggests(script, page):
+    """Stage 1 of a frozen 7B on an 80 GB GPU: without tensor parallelism and recomputation, eight samples at once."""
+    blocks = re.findall(r"```sh\n(.*?)```", TRAIN.with_name(page).read_text(), re.DOTALL)
+    lines = [block.replace("\\\n", " ") for block in blocks if block.startswith("sh examples/llava_mcore/run_mcore")]
+    published, fast = (settings_of(script, *shlex.split(line)[2:]) for line in lines)
+    before, after = flat(published), flat(fast)
+    changed = {name: setting for name, setting in after.items() if setting != before[name]}
+    assert changed == {"tensor_model_parallel_size": 1, "micro_batch_size": 8, "recompute": "none"}
+    assert suggest(published, LLAVA, 4, CARDS["H100"], CARDS["H100"].memory).config == fast

@@ -211,6 +211,16 @@ def test_mistakes_are_one_line_at_once(mcore, tmp_path, changed, flags, said):
     assert processor_seconds() - before < 1
 
 
+def test_speed_is_measured_without_weights(hf, tmp_path):
+    """On mock data frozen parts may be random: a LLaVA's folder without its weights is enough."""
+    description = shutil.copytree(hf, tmp_path / "llava", ignore=shutil.ignore_patterns("*.safetensors*"))
+    output = tmp_path / "output"
+    arguments = train_arguments(output, DATASET_PATH="mock", PRETRAIN_CHECKPOINT_PATH="none", TRAIN_ITERS=2)
+    result = call("sh", TRAIN, *arguments, "--model-config", description, cwd="/")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert sorted(scalars(output, "samples-per-second")) == [1, 2]
+
+
 def test_too_few_arguments_print_the_usage(tmp_path):
     result = call("sh", TRAIN, *train_arguments(tmp_path)[:22], cwd=tmp_path)
     assert result.returncode == 2

@@ -126,3 +126,19 @@ def test_past_the_sliding_window_is_refused():
     config(Path("weights"), Path("out"), decoder_seq_length=1024).check(llava)
     with pytest.raises(ValueError, match="sliding window is 1024"):
         config(Path("weights"), Path("out"), decoder_seq_length=1025).check(llava)
+
+
+def test_random_weights_stay_frozen_only_where_nothing_is_learned():
+    random = {"pretrained_checkpoint": None, "model_config": Path("description"), "decoder_seq_length": 1024}
+
+    def check(**changed):
+        config(Path("weights"), Path("out"), **random, **changed).check(LLAVA)
+
+    check()
+    for frozen in ("freeze_lm", "freeze_vit"):
+        with pytest.raises(ValueError, match=r"new weights are random .* or --data-path mock to measure speed"):
+            check(**{frozen: True})
+        with pytest.raises(ValueError, match="new weights are random"):
+            check(**{frozen: True}, valid_data_path=Path("mock"))
+        check(**{frozen: True}, data_path=Path("mock"))
+        check(**{frozen: True}, plan=True)

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron_patch.config import Config, Parallel
 from megatron_patch.data.image import normalize
 from megatron_patch.data.task_encoder import Batch
-from megatron_patch.estimate.memory import plan
+from megatron_patch.estimate.memory import chunk_weights, plan
 from megatron_patch.families.llava import read_config
 from megatron_patch.launch import launch
 from megatron_patch.training.loop import start_or_resume
@@ -182,6 +182,15 @@ def test_the_precision_aware_optimizer_keeps_less(mcore, tmp_path, precision, mo
     # The step takes fp32 copies of the smaller moments, where the activations were.
     taken = 4 * weights * sum(moment != "fp32" for moment in moments)
     assert memory.activations + memory.working == max(usual.activations + usual.working, taken)
+
+
+def test_ranks_share_what_is_written_to_a_checkpoint(mcore, tmp_path):
+    llava = read_config(mcore)
+    config = tiny_runs.config(mcore, tmp_path, precision="bf16", freeze_lm=True)
+    (one,), (two,) = (plan(config, llava, world_size) for world_size in (1, 2))
+    trained, every = one.optimizer // 12, sum(numel for _, numel, _ in chunk_weights(config, llava, 0, 0))
+    assert one.saving == 12 * trained + 2 * every
+    assert two.saving == one.saving // 2
 
 
 def test_the_plan_is_printed_and_nothing_started(mcore, tmp_path, monkeypatch, capsys):
