@@ -23,9 +23,9 @@ from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.data.loader import valid_loader
 from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
 from megatron_patch.data.tokenize import IGNORE
-from megatron_patch.model.llava import DTYPES
+from megatron_patch.model.llava import DTYPES, find_positions
 from megatron_patch.sizes import Llava
-from megatron_patch.training.step import cut_text
+from megatron_patch.training.batch import cut_text, place_images, to_device
 
 MAX_NEW_TOKENS = 32
 """A caption that is longer is cut off."""
@@ -155,10 +155,10 @@ def _next_words(
         positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         # Context parallelism deals out sequences: the positions go along in the place of labels.
         text = cut_text(Batch(keys=[], input_ids=input_ids, labels=positions, pixels=pixels), llava.image_token_id, cut)
-        words, image_rows = (text[name].to(parallel.device()) for name in ("input_ids", "image_rows"))
-        is_last = (text["labels"] == (lengths - 1).unsqueeze(1)).to(parallel.device())  # [b, s / CP]
+        last = find_positions(text["labels"] == (lengths - 1).unsqueeze(1))  # those that are on this rank
+        inputs = to_device({**place_images(text, cut), "wanted": last}, parallel.device())
         outputs = schedule(
-            forward_step_func=lambda _, chunk: (chunk(words, image_rows, pixel_values, wanted=is_last), None),
+            forward_step_func=lambda _, chunk: (chunk(pixel_values=pixel_values, **inputs), None),
             data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=num_micro_batches,
@@ -168,7 +168,7 @@ def _next_words(
         )
         likeliest = torch.full(lengths.shape, -1, device=parallel.device())  # [b]
         if parallel_state.is_pipeline_last_stage():
-            rows = is_last.transpose(0, 1).nonzero()[:, 1]  # in the order of the logits; those that end on this rank
+            rows = inputs["wanted"] % len(input_ids)  # in the order of the logits
             logits = gather_from_tensor_model_parallel_region(outputs[0])  # [rows, vocabulary]
             logits[:, llava.image_token_id :][:, :1] = float("-inf")  # no word, and there is no picture for it
             likeliest[rows] = logits.argmax(dim=-1)
