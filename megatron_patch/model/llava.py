@@ -141,12 +141,6 @@ class LlavaModel(MegatronModule):
         """Take the hidden states [s, b, h] of the previous pipeline stage."""
         self.language_model.set_input_tensor(input_tensor)
 
-    @property
-    def received_length(self) -> int:
-        """Positions of the hidden states that the previous pipeline stage sent, sequence-parallel ranks together."""
-        ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        return ranks * self.language_model.decoder.input_tensor.shape[0]
-
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The embedding, which is the output layer's weight too where a model ties them. megatron.core asks for it."""
         return self.language_model.shared_embedding_or_output_weight()
@@ -258,10 +252,8 @@ def language_config(config: Config, sizes: LanguageModel) -> TransformerConfig:
         batch_p2p_comm=chunks == 1,
         context_parallel_size=config.parallel.context_parallel_size,
         sequence_parallel=config.parallel.uses_sequence_parallel,
-        # Batches are padded to their longest sample, so that stages hand over tensors of different lengths. (The
-        # dispatcher is of no use here, but megatron.core asks for this one then.)
-        variable_seq_lengths=config.parallel.pipeline_model_parallel_size > 1,
-        moe_token_dispatcher_type="alltoall",
+        # Each message is waited for on the computing stream, which is enough: the host need not wait for the GPU too.
+        batch_p2p_sync=False,
         calculate_per_token_loss=True,
         fp8=_fp8(config),
         **_recompute(config, config.training.recompute_method, config.training.recompute_num_layers),

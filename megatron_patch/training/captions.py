@@ -162,7 +162,7 @@ def _next_words(
             data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=num_micro_batches,
-            seq_length=input_ids.shape[1],
+            seq_length=cut.context_parallel_size * text["labels"].shape[1],
             micro_batch_size=len(input_ids),
             forward_only=True,
         )

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -38,8 +37,9 @@ from megatron_patch.training.batch import (
     place_labels,
     to_device,
 )
+from megatron_patch.training.feed import Feed
 from megatron_patch.training.params_norm import params_norm
-from megatron_patch.training.totals import DIFFERENT_SAMPLES, Done, Totals, add_up, report_spike, to_host
+from megatron_patch.training.totals import Done, Totals, add_up, report_spike, to_host
 
 Schedule = Callable[..., list[dict[str, Tensor]]]
 
@@ -97,37 +97,53 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
     when pipeline stages read different samples, on all ranks.
     """
     num_micro_batches = config.data.num_micro_batches(config.parallel, dist.get_world_size())
-    prepare = _preparer(config, llava)
+    multiple = FP8_MULTIPLE if config.model.precision == "fp8" else 1
+    prepare = _preparer(config, llava, multiple)
     schedule: Schedule = get_forward_backward_func()
     stages = config.parallel.pipeline_model_parallel_size
     num_reading = stages if config.data.packs else min(stages, 2)
     done: list[Done] = []  # the micro batches that came to this rank
     usual: deque[float] = deque(maxlen=20)  # losses of the last iterations
 
-    def forward_step(batches: Iterator[Batch], chunk: DistributedDataParallel) -> tuple[Tensor, Callable]:
+    def takes(part: LlavaModel) -> bool:
+        return part.pre_process or part.post_process or config.data.packs
+
+    def forward_step(
+        length: int | None, batches: Iterator[Batch], chunk: DistributedDataParallel
+    ) -> tuple[Tensor, Callable]:
         part = unwrap_model(chunk)
-        if not (part.pre_process or part.post_process or config.data.packs):
+        if not takes(part):
             return chunk(), _no_losses
-        batch = _next_batch(batches)
-        inputs, counts = prepare(batch, part)
+        batch = next(batches)
+        inputs, counts = prepare(batch, part, length)
         done.append(Done(batch.keys, counts))
         return chunk(**inputs), functools.partial(_sum_losses, counts["num_labels"])
 
     def run(chunks: list[DistributedDataParallel], batches: Iterator[Batch], forward_only: bool) -> Totals:
         done.clear()
-        batches = TimedIterator(batches)
-        reports = schedule(
-            forward_step_func=forward_step,
-            # Only one chunk of a rank takes batches: the first of the pipeline, or the last.
-            data_iterator=[batches] * len(chunks) if len(chunks) > 1 else batches,
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=num_micro_batches,
-            seq_length=config.model.decoder_seq_length,
-            micro_batch_size=config.data.micro_batch_size,
-            forward_only=forward_only,
+        parts = [unwrap_model(chunk) for chunk in chunks]
+        feed = Feed(
+            batches,
+            num_micro_batches,
+            parallel.host_groups(),
+            takes=any(map(takes, parts)),
+            takes_pixels=any(part.pre_process for part in parts),
+            device=parallel.device(),
         )
+        with feed.reading() as longest:
+            length = longest and padded_length(longest, config.parallel, multiple)
+            reports = schedule(
+                forward_step_func=functools.partial(forward_step, length),
+                # Only one chunk of a rank takes batches: the first of the pipeline, or the last.
+                data_iterator=[feed] * len(chunks) if len(chunks) > 1 else feed,
+                model=chunks if len(chunks) > 1 else chunks[0],
+                num_microbatches=num_micro_batches,
+                seq_length=length or config.model.decoder_seq_length,  # of no account without stages
+                micro_batch_size=config.data.micro_batch_size,
+                forward_only=forward_only,
+            )
         losses = to_host(reports)
-        total = add_up(done, losses, batches.seconds, num_reading)
+        total = add_up(done, losses, feed.seconds, num_reading)
         if not forward_only:
             report_spike(total.loss, usual, done, losses)
             usual.append(total.loss)
@@ -136,19 +152,21 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
     return run
 
 
-def _preparer(config: Config, llava: Llava) -> Callable[[Batch, LlavaModel], tuple[dict[str, Any], dict[str, int]]]:
-    """A function (batch, stage) -> (what its forward takes, on the device; what the last stage counts)."""
+def _preparer(
+    config: Config, llava: Llava, multiple: int
+) -> Callable[[Batch, LlavaModel, int | None], tuple[dict[str, Any], dict[str, int]]]:
+    """A function (batch, stage, length) -> (what its forward takes, on the device; what the last stage counts).
+
+    The batch is padded to `length`, or else to the next that ranks can share in multiples of `multiple`.
+    """
     cut, device = config.parallel, parallel.device()
     image, dtype = read_image_settings(config.model.description), DTYPES[config.model.precision]
-    multiple = FP8_MULTIPLE if config.model.precision == "fp8" else 1
     # Transformer Engine wants borders on the device; megatron.core's own layers would wait for them there.
     borders_on_device = config.data.packs and uses_transformer_engine(config.model)
 
-    def prepare(batch: Batch, part: LlavaModel) -> tuple[dict[str, Any], dict[str, int]]:
-        batch = pad(batch, padded_length(batch.labels.shape[1], cut, multiple))
-        if not part.pre_process and part.received_length != batch.labels.shape[1] // cut.context_parallel_size:
-            raise ValueError(f"{DIFFERENT_SAMPLES} (this stage: {', '.join(batch.keys)})")
-        text = cut_text(batch, llava.image_token_id, cut, multiple)
+    def prepare(batch: Batch, part: LlavaModel, length: int | None) -> tuple[dict[str, Any], dict[str, int]]:
+        batch = pad(batch, length or padded_length(batch.labels.shape[1], cut, multiple))
+        text = cut_text(batch, llava.image_token_id, cut)
         labels = place_labels(text)
         tensors = {
             **(place_images(text, cut) if part.pre_process else {}),
@@ -162,29 +180,6 @@ def _preparer(config: Config, llava: Llava) -> Callable[[Batch, LlavaModel], tup
         return inputs, count(batch, len(labels["wanted"]))
 
     return prepare
-
-
-class TimedIterator:
-    """An iterator that adds up how long it was waited for."""
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self.batches = batches
-        self.seconds = 0.0
-
-    def __next__(self) -> Batch:
-        start = time.perf_counter()
-        batch = next(self.batches)
-        self.seconds += time.perf_counter() - start
-        return batch
-
-
-def _next_batch(batches: Iterator[Batch]) -> Batch:
-    """The next micro batch, read by the first of the tensor- and context-parallel ranks and handed to the others."""
-    group = parallel_state.get_tensor_and_context_parallel_group()
-    box = [next(batches) if group.rank() == 0 else None]
-    if group.size() > 1:
-        dist.broadcast_object_list(box, group=group, group_src=0, device=parallel.device())
-    return box[0]
 
 
 def _no_losses(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from megatron_patch.families.llava import read_config
 from megatron_patch.training import batch as batch_module
 from megatron_patch.training import step as step_module
 from megatron_patch.training.loop import start_or_resume
-from megatron_patch.training.step import TimedIterator, batch_runner, train_step
+from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
 
 aten = torch.ops.aten
@@ -79,14 +78,3 @@ def test_the_host_waits_once_per_iteration_at_most(mcore, tmp_path, monkeypatch,
     config = tiny_runs.config(mcore, tmp_path, freeze_lm=frozen, freeze_vit=frozen)
     few, many = (waits_in_a_step(config, count, monkeypatch) for count in (1, 4))
     assert many == few
-
-
-def test_the_wait_for_batches_is_measured():
-    def slow():
-        for batch in "ab":
-            time.sleep(0.05)
-            yield batch
-
-    batches = TimedIterator(slow())
-    assert [next(batches), next(batches)] == ["a", "b"]
-    assert batches.seconds >= 0.1
