@@ -22,7 +22,7 @@ from megatron_patch.checkpoint.sources import EMBED_TOKENS, LM_HEAD
 from megatron_patch.config import Checkpoint, Config, Data, Model, Optimizer, Training
 from megatron_patch.families.layout import pad_vocab
 from megatron_patch.families.llava import hub_name
-from megatron_patch.model.llava import LlavaModel, find_image_rows
+from megatron_patch.model.llava import LlavaModel, find_patches
 from megatron_patch.sizes import Llava
 
 Load = Callable[[str], Tensor]
@@ -184,8 +184,9 @@ def _run_mcore(llava: Llava, weight: Load, input_ids: Tensor, pixels: Tensor, se
     Watch(see).output("vision_projection", model.vision_projection)  # [n, patches, h] on both sides
     watch.layers("language_model", language.decoder.layers)
     watch.output("language_model.final_layernorm", language.decoder.final_layernorm)
-    image_rows = find_image_rows(input_ids, llava.image_token_id)
-    logits = model(input_ids, image_rows, pixels)[..., : llava.language.vocab_size]
+    is_image = input_ids == llava.image_token_id
+    tokens = input_ids.masked_fill(is_image, 0)  # `<image>` may lie past the table
+    logits = model(tokens, find_patches(is_image), pixels)[..., : llava.language.vocab_size]
     see("logits", logits)
     return logits
 

@@ -5,6 +5,7 @@ The data side resizes and crops to uint8, a quarter of the bytes; the device nor
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -138,10 +139,15 @@ def transform(rgb: Image.Image, settings: ImageSettings) -> Image.Image:
 
 def normalize(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """uint8 [n, 3, h, w] -> the tower's input of the same shape, computed in fp32 where the pixels lie, then cast."""
-    options = {"dtype": torch.float32, "device": pixels.device}
-    mean_, std_ = (torch.tensor(values, **options).view(1, 3, 1, 1) for values in (mean, std))
+    mean_, std_ = _per_channel(mean, pixels.device), _per_channel(std, pixels.device)
     # transformers multiplies by 1/255 in fp64 and rounds to fp32: for each of the 256 values that is value / 255.
     return ((pixels.float() / 255 - mean_) / std_).to(dtype)
+
+
+@functools.cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """fp32 [1, 3, 1, 1], made once: the host would wait for a GPU each time."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 
 
 def _settings(config: dict[str, Any]) -> ImageSettings:

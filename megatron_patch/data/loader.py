@@ -82,6 +82,7 @@ class Loader(SavableDataLoader[Batch]):
         self.failures = failures
         self.fingerprint = fingerprint
         self.is_closed = False
+        self._was_killed = False
         self._begun: Any = None
         # For its workers' seeds torch draws from this, not from the numbers that a model begins with.
         self.generator = torch.Generator()
@@ -121,7 +122,7 @@ class Loader(SavableDataLoader[Batch]):
 
     def raise_if_killed(self, error: Exception) -> None:
         """Raise ValueError where a signal ended a worker: then `error`, whatever it says, follows from that."""
-        if not self.is_closed and any(map(_was_killed, getattr(self._running, "_workers", ()))):
+        if self._was_killed or (not self.is_closed and any(map(_was_killed, getattr(self._running, "_workers", ())))):
             raise ValueError(
                 f"{self.failures.dataset}: a process that reads was killed; if memory ran out, use fewer "
                 f"--num-workers, else start the same command again"
@@ -130,6 +131,8 @@ class Loader(SavableDataLoader[Batch]):
     def close(self) -> None:
         """End the workers. Left to the garbage collector, which first ends queues' threads, each takes 5 seconds."""
         if self.num_workers and self._running is not None:
+            # Seen before they end: what reads in a thread may close this while the main one looks for the reason.
+            self._was_killed = any((worker.exitcode or 0) < 0 for worker in self._running._workers)
             self._running._shutdown_workers()
             self.is_closed = True
 

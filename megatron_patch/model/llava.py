@@ -94,33 +94,39 @@ class LlavaModel(MegatronModule):
 
     def forward(
         self,
-        input_ids: Tensor | None,
-        image_rows: Tensor | None,
-        pixel_values: Tensor | None,
+        input_ids: Tensor | None = None,
+        image_positions: Tensor | None = None,
+        pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        *,
         wanted: Tensor | None = None,
+        image_rows: Tensor | None = None,
     ) -> Tensor:
         """Hidden states, logits or losses of one micro batch.
 
-        With context parallelism, b and s are of this rank's part of the sequences, and the pictures are all of them.
+        Positions count through [s, b] as hidden states lie: position s of sample b is s * (number of samples) + b. They
+        are given, and not found here, because to find them on a GPU the host would have to wait for it. With context
+        parallelism, b and s are of this rank's part of the sequences, and the images are all of them.
 
         Args:
-            input_ids: int64 [b, s]; None past the first stage.
-            image_rows: int64 [b, s]: which of all pictures' patches [n * patches] lies at this position, -1 where there
-                is a word; None past the first stage.
+            input_ids: int64 [b, s], any token where there is a patch; None past the first stage.
+            image_positions: int64 [patches]: where each patch lies; None past the first stage.
             pixel_values: normalised [n, 3, h, w]; n may be 0; None past the first stage.
-            labels: int64 [b, s], the id to be predicted at each position, -100 where nothing is; None: no loss wanted.
+            labels: int64 [number of labels], the ids to be predicted at `wanted`; None: no loss is wanted.
             packed_seq_params: where the samples of a packed sequence (b = 1) begin and end; None: a sample per row.
-            wanted: bool [b, s], positions whose logits are returned where there are no labels; None: all.
+            wanted: int64 [number of labels], positions whose logits are needed; None: all, without labels.
+            image_rows: int64 [patches]: which of all images' patches [n * patches] lie there; None: every one.
 
         Returns:
             Last stage: fp32 losses [number of labels], or without labels this rank's logits [b, s, vocabulary / TP], of
-            wanted positions [number of them, vocabulary / TP], an earlier position before a later one.
+            wanted positions [number of them, vocabulary / TP].
             Other stages: hidden states [s, b, h], of s this rank's part under sequence parallelism.
         """
         with ActivationOffload(self) if self.offloads_activations else contextlib.nullcontext():
-            embeddings = self._embed(input_ids, image_rows, pixel_values) if self.pre_process else None
+            embeddings = None
+            if self.pre_process:
+                embeddings = self._embed(input_ids, image_positions, image_rows, pixel_values)
             return self.language_model(
                 input_ids=input_ids,
                 position_ids=None,
@@ -135,29 +141,25 @@ class LlavaModel(MegatronModule):
         """Take the hidden states [s, b, h] of the previous pipeline stage."""
         self.language_model.set_input_tensor(input_tensor)
 
-    @property
-    def received_length(self) -> int:
-        """Positions of the hidden states that the previous pipeline stage sent, sequence-parallel ranks together."""
-        ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        return ranks * self.language_model.decoder.input_tensor.shape[0]
-
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The embedding, which is the output layer's weight too where a model ties them. megatron.core asks for it."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def _embed(self, input_ids: Tensor, image_rows: Tensor, pixel_values: Tensor) -> Tensor:
-        is_image = image_rows >= 0  # [b, s]
-        words = input_ids.masked_fill(is_image, 0)  # `<image>` may lie past the table
-        text = self.language_model.embedding(words, position_ids=None)  # [s, b, h]
+    def _embed(
+        self, input_ids: Tensor, image_positions: Tensor, image_rows: Tensor | None, pixel_values: Tensor
+    ) -> Tensor:
+        text = self.language_model.embedding(input_ids, position_ids=None)  # [s, b, h]
         if pixel_values.shape[0] == 0:
-            # A text without pictures trains like any other. All that is trained takes part, with a gradient of zero and
+            # A text without images trains like any other. All that is trained takes part, with a gradient of zero and
             # in the usual order, since ranks add up gradients together as they come.
             blank = pixel_values.new_zeros(1, *pixel_values.shape[1:])
             mixed = text + (0 * self._see(blank)).sum().to(text.dtype)
         else:
             images = self._see(pixel_values).to(text.dtype)  # [n * patches, h]
-            patches = images[image_rows.clamp(min=0)].transpose(0, 1)  # [s, b, h]
-            mixed = torch.where(is_image.transpose(0, 1).unsqueeze(-1), patches, text)
+            if image_rows is not None:
+                images = images.index_select(0, image_rows)
+            # Its backward pass is an index_select: nothing is added up.
+            mixed = text.flatten(0, 1).index_copy(0, image_positions, images).view_as(text)
         if self.config.sequence_parallel:
             mixed = tensor_parallel.scatter_to_sequence_parallel_region(mixed)
         return mixed.contiguous()
@@ -174,10 +176,16 @@ class LlavaModel(MegatronModule):
             self.vision_model.requires_grad_(False)
 
 
-def find_image_rows(input_ids: Tensor, image_token_id: int) -> Tensor:
-    """Which of a batch's patches lies at each position of `input_ids` [b, s], counted on over samples; -1: a word."""
-    is_image = input_ids == image_token_id
-    return torch.where(is_image, is_image.flatten().cumsum(0).view_as(is_image) - 1, -1)
+def find_patches(is_image: Tensor) -> Tensor:
+    """bool [b, s] -> int64 [patches], LlavaModel's `image_positions`: one sample's patches after the other's."""
+    found = is_image.flatten().nonzero().squeeze(1)
+    size, length = is_image.shape
+    return found % length * size + found // length
+
+
+def find_positions(chosen: Tensor) -> Tensor:
+    """bool [b, s] -> int64 [chosen], LlavaModel's `wanted`: an earlier position before a later one."""
+    return chosen.transpose(0, 1).flatten().nonzero().squeeze(1)
 
 
 class _LanguageModel(GPTModel):
@@ -188,7 +196,7 @@ class _LanguageModel(GPTModel):
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None, **unused
     ) -> Tensor:
-        """`hidden_states` [s, b, h] and `labels` [b, s] or `loss_mask`, LlavaModel's `wanted` -> what it returns.
+        """`hidden_states` [s, b, h], `labels` and `loss_mask`, LlavaModel's `wanted` -> what it returns.
 
         A caption labels some 30 of 620 positions: logits of the others would be the largest tensor of a step.
         """
@@ -201,17 +209,15 @@ class _LanguageModel(GPTModel):
                 hidden_states, tensor_parallel_output_grad=False
             )
         shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        if labels is None and loss_mask is None:
+        if loss_mask is None:
             logits, _ = self.output_layer(hidden_states, weight=shared)
             return self._without_padding(logits).transpose(0, 1).contiguous()
-        is_chosen = (loss_mask if labels is None else labels != -100).transpose(0, 1)  # [s, b]
-        chosen = hidden_states[is_chosen].unsqueeze(1)  # [chosen, 1, h]
+        chosen = hidden_states.flatten(0, 1).index_select(0, loss_mask).unsqueeze(1)  # [chosen, 1, h]
         logits, _ = self.output_layer(chosen, weight=shared)  # [chosen, 1, vocab / TP]
         logits = self._without_padding(logits)
         if labels is None:
             return logits.squeeze(1)
-        targets = labels.transpose(0, 1)[is_chosen].unsqueeze(1)  # [chosen, 1]
-        losses = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), targets)
+        losses = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels.unsqueeze(1))
         return losses.squeeze(1)
 
     def _without_padding(self, logits: Tensor) -> Tensor:
@@ -250,10 +256,8 @@ def language_config(config: Config, sizes: LanguageModel) -> TransformerConfig:
         batch_p2p_comm=chunks == 1,
         context_parallel_size=config.parallel.context_parallel_size,
         sequence_parallel=config.parallel.uses_sequence_parallel,
-        # Batches are padded to their longest sample, so that stages hand over tensors of different lengths. (The
-        # dispatcher is of no use here, but megatron.core asks for this one then.)
-        variable_seq_lengths=config.parallel.pipeline_model_parallel_size > 1,
-        moe_token_dispatcher_type="alltoall",
+        # Each message is waited for on the computing stream, which is enough: the host need not wait for the GPU too.
+        batch_p2p_sync=False,
         calculate_per_token_loss=True,
         fp8=_fp8(config),
         **_recompute(config, config.training.recompute_method, config.training.recompute_num_layers),

@@ -23,10 +23,10 @@ from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.data.loader import valid_loader
 from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
 from megatron_patch.data.tokenize import IGNORE
-from megatron_patch.model.llava import DTYPES
+from megatron_patch.model.llava import DTYPES, find_positions
 from megatron_patch.model.specs import FP8_MULTIPLE
 from megatron_patch.sizes import Llava
-from megatron_patch.training.step import cut_text
+from megatron_patch.training.batch import cut_text, place_images, to_device
 
 MAX_NEW_TOKENS = 32
 """A caption that is longer is cut off."""
@@ -162,20 +162,20 @@ def _next_words(
         # Context parallelism deals out sequences: the positions go along in the place of labels.
         batch = Batch(keys=[], input_ids=input_ids, labels=positions, pixels=pixels)
         text = cut_text(batch, llava.image_token_id, cut, _multiple(config))
-        words, image_rows = (text[name].to(parallel.device()) for name in ("input_ids", "image_rows"))
-        is_last = (text["labels"] == (lengths - 1).unsqueeze(1)).to(parallel.device())  # [b, s / CP]
+        last = find_positions(text["labels"] == (lengths - 1).unsqueeze(1))  # those that are on this rank
+        inputs = to_device({**place_images(text, cut), "wanted": last}, parallel.device())
         outputs = schedule(
-            forward_step_func=lambda _, chunk: (chunk(words, image_rows, pixel_values, wanted=is_last), None),
+            forward_step_func=lambda _, chunk: (chunk(pixel_values=pixel_values, **inputs), None),
             data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=num_micro_batches,
-            seq_length=input_ids.shape[1],
+            seq_length=cut.context_parallel_size * text["labels"].shape[1],
             micro_batch_size=len(input_ids),
             forward_only=True,
         )
         likeliest = torch.full(lengths.shape, -1, device=parallel.device())  # [b]
         if parallel_state.is_pipeline_last_stage():
-            rows = is_last.transpose(0, 1).nonzero()[:, 1]  # in the order of the logits; those that end on this rank
+            rows = inputs["wanted"] % len(input_ids)  # in the order of the logits
             logits = gather_from_tensor_model_parallel_region(outputs[0])  # [rows, vocabulary]
             logits[:, llava.image_token_id :][:, :1] = float("-inf")  # no word, and there is no picture for it
             likeliest[rows] = logits.argmax(dim=-1)

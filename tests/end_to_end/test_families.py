@@ -20,7 +20,7 @@ from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.config import Config, Parallel
 from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.families.llava import hub_name, parts, read_config
-from megatron_patch.model.llava import find_image_rows, language_config
+from megatron_patch.model.llava import find_patches, language_config
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.optimizer import build_scheduler
 from megatron_patch.training.step import batch_runner, train_step
@@ -100,9 +100,11 @@ def logits(config: Config, input_ids: torch.Tensor, pictures: torch.Tensor) -> t
     """[b, s, vocabulary] of the run's last checkpoint, or of the weights that it starts from."""
     llava = read_config(config.model.description)
     (model,), *_ = start_or_resume(config, llava, resume.find(config))
-    image_rows = find_image_rows(input_ids, llava.image_token_id)
+    is_image = input_ids == llava.image_token_id
     with torch.no_grad():
-        return model.eval()(input_ids, image_rows, pictures)[..., : llava.language.vocab_size]
+        return model.eval()(input_ids.masked_fill(is_image, 0), find_patches(is_image), pictures)[
+            ..., : llava.language.vocab_size
+        ]
 
 
 def pixels(config: Config, batch) -> torch.Tensor:

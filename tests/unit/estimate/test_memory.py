@@ -16,8 +16,8 @@ from megatron_patch.data.task_encoder import Batch
 from megatron_patch.estimate.memory import chunk_weights, plan
 from megatron_patch.families.llava import read_config
 from megatron_patch.launch import launch
+from megatron_patch.training.batch import cut_text, place_images, place_labels
 from megatron_patch.training.loop import start_or_resume
-from megatron_patch.training.step import cut_text
 from tests import tiny_runs
 from tests.distributed.ranks import run_ranks
 
@@ -49,7 +49,8 @@ def kept_bytes(config: Config, llava, model) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(text["input_ids"], text["image_rows"], pixels, text["labels"] if model.post_process else None)
+        labels = place_labels(text) if model.post_process else {}
+        output = model(pixel_values=pixels, **place_images(text, config.parallel), **labels)
     del output
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 

@@ -16,8 +16,8 @@ from megatron_patch.data.image import normalize, read_image_settings
 from megatron_patch.families.llava import read_config
 from megatron_patch.model import llava as llava_module
 from megatron_patch.model.llava import LlavaModel
+from megatron_patch.training.batch import cut_text, place_images, place_labels
 from megatron_patch.training.loop import load_pretrained
-from megatron_patch.training.step import cut_text
 from tests import tiny_runs
 
 
@@ -33,8 +33,9 @@ def pictures(mcore, batch):
     return normalize(batch.pixels, settings.mean, settings.std, torch.float32)
 
 
-def image_rows(batch, llava):
-    return cut_text(batch, llava.image_token_id, Parallel())["image_rows"]
+def text_inputs(batch, llava, *, labels: bool) -> dict[str, torch.Tensor]:
+    text = cut_text(batch, llava.image_token_id, Parallel())
+    return place_images(text, Parallel()) | (place_labels(text) if labels else {})
 
 
 def hf_logits(hf, mcore, batch):
@@ -58,8 +59,8 @@ def test_logits_and_loss_equal_transformers(mcore, hf, one_process, tmp_path, fl
     (batch,) = tiny_runs.batches(llava, 1)
     expected, mask = hf_logits(hf, mcore, batch)
     with torch.no_grad():
-        logits = model(batch.input_ids, image_rows(batch, llava), pictures(mcore, batch))
-        losses = model(batch.input_ids, image_rows(batch, llava), pictures(mcore, batch), batch.labels)
+        logits = model(pixel_values=pictures(mcore, batch), **text_inputs(batch, llava, labels=False))
+        losses = model(pixel_values=pictures(mcore, batch), **text_inputs(batch, llava, labels=True))
 
     assert logits.shape[-1] == llava.language.padded_vocab_size(1) > llava.language.vocab_size
     assert torch.isneginf(logits[..., llava.language.vocab_size :]).all()
@@ -109,7 +110,8 @@ def test_text_without_pictures_trains(mcore, one_process, tmp_path):
     """Everything but the projector frozen: there is a gradient to reduce all the same, and it is zero."""
     model = build(mcore, tmp_path, freeze_lm=True, freeze_vit=True)
     ids = torch.randint(5, 300, (2, 16))
-    losses = model(ids, torch.full_like(ids, -1), torch.zeros(0, 3, 28, 28), ids)
+    nowhere, everywhere = torch.empty(0, dtype=torch.int64), torch.arange(ids.numel())
+    losses = model(ids, nowhere, torch.zeros(0, 3, 28, 28), ids.transpose(0, 1).flatten(), wanted=everywhere)
     losses.sum().backward()
     gradients = [parameter.grad for parameter in model.vision_projection.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
@@ -121,6 +123,6 @@ def test_frozen_parts_have_no_gradients(mcore, one_process, tmp_path):
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {f"vision_projection.encoder.linear_fc{i}.{what}" for i in (1, 2) for what in ("weight", "bias")}
     (batch,) = tiny_runs.batches(llava, 1)
-    model(batch.input_ids, image_rows(batch, llava), pictures(mcore, batch), batch.labels).sum().backward()
+    model(pixel_values=pictures(mcore, batch), **text_inputs(batch, llava, labels=True)).sum().backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert with_gradient == trained
