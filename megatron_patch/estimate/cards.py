@@ -94,11 +94,12 @@ class Kernels:
     """Times that the CPU waits for the GPU in a micro batch."""
     handover: float
     """Seconds in which a micro batch gets from one tensor- or context-parallel rank to the others."""
-    gradient_bytes: int = 12
-    """Per trained weight and micro batch: the 16-bit gradient written and read, the fp32 one read and written."""
+    gradient_bytes: int
+    """Per trained weight and micro batch, to add up its gradient: the fp32 one read and written; and, where products do
+    not add to it themselves, a 16-bit one written and read."""
 
 
-KERNELS = Kernels(rope=(5, 5), swiglu=(3, 5), launches=(24, 24), syncs=0, handover=1.5e-3)
+KERNELS = Kernels(rope=(5, 5), swiglu=(3, 5), launches=(24, 24), syncs=0, handover=1.5e-3, gradient_bytes=8)
 """Fused SwiGLU (one kernel forward, one backward), three kernels to rotate queries and three to rotate keys."""
 VISION_LAUNCHES = (16, 24)
 """Kernels of a vision layer, forward and backward."""

@@ -14,7 +14,8 @@ from megatron_patch.sizes import Llava
 
 ROOM = 0.8
 """Part of a GPU's memory that the plan may take: caches, communication's buffers and the CUDA context come on top."""
-MICRO_BATCHES = (1, 2, 4, 8, 16)
+MICRO_BATCHES = (1, 2, 4, 8)
+"""What more would gain is less than the prediction's error."""
 ENOUGH = 1.01
 """A smaller micro batch is taken where it takes at most so many times as long."""
 WORTH_SAYING = 0.9

@@ -18,7 +18,7 @@ from tests.tiny_runs import config
 from tests.unit.test_config import LLAVA
 
 # megatron.core's own rotary embedding and SwiGLU, operation by operation; SwiGLU compiled; the rotation too.
-UNFUSED = Kernels(rope=(12, 12.8), swiglu=(7, 13), launches=(38, 39), syncs=6, handover=1.5e-3)
+UNFUSED = Kernels(rope=(12, 12.8), swiglu=(7, 13), launches=(38, 39), syncs=6, handover=1.5e-3, gradient_bytes=12)
 FUSED_SWIGLU = replace(UNFUSED, swiglu=(3, 5))
 FUSED = replace(FUSED_SWIGLU, rope=(2, 2))
 WITHOUT_SYNCS = replace(FUSED, syncs=0)
