@@ -38,10 +38,9 @@ bench-training: $(STAMP)
 bench-converter: $(STAMP)
 	$(BIN)/python benchmarks/converter.py
 
-# Where torch has its own environment: make bench-gpu BENCH_PYTHON=python3, which needs no .venv then.
-BENCH_PYTHON ?= $(BIN)/python
-bench-gpu: $(if $(filter $(BIN)/%,$(BENCH_PYTHON)),$(STAMP))
-	PYTHON=$(BENCH_PYTHON) sh benchmarks/gpu_check.sh && $(BENCH_PYTHON) benchmarks/gpu_table.py --compare
+bench-gpu: $(STAMP)
+	sh benchmarks/gpu_check.sh
+	$(BIN)/python benchmarks/gpu_table.py --compare
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache

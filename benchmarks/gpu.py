@@ -27,7 +27,7 @@ PROCESSES = (
     (200, ("card", "ceilings", "stage1")),
     (75, ("audit", "packing")),
     (130, ("stage2", "memory")),
-    (120, ("tests",)),
+    (150, ("tests",)),
     (240, ("engine-build",)),
     (120, ("engine",)),
 )

@@ -82,7 +82,11 @@ def add_profile(run: Run, ours: Ours, batch: Batch, row: str) -> None:
     bmm = sum(event.name == "aten::bmm" for event in events)
     attention = sorted({event.name for event in events if KERNEL_OF_ATTENTION.fullmatch(event.name)})
     found: dict = {"bmm": bmm, "operators": len(events), "attention": attention}
-    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [
+        event
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
     if kernels:
         micros: Counter = Counter()
         for kernel in kernels:

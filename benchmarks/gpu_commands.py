@@ -29,7 +29,7 @@ def add_tests(run: Run, row: str, arguments: list[str], seconds: float) -> None:
     from gpu import ROOT
 
     report = run.folder / "junit.xml"
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-n", "4", "--dist", "loadfile", f"--junitxml={report}"]
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-n", "4", f"--junitxml={report}"]
     code, output = run_command([*command, *arguments], ROOT, seconds)
     if not report.exists():
         run.rows.add(row, problem=f"pytest ended with exit code {code}: {output[-200:]}", failed=True)
@@ -79,9 +79,9 @@ def engine_build(run: Run) -> None:
 
 
 def header_folders() -> list[Path]:
-    """Headers of cuDNN and NCCL, which come with torch's packages and not with the CUDA toolkit."""
+    """Headers of cuDNN and NCCL, which come with torch's packages and not with the CUDA toolkit; and CUDA's last."""
     packages = Path(sysconfig.get_path("purelib")) / "nvidia"
-    found = [packages / name / "include" for name in ("cudnn", "nccl")]
+    found = [packages / name / "include" for name in ("cudnn", "nccl", "cu13")]
     return [folder for folder in found if folder.is_dir()]
 
 

@@ -41,7 +41,7 @@ def test_packing_against_padding(tmp_path):
 def checked(tmp_path_factory) -> tuple[subprocess.CompletedProcess, list[dict]]:
     """The GPU's check as far as a CPU has what it asks for, and its rows."""
     folder = tmp_path_factory.mktemp("check with a space")
-    words = "--size tiny --device cpu --steps 2 --scale 5".split()
+    words = "--size tiny --device cpu --steps 2 --scale 20".split()
     variables = {"OUT": str(folder / "out"), "ENGINE": str(folder / "engine"), "PYTHON": sys.executable}
     result = subprocess.run(
         ["sh", str(ROOT / "benchmarks/gpu_check.sh"), *words],
@@ -102,6 +102,6 @@ def test_what_ends_a_process_is_a_row_and_fails_the_check(tmp_path):
         timeout=300,
     )
     assert result.returncode == 1
-    assert result.stdout.count("cut: its time was over") >= 7
+    assert result.stdout.count("cut: its time was over") >= 4
     assert "stage1 / done" in result.stdout
     assert "memory / done" in result.stdout
