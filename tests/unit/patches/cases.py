@@ -133,7 +133,7 @@ def no_process_for_results() -> None:
     assert len(results.get_nowait()) == 2**20
 
 
-def states_of_several_buckets() -> None:
+def own_states() -> None:
     """What is saved of an optimizer is what it has."""
     model, optimizer = _optimizer(overlap_grad_reduce=True, bucket_size=1)
     _train(model, optimizer)
