@@ -38,6 +38,10 @@ def test_fails_without_the_repair_and_passes_with_it(repair):
     assert exit_codes(repair, repair, None) == [1, 0]
 
 
+def test_offloaded_weights_are_pinned_once():
+    assert exit_codes("parameters_on_the_device_are_pinned", "parameters_on_the_device", None) == [1, 0]
+
+
 def test_importing_the_package_loads_neither_torch_nor_megatron():
     code = "import megatron_patch.config, sys; sys.exit('torch' in sys.modules or 'megatron.core' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
