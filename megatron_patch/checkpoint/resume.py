@@ -7,6 +7,7 @@ The learning rate follows from the iteration.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import platform
@@ -14,6 +15,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +34,8 @@ from megatron_patch.model.llava import LlavaModel
 
 CONFIG = "run_config.json"
 EXTRA_STATE = "_extra_state"
+PATIENCE = timedelta(hours=6)
+"""How long ranks wait for those whose disk is slower; --distributed-timeout-minutes is for computing."""
 T = TypeVar("T")
 
 
@@ -234,7 +238,10 @@ def saved(folder: Path) -> list[Path]:
 
 
 def agree(action: Callable[..., T], *arguments: Any, rank: int | None = None) -> T:
-    """What `action(*arguments)` gives here, or on `rank` alone. Where it raises OSError or ValueError, all ranks do."""
+    """What `action(*arguments)` gives here, or on `rank` alone. Where it raises OSError or ValueError, all ranks do.
+
+    Waits for the slowest for as long as a disk may take.
+    """
     result = error = None
     try:
         if rank in (None, dist.get_rank()):
@@ -242,8 +249,14 @@ def agree(action: Callable[..., T], *arguments: Any, rank: int | None = None) ->
     except (OSError, ValueError) as caught:
         error = caught
     reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, (error, None if rank is None else result))
+    dist.all_gather_object(reports, (error, None if rank is None else result), group=_patient(dist.group.WORLD))
     for error, _ in reports:
         if error is not None:
             raise error
     return result if rank is None else reports[rank][1]
+
+
+@functools.lru_cache(maxsize=1)
+def _patient(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same processes for what waits for disks."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
