@@ -7,13 +7,15 @@ The learning rate follows from the iteration.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import platform
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +33,9 @@ from megatron_patch.families.llava import read_config
 from megatron_patch.model.llava import LlavaModel
 
 CONFIG = "run_config.json"
+EXTRA_STATE = "_extra_state"
+PATIENCE = timedelta(hours=6)
+"""How long ranks wait for those whose disk is slower; --distributed-timeout-minutes is for computing."""
 T = TypeVar("T")
 
 
@@ -87,14 +92,18 @@ def load(checkpoint: Path, chunks: list[LlavaModel], optimizer: MegatronOptimize
     Raises ValueError where its tensors are not those of this run's model and optimizer.
     """
     model = model_state(chunks)
+    stored = read_metadata(checkpoint / ".metadata").state_dict_metadata if chunks[0].config.fp8 else {}
+    wanted = {name: _wanted(tensors, stored) for name, tensors in model.items()}
     try:
         state = dist_checkpointing.load(
-            {**model, "optimizer": optimizer_state(optimizer, model, is_loading=True)},
+            {**wanted, "optimizer": optimizer_state(optimizer, model, is_loading=True)},
             str(checkpoint),
             strict=StrictHandling.RAISE_UNEXPECTED,
         )
         for name, chunk in zip(model, chunks, strict=True):
-            chunk.load_state_dict(state[name])
+            missing, unexpected = chunk.load_state_dict(state[name], strict=False)
+            if wrong := [key for key in (*missing, *unexpected) if not key.endswith(EXTRA_STATE)]:
+                raise KeyError(wrong[0])
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:  # the files are what was written: something of all kinds is not as it was then
         reason = " ".join(str(error).split())[:200]
@@ -103,6 +112,14 @@ def load(checkpoint: Path, chunks: list[LlavaModel], optimizer: MegatronOptimize
             f"{CONFIG}, or begin a new run with it as --pretrained-checkpoint"
         ) from error
     return Progress(**state["progress"])
+
+
+def _wanted(model: dict[str, Any], stored: Container[str]) -> dict[str, Any]:
+    """What to load of a chunk: all tensors, and of Transformer Engine's extra states those that are in `stored`.
+
+    Local layers write none for norms. They hold fp8's scales or nothing, and are pickles: a run without fp8 loads none.
+    """
+    return {key: value for key, value in model.items() if not key.endswith(EXTRA_STATE) or value.unique_key in stored}
 
 
 def _check_shared(folder: Path) -> None:
@@ -221,7 +238,10 @@ def saved(folder: Path) -> list[Path]:
 
 
 def agree(action: Callable[..., T], *arguments: Any, rank: int | None = None) -> T:
-    """What `action(*arguments)` gives here, or on `rank` alone. Where it raises OSError or ValueError, all ranks do."""
+    """What `action(*arguments)` gives here, or on `rank` alone. Where it raises OSError or ValueError, all ranks do.
+
+    Waits for the slowest for as long as a disk may take.
+    """
     result = error = None
     try:
         if rank in (None, dist.get_rank()):
@@ -229,8 +249,14 @@ def agree(action: Callable[..., T], *arguments: Any, rank: int | None = None) ->
     except (OSError, ValueError) as caught:
         error = caught
     reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, (error, None if rank is None else result))
+    dist.all_gather_object(reports, (error, None if rank is None else result), group=_patient(dist.group.WORLD))
     for error, _ in reports:
         if error is not None:
             raise error
     return result if rank is None else reports[rank][1]
+
+
+@functools.lru_cache(maxsize=1)
+def _patient(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same processes for what waits for disks."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)

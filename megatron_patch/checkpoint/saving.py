@@ -18,7 +18,10 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
@@ -86,16 +89,24 @@ class Saver:
                 "progress": dataclasses.asdict(progress),
             },
             str(self.partial),
+            # Of what all data-parallel ranks have, each writes a share.
+            FullyParallelSaveStrategyWrapper(
+                get_default_save_sharded_strategy(),
+                parallel_state.get_data_parallel_group_gloo(with_context_parallel=True),
+            ),
             async_sharded_save=True,
         )
         sums = os.fdopen(os.memfd_create("checksums"), "r+")  # shared with the process that writes
         if request.async_fn is not None:
             request = request._replace(async_fn=functools.partial(_write, request.async_fn, sums))
+        request.finalize_fns.insert(0, lambda: agree(_written))
         request.add_finalize_fn(lambda: self._publish(sums, written))
         if self.config.checkpoint.async_save:
+            if request.async_fn is not None:
+                request = request._replace(preload_fn=functools.partial(_stage, request.async_fn_args[1]))
             self.queue.schedule_async_request(request)
         else:
-            request.execute_sync()
+            _execute(request)
 
     def _finish(self, blocking: bool) -> None:
         if self.queue.get_num_unfinalized_calls():
@@ -163,6 +174,31 @@ class Saver:
 
     def _log(self) -> None:
         logger.info(f"saved {self.target}, training waited {self.seconds:.1f} s")
+
+
+def _written() -> None:
+    """This rank's part is on its disk. What megatron.core waits in next ends after --distributed-timeout-minutes."""
+
+
+def _stage(buckets: list[tuple]) -> list[tuple]:
+    """Copy to host memory. What is there and pinned too: a forked process would see the trainer change it."""
+    staged = []
+    for path, key, (objects, tensors) in buckets:
+        tensors = [(item, tensor.clone() if tensor.is_pinned() else tensor) for item, tensor in tensors]
+        staged.append((path, key, (objects, tensors)))
+    return FileSystemWriterAsync.preload_tensors(staged)
+
+
+def _execute(request: AsyncRequest) -> None:
+    """Write and finish it in this process.
+
+    As `execute_sync`, but for its barrier, and for the pinned memory that it copies to: torch would never give it back.
+    """
+    if request.async_fn is not None:
+        rank, buckets, results = request.async_fn_args
+        request.async_fn(rank, FileSystemWriterAsync.preload_tensors(buckets, non_blocking=False), results)
+    for finish in request.finalize_fns:
+        finish()
 
 
 def _write(write: Callable[..., None], sums: Any, rank: int, buckets: list[tuple], results: Any) -> None:

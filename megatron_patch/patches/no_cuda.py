@@ -138,34 +138,6 @@ def random_number_tracker(random: ModuleType) -> None:
     random.CudaRNGStatesTracker.fork = fork
 
 
-def parameters_on_the_device(module: ModuleType) -> None:
-    """All parameters count as the device's, and a part of them has copies that are stepped instead: the CPU's.
-
-    cpu_offloading/hybrid_optimizer.py:248-296 sorts by `is_cuda`, so that none would have: KeyError in :90.
-    """
-
-    def sort(self, offload_fraction: float) -> tuple[list[dict], list[dict], dict, dict, dict]:
-        wanted = offload_fraction * sum(p.numel() for group in self.param_groups for p in group["params"])
-        count, cpu_groups, device_groups, copies, in_fp32 = 0, [], [], {}, {}
-        for group in self.param_groups:
-            on_cpu, on_device = [], []
-            for parameter in group["params"]:
-                goes, stepped = count < wanted, parameter
-                if self.param_update_in_fp32 and parameter.dtype != torch.float32:
-                    stepped = in_fp32[parameter] = parameter.detach().float()
-                elif goes:
-                    stepped = parameter.detach().clone()
-                if goes:
-                    copies[parameter] = stepped
-                    count += parameter.numel()
-                (on_cpu if goes else on_device).append(stepped)
-            cpu_groups += [{**group, "params": on_cpu}] if on_cpu else []
-            device_groups += [{**group, "params": on_device}] if on_device else []
-        return cpu_groups, device_groups, copies, {copy: own for own, copy in copies.items()}, in_fp32
-
-    module.HybridDeviceOptimizer._get_sub_optimizer_param_groups = sort
-
-
 REPAIRS = (
     Repair("megatron.core*", torch_without_cuda),
     Repair("megatron.core", current_device),
@@ -177,12 +149,6 @@ REPAIRS = (
     Repair("megatron.core", type_names),
     Repair("megatron.core.jit", no_compilation),
     Repair("megatron.core.tensor_parallel.random", random_number_tracker, "CudaRNGStatesTracker.fork", "6821e1e39725"),
-    Repair(
-        "megatron.core.optimizer.cpu_offloading.hybrid_optimizer",
-        parameters_on_the_device,
-        "HybridDeviceOptimizer._get_sub_optimizer_param_groups",
-        "dc36f8e0ea82",
-    ),
 )
 
 

@@ -31,7 +31,7 @@ def state_before_first_step(module: ModuleType) -> None:
                     offloaded = getattr(self.optimizer, "param_to_inner_param", None)
                     stepped = parameter if offloaded is None else offloaded[parameter]
                     self.optimizer.state[parameter] = {
-                        "step": torch.tensor(0.0),
+                        "step": torch.tensor(0.0, device=stepped.device),  # where the fused kernel looks for it
                         "exp_avg": torch.zeros_like(stepped),
                         "exp_avg_sq": torch.zeros_like(stepped),
                         **({} if offloaded is None else {"master_param": stepped}),

@@ -150,7 +150,7 @@ def no_process_for_results() -> None:
     assert len(results.get_nowait()) == 2**20
 
 
-def states_of_several_buckets() -> None:
+def own_states() -> None:
     """What is saved of an optimizer is what it has."""
     model, optimizer = _optimizer(overlap_grad_reduce=True, bucket_size=1)
     _train(model, optimizer)
@@ -188,6 +188,67 @@ def streams() -> None:
 def parameters_on_the_device() -> None:
     """A step of offloaded states."""
     _train(*_optimizer(offload=True))
+
+
+def parameters_on_the_device_are_pinned() -> None:
+    """With a GPU (a mock): the copies are made in pinned memory, once, in fp32, and used again after a load."""
+    from types import SimpleNamespace
+    from unittest import mock
+
+    from megatron.core.optimizer.cpu_offloading import hybrid_optimizer
+
+    values = torch.randn(3).bfloat16()
+    parameter = mock.Mock(dtype=values.dtype, shape=values.shape, is_cuda=True)
+    parameter.numel.return_value, parameter.detach.return_value = 3, values
+    optimizer = SimpleNamespace(
+        param_groups=[{"params": [parameter]}], state={}, param_update_in_fp32=True, pin_cpu_params=True
+    )
+    sort, empty = hybrid_optimizer.HybridDeviceOptimizer._get_sub_optimizer_param_groups, torch.empty
+    with mock.patch.object(torch, "empty", side_effect=lambda *a, pin_memory, **k: empty(*a, **k)) as made:
+        _, _, copies, _, in_fp32 = sort(optimizer, 1.0)
+        optimizer.param_to_inner_param, optimizer.state = (
+            dict(in_fp32),
+            {parameter: {"master_param": copies[parameter]}},
+        )
+        copies[parameter].add_(1)
+        assert sort(optimizer, 1.0)[2][parameter] is copies[parameter]
+    assert [(call.kwargs["pin_memory"], call.kwargs["dtype"]) for call in made.call_args_list] == [
+        (True, torch.float32)
+    ]
+    assert torch.equal(copies[parameter], values.float() + 1)
+
+
+def copies_of_own_states() -> None:
+    """Building an optimizer with offloaded states makes one copy of each weight that it steps."""
+    from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+
+    copied, stock = [], HybridDeviceOptimizer._get_sub_optimizer_param_groups
+
+    def count(self, fraction):
+        found = stock(self, fraction)
+        copied.extend(copy.numel() for copy in found[2].values())
+        return found
+
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = count
+    model, _ = _optimizer(offload=True)
+    assert sum(copied) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def states_where_their_weights_are() -> None:
+    """Loaded states of one optimizer class on two devices, of which one is a mock: meta."""
+    from collections import defaultdict
+    from types import SimpleNamespace
+
+    from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+
+    parts = [torch.optim.AdamW([torch.zeros(2, device=device)]) for device in ("cpu", "meta")]
+    for part in parts:
+        for parameter in part.param_groups[0]["params"]:
+            part.state[parameter]["exp_avg"] = torch.zeros(2)
+    hybrid = SimpleNamespace(sub_optimizers=parts, inner_param_to_orig_param={}, state=defaultdict(dict))
+    hybrid.defaults = {"cpu_optimizer_cls": torch.optim.AdamW}
+    HybridDeviceOptimizer._move_new_state_to_right_device(hybrid)
+    assert [state["exp_avg"].device.type for state in hybrid.state.values()] == ["cpu", "meta"]
 
 
 def leaves_of_fp32_models() -> None:

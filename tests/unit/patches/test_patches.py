@@ -43,6 +43,10 @@ def test_without_a_compiler_nothing_is_compiled_for_a_gpu():
     assert exit_codes(repair, repair, None, run=cases.run_with_a_gpu_and_no_compiler) == [1, 0]
 
 
+def test_offloaded_weights_are_pinned_once():
+    assert exit_codes("parameters_on_the_device_are_pinned", "parameters_on_the_device", None) == [1, 0]
+
+
 def test_importing_the_package_loads_neither_torch_nor_megatron():
     code = "import megatron_patch.config, sys; sys.exit('torch' in sys.modules or 'megatron.core' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
