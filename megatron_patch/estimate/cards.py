@@ -99,8 +99,9 @@ class Kernels:
     not add to it themselves, a 16-bit one written and read."""
 
 
-KERNELS = Kernels(rope=(5, 5), swiglu=(3, 5), launches=(24, 24), syncs=0, handover=1.5e-3, gradient_bytes=8)
-"""Fused SwiGLU (one kernel forward, one backward), three kernels to rotate queries and three to rotate keys."""
+KERNELS = Kernels(rope=(5, 5), swiglu=(3, 5), launches=(24, 24), syncs=0, handover=0.0, gradient_bytes=8)
+"""Fused SwiGLU (one kernel forward, one backward), three kernels to rotate queries and three to rotate keys.
+A thread hands micro batches over."""
 VISION_LAUNCHES = (16, 24)
 """Kernels of a vision layer, forward and backward."""
 ATTENTION_LAUNCHES = 3

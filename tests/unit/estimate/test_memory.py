@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,7 +139,7 @@ def test_what_is_offloaded_is_on_the_cpu(mcore, tmp_path):
 @pytest.fixture
 def transformer_engine(monkeypatch):
     """As if it were installed. A mock: its sources say what it keeps."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("megatron_patch.config.require_transformer_engine", lambda given, instead: None)
 
 
 @pytest.mark.usefixtures("transformer_engine")
