@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup quickstart test lint matrix bench bench-training bench-converter clean
+.PHONY: setup quickstart test lint matrix bench bench-training bench-converter bench-gpu clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,10 @@ bench-training: $(STAMP)
 
 bench-converter: $(STAMP)
 	$(BIN)/python benchmarks/converter.py
+
+bench-gpu: $(STAMP)
+	sh benchmarks/gpu_check.sh
+	$(BIN)/python benchmarks/gpu_table.py --compare
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache

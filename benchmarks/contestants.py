@@ -65,6 +65,8 @@ class Transformers(Contestant):
         if config.model.freeze_lm:
             self.model.requires_grad_(False)
             self.model.model.multi_modal_projector.requires_grad_(True)
+        elif config.model.freeze_vit:
+            self.model.model.vision_tower.requires_grad_(False)
         self.settings = config.optimizer
         self.image = read_image_settings(config.model.description)
         super().__init__([parameter for parameter in self.model.parameters() if parameter.requires_grad], keep_start)

@@ -119,16 +119,19 @@ def make_batch(size: str, num_samples: int, seed: int, length: int | None = None
     return Batch(keys=[str(row) for row in range(num_samples)], input_ids=input_ids, labels=labels, pixels=pixels)
 
 
-def make_config(folder: Path, freeze: bool, precision: str, batches: list[Batch]) -> Config:
-    """What our side is told; the learning rate stays the same."""
+def make_config(
+    folder: Path, freeze_lm: bool, precision: str, batches: list[Batch], freeze_vit: bool | None = None, **model: str
+) -> Config:
+    """What our side is told; the learning rate stays the same. `freeze_vit`: None: as the language model."""
     micro_batch_size = len(batches[0].keys)
     return Config(
         model=Model(
             model_config=folder,
             decoder_seq_length=max(batch.labels.shape[1] for batch in batches),
             precision=precision,
-            freeze_lm=freeze,
-            freeze_vit=freeze,
+            freeze_lm=freeze_lm,
+            freeze_vit=freeze_lm if freeze_vit is None else freeze_vit,
+            **model,
         ),
         data=Data(data_path=folder, micro_batch_size=micro_batch_size, global_batch_size=micro_batch_size),
         optimizer=Optimizer(lr=LEARNING_RATE, min_lr=LEARNING_RATE),

@@ -69,12 +69,10 @@ class Memory:
         others = allocated_bytes() - self.held
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        try:
-            yield
-        finally:
-            self.held = allocated_bytes() - others
-            if result is not None and torch.cuda.is_available():
-                result.peak_bytes = max(result.peak_bytes, torch.cuda.max_memory_allocated() - others)
+        yield  # after an error, what its frames still hold is not counted
+        self.held = allocated_bytes() - others
+        if result is not None and torch.cuda.is_available():
+            result.peak_bytes = max(result.peak_bytes, torch.cuda.max_memory_allocated() - others)
 
 
 def allocated_bytes() -> int:
