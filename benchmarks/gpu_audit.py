@@ -114,10 +114,15 @@ def memory(run: Run) -> None:
     folder = run.description("few", layers)
     config = make_config(folder, False, run.precision, batches, freeze_vit=True, transformer_impl="local")
     ours = Ours(config, keep_start=False)
-    before = parallel.free_memory()
-    release()
-    free = {} if before is None else {"free_gb": before / 1e9, "free_gb_emptied": parallel.free_memory() / 1e9}
-    run.rows.add("free memory", "" if free else "not run: needs a GPU", **free)
+    if run.has_gpu:
+        kept = torch.cuda.mem_get_info()[0]  # where torch keeps the memory of tensors that are gone
+        told = parallel.free_memory()
+        release()
+        run.rows.add(
+            "free memory", free_gb=kept / 1e9, told_gb=told / 1e9, emptied_gb=torch.cuda.mem_get_info()[0] / 1e9
+        )
+    else:
+        run.rows.add("free memory", problem="not run: needs a GPU")
     ours.step(batches[0])
     saver = Saver(config, ours.chunks, ours.optimizer)
     reset_host_peak()

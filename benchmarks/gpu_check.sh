@@ -16,11 +16,10 @@ OUT=$(cd "$OUT" && pwd)
 ENGINE=$(cd "$ENGINE" && pwd)
 # Transformer Engine lies in its own folder, which is empty until its phase: the others shall not find it.
 PYTHONPATH=$ROOT:$ENGINE${PYTHONPATH:+:$PYTHONPATH}
-# As a run's launcher sets them; a few compiler processes leave the cores to what is measured.
-CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# As for a run, whose lengths vary; a few compiler processes leave the cores to what is measured.
 PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
-export CUDA_DEVICE_MAX_CONNECTIONS PYTORCH_CUDA_ALLOC_CONF TORCHINDUCTOR_COMPILE_THREADS
+export PYTORCH_CUDA_ALLOC_CONF TORCHINDUCTOR_COMPILE_THREADS
 export OUT PYTHONPATH PYTHONUNBUFFERED=1
 rm -f "$OUT/results.jsonl"
 
