@@ -77,8 +77,9 @@ class Failures:
 class Loader(SavableDataLoader[Batch]):
     """An endless energon loader that knows what its position means. Its workers live as long as its one iterator."""
 
-    def __init__(self, dataset: Any, failures: Failures, fingerprint: dict[str, Any]) -> None:
-        super().__init__(dataset, checkpoint_every_sec=10)
+    def __init__(self, dataset: Any, failures: Failures, fingerprint: dict[str, Any], ahead: int) -> None:
+        """`ahead`: batches that each of its workers reads before they are asked for."""
+        super().__init__(dataset, checkpoint_every_sec=10, prefetch_factor=ahead)
         self.failures = failures
         self.fingerprint = fingerprint
         self.is_closed = False
@@ -308,7 +309,17 @@ def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, 
         repeat=True,
     )
     fingerprint |= {"dataset": digest, "num_workers": worker_config.num_workers}
-    return Loader(dataset, failures, fingerprint)
+    return Loader(dataset, failures, fingerprint, batches_ahead(config, world_size, worker_config.num_workers))
+
+
+def batches_ahead(config: Config, world_size: int, num_workers: int) -> int:
+    """Batches that each process reads ahead: where an iteration begins with all of its own, as many as that takes.
+
+    So it is with pipeline stages. Without a GPU they would wait in shared memory, which may be small.
+    """
+    if config.parallel.pipeline_model_parallel_size == 1 or num_workers == 0 or not torch.cuda.is_available():
+        return 2
+    return max(2, math.ceil(config.data.global_batch_size / (config.data.micro_batch_size * world_size * num_workers)))
 
 
 def _describe(path: Path, split: str) -> tuple[int, str]:

@@ -196,7 +196,10 @@ def test_a_loss_that_is_nan(train, settings, tmp_path):
 
 @pytest.mark.parametrize(
     ("count", "named"),
-    [(11, "stage 0: 000015, 000001; stage 1: 000001, 000012"), (14, "this stage: 000012, 000023")],
+    [
+        (11, "stage 0: 000015, 000001; stage 1: 000001, 000012"),
+        (14, "stage 0: 000012, 000024; stage 1: 000012, 000023"),
+    ],
     ids=["of equal lengths", "of other lengths"],
 )
 def test_a_stage_that_leaves_out_a_sample_alone(train, settings, unbroken, tmp_path, count, named):
@@ -204,8 +207,9 @@ def test_a_stage_that_leaves_out_a_sample_alone(train, settings, unbroken, tmp_p
     config = settings(tmp_path, PP2)
     end = train(config, 2, (runs.sample_unreadable, 1, (count,)))
     assert 0 not in end.codes
-    assert any(error.startswith("ValueError: pipeline stages read different samples; ") for error in end.errors), end
-    assert any(error.endswith(f"; the same command goes on from the last checkpoint ({named})") for error in end.errors)
+    assert {
+        error.endswith(f"; the same command goes on from the last checkpoint ({named})") for error in end.errors
+    } == {True}, end
     assert tracked(config) == INTERVAL
     assert train(config, 2).codes == [0, 0]
     assert_same(tmp_path, unbroken(PP2))

@@ -7,13 +7,16 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 from itertools import islice
 
 import pytest
 import torch
 
-from megatron_patch.data.loader import save_position, valid_loader
+from megatron_patch.config import Parallel
+from megatron_patch.data import loader as loader_module
+from megatron_patch.data.loader import batches_ahead, save_position, valid_loader
 from tests.unit.data.loaders import COUNT, assert_same, build, flat, keys, resume, take
 from tests.unit.data.samples import convert_folder, settings, write_annotations, write_pretrain
 
@@ -31,6 +34,26 @@ def test_restored_loader_goes_on_exactly(num_workers, model, dataset):
         expected = list(islice(batches, 15))
         again = resume(model, dataset, position, num_workers=num_workers)
         assert_same(take(again, 15), expected)
+
+
+def test_reading_far_ahead_changes_no_position(model, dataset, monkeypatch):
+    monkeypatch.setattr(loader_module, "batches_ahead", lambda *arguments: 12)
+    loader = build(model, dataset, num_workers=2)
+    batches = iter(loader)
+    for _ in range(5):
+        next(batches)
+    time.sleep(1)  # until all that is allowed was read
+    position = save_position(loader)
+    assert_same(take(resume(model, dataset, position, num_workers=2), 30), list(islice(batches, 30)))
+
+
+def test_an_iteration_of_stages_is_read_ahead(model, dataset, monkeypatch):
+    config = settings(model[0], dataset, micro_batch_size=2, global_batch_size=64)
+    stages = replace(config, parallel=Parallel(pipeline_model_parallel_size=2))
+    assert batches_ahead(stages, 2, 3) == 2, "not into shared memory"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a mock
+    assert batches_ahead(stages, 2, 3) == 6
+    assert batches_ahead(config, 2, 3) == 2
 
 
 def test_position_before_the_first_batch(model, dataset):
