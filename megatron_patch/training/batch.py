@@ -77,7 +77,9 @@ def place_labels(text: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """int64 tensors, in one copy that the host does not wait for."""
+    """int64 tensors, in one copy that the host does not wait for. A stage between the others may take none."""
+    if not tensors:
+        return {}
     sizes = [tensor.numel() for tensor in tensors.values()]
     host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
     torch.cat([tensor.flatten() for tensor in tensors.values()], out=host)

@@ -14,13 +14,13 @@ from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
 
 
-def test_a_loss_that_is_no_number_stops_and_names_the_samples(mcore, tmp_path, one_process):
+def test_a_loss_that_is_nan_stops_and_names_the_samples(mcore, tmp_path, one_process):
     config, llava = tiny_runs.config(mcore, tmp_path), read_config(mcore)
     (chunk,), wrapped, optimizer, _ = start_or_resume(config, llava)
     with torch.no_grad():
         chunk.vision_projection.encoder.linear_fc2.bias.fill_(float("nan"))
     before = {name: tensor.clone() for name, tensor in chunk.state_dict().items() if tensor is not None}
-    with pytest.raises(FloatingPointError, match="the loss of samples 0-0, 0-1 is nan"):
+    with pytest.raises(FloatingPointError, match="the loss of samples 0-0, 0-1 is NaN"):
         train_step(wrapped, optimizer, itertools.cycle(tiny_runs.batches(llava, 2)), batch_runner(config, llava))
     for name, tensor in before.items():
         torch.testing.assert_close(chunk.state_dict()[name], tensor, rtol=0, atol=0, equal_nan=True)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import layers
 
+from megatron_patch.config import Parallel
 from megatron_patch.data.image import normalize
 from megatron_patch.families.llava import read_config
 from megatron_patch.patches.gradients import add_product
 from megatron_patch.training import optimizer, weight_gradients
+from megatron_patch.training.batch import cut_text, place_images, place_labels
 from megatron_patch.training.loop import build_model
-from megatron_patch.training.step import cut_text
 from tests import tiny_runs
 
 CPU = torch.device("cpu")
@@ -61,7 +62,8 @@ def test_equals_what_is_added_up_afterwards(mcore, tmp_path, one_process, monkey
         for batch in micro_batches:
             text = cut_text(batch, llava.image_token_id, config.parallel)
             pixels = normalize(batch.pixels, (0.5,) * 3, (0.5,) * 3, torch.float32)
-            wrapped(text["input_ids"], text["image_rows"], pixels, text["labels"]).sum().backward()
+            text = {**place_images(text, config.parallel), **place_labels(text)}
+            wrapped(pixel_values=pixels, **text).sum().backward()
         assert add.call_count == (len(micro_batches) * len(linear) if fused else 0)
         return {name: weight.main_grad.clone() for name, weight in chunk.named_parameters()}
 
@@ -73,9 +75,10 @@ def test_equals_what_is_added_up_afterwards(mcore, tmp_path, one_process, monkey
 def test_a_model_without_a_wrapper_has_its_gradients_as_usual(mcore, tmp_path, one_process):
     (chunk,) = build_model(tiny_runs.config(None, tmp_path, model_config=mcore), read_config(mcore))
     (batch,) = tiny_runs.batches(read_config(mcore), 1, pictures=((0, 0),))
-    rows = torch.full_like(batch.input_ids, -1)
     size = read_config(mcore).vision.img_size
-    chunk(batch.input_ids, rows, torch.zeros(0, 3, size, size), batch.labels).sum().backward()
+    text = cut_text(batch, read_config(mcore).image_token_id, Parallel())
+    text = {**place_images(text, Parallel()), **place_labels(text)}
+    chunk(pixel_values=torch.zeros(0, 3, size, size), **text).sum().backward()
     assert all(parameter.grad is not None for parameter in chunk.parameters())
 
 
