@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from rows import DONE
 
 FOLDER = Path(__file__).with_name("goldens")
 TOLERANCES = {"loss": 0.02}
@@ -42,17 +45,25 @@ def path_of(facts: dict[str, Any], folder: Path = FOLDER) -> Path:
     return folder / f"{re.sub(r'[^a-z0-9]+', '-', facts['card'].lower()).strip('-')}-{facts['size'].lower()}.json"
 
 
-def keep(rows: list[dict[str, Any]], folder: Path = FOLDER) -> Path:
-    """Write a check's figures as the card's golden. Raises ValueError for a CPU's and for a check that failed."""
+def keep(rows: list[dict[str, Any]], phases: Sequence[str], folder: Path = FOLDER) -> Path:
+    """Write a check's figures as the card's golden. `phases`: of a whole check.
+
+    Raises ValueError for a CPU's, for a check that failed, and for one that was cut off.
+    """
     facts = facts_of(rows)
     if not facts["driver"]:
         raise ValueError(f"{facts['card']}: goldens are of GPUs; run the check on one")
     if wrong := [f"{row['phase']} / {row['row']}" for row in rows if row.get("failed")]:
         raise ValueError(f"the check failed ({', '.join(wrong)}); only a good one is kept")
+    done = {row["phase"] for row in rows if row["row"] == DONE}
+    if cut := [phase for phase in phases if phase not in done]:
+        raise ValueError(f"the check did not come to {', '.join(cut)}; only a whole one is kept")
     figures = {
         name: {"value": value, "tolerance": TOLERANCES.get(name.rpartition(" / ")[2], USUAL)}
         for name, value in figures_of(rows).items()
     }
+    if not figures:
+        raise ValueError("the check has no figures; nothing is kept")
     path = path_of(facts, folder)
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**facts, "figures": figures}, indent=1) + "\n")
@@ -71,7 +82,11 @@ def compare(rows: list[dict[str, Any]], folder: Path = FOLDER) -> tuple[bool, st
             f"no golden for {facts['card']}, {facts['size']}: nothing was compared. To keep these figures as one:\n"
             "    python benchmarks/gpu_table.py --keep"
         )
-    golden, figures = json.loads(path.read_text()), figures_of(rows)
+    try:
+        golden = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}); keep a check again") from None
+    figures = figures_of(rows)
     lines = []
     for name, kept in golden["figures"].items():
         value, before, tolerance = figures.get(name), kept["value"], kept["tolerance"]

@@ -102,6 +102,12 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="of all limits")
     parser.add_argument("--ended", type=int, help="run nothing: note that these phases ended with this exit code")
     options = parser.parse_args()
+    if options.device == "cuda" and options.ended is None:
+        import torch
+
+        if not torch.cuda.is_available():
+            print("error: --device cuda: torch sees no GPU; use --size tiny --device cpu", file=sys.stderr)
+            return 2
     if options.phases == ["plan"]:
         for seconds, phases in PROCESSES:
             print(max(1, round(options.scale * seconds)), *phases)
@@ -112,11 +118,6 @@ def main() -> int:
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for devices
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tiny model gains nothing by more
-    else:
-        import torch
-
-        if not torch.cuda.is_available():
-            parser.error("--device cuda: torch sees no GPU; use --size tiny --device cpu")
     return run_phases(options)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import goldens
+from gpu import PHASES
 from rows import DONE, RESULTS, read
 from work import peak_tflops
 
@@ -34,18 +35,19 @@ def main() -> int:
     """Print the tables, or compare, or keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path(os.environ.get("OUT", "build/gpu_check")))
-    parser.add_argument("--compare", action="store_true", help="say what moved since the golden of the same card")
-    parser.add_argument("--keep", action="store_true", help="write the figures as this card's golden")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--compare", action="store_true", help="say what moved since the golden of the same card")
+    either.add_argument("--keep", action="store_true", help="write the figures as this card's golden")
     parser.add_argument("--goldens", type=Path, default=goldens.FOLDER, help="folder of the goldens")
     options = parser.parse_args()
     path = options.folder / RESULTS
     if not path.is_file():
         print(f"error: {path}: not there; run sh benchmarks/gpu_check.sh first", file=sys.stderr)
         return 1
-    rows = read(path)
     try:
+        rows = read(path)
         if options.keep:
-            print(f"kept in {goldens.keep(rows, options.goldens)}")
+            print(f"kept in {goldens.keep(rows, PHASES, options.goldens)}")
         elif options.compare:
             same, report = goldens.compare(rows, options.goldens)
             print(report)
@@ -54,6 +56,9 @@ def main() -> int:
             print(table(rows))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (KeyError, TypeError, AttributeError) as error:
+        print(f"error: {path}: a row is not as the check writes it ({error!r}); run the check again", file=sys.stderr)
         return 1
     return 0
 

@@ -84,7 +84,7 @@ def resize(config: Config, micro_batch_size: int, micro_batches: int = 1, **chan
 
 
 def stage1(run: Run) -> None:
-    """The projector trains: transformers and ours at several micro batches, and ours without each of its mends."""
+    """The projector trains: transformers and ours at several micro batches, and ours without each optimisation."""
     run.start()
     table, (first, *others) = Table(run), run.micro_batch_sizes
     batches = {size: padded_batches(run, size) for size in run.micro_batch_sizes}

@@ -15,6 +15,16 @@ PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 TE=${TE:-2.11.0}
 SM=${SM:-90}
 
+case $FOLDER in
+-*)
+    echo "error: $FOLDER: expected a folder; the head of $0 says what it takes" >&2
+    exit 2
+    ;;
+esac
+if ! command -v "$PYTHON" >/dev/null; then
+    echo "error: $PYTHON: not there; run make setup, or set PYTHON" >&2
+    exit 2
+fi
 mkdir -p "$FOLDER/wheels" "$FOLDER/engine"
 FOLDER=$(cd "$FOLDER" && pwd)
 TEMPORARY=$(mktemp -d)
@@ -27,7 +37,7 @@ download() {
 }
 
 "$PYTHON" "$HERE/wheels.py" wanted >"$TEMPORARY/wanted.txt"
-rm -f "$FOLDER"/wheels/*.whl
+rm -f "$FOLDER"/wheels/*.whl "$FOLDER/engine/te.tar.xz"
 download --requirement "$TEMPORARY/wanted.txt" --dest "$FOLDER/wheels"
 
 if [ "$TE" != none ]; then

@@ -35,13 +35,20 @@ class Rows:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file, in the order of writing; a last line that was cut off is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
+    """All rows of a file, in the order of writing; a last line that was cut off is left out.
+
+    Raises ValueError for another line that is no row.
+    """
+    rows, lines = [], path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            continue
+            row = None
+        if isinstance(row, dict) and {"phase", "row"} <= row.keys():
+            rows.append(row)
+        elif number < len(lines):
+            raise ValueError(f"{path}: line {number} is no row of a check; run the check again")
     return rows
 
 

@@ -127,7 +127,8 @@ def suggest_faster(config: Config, llava: Llava, world_size: int) -> None:
 
     if torch.cuda.device_count() > 0:
         gpu = torch.cuda.get_device_properties(0)
-        suggestion = suggest(config, llava, world_size, find_card(gpu.name), gpu.total_memory)
+        card = find_card(gpu.name)
+        suggestion = None if card is None else suggest(config, llava, world_size, card, gpu.total_memory)
         if suggestion is not None:
             print(line(suggestion, gpu.total_memory, "this GPU's"), flush=True)
 

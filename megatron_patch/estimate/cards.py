@@ -60,11 +60,12 @@ FULL = 0.82
 """Part of an 8192 x 8192 x 8192 product's rate that a layer's products attain in full waves. Assumed: with the waves
 of 5,000 tokens it gives 630 TFLOP/s on an H100, with those of 620 tokens 460."""
 CARDS = {
-    # 8192^3 in bf16 at 798 TFLOP/s, copies at 3.0 TB/s: measured elsewhere. NVLink 4: 450 GB/s one way.
+    # 8192^3 in bf16 at 798 TFLOP/s, copies at 3.0 TB/s: seen on such cards, not with this package. NVLink 4: 450 GB/s
+    # one way.
     "H100": Card(
         peak=989e12, peak_fp32=67e12, matmul=FULL * 798e12, num_sms=132, copy=3.0e12, link=360e9, memory=80 * 2**30
     ),
-    # 8192^3 in bf16 at 769 to 798 TFLOP/s, copies at 4.3 TB/s: measured elsewhere.
+    # 8192^3 in bf16 at 769 to 798 TFLOP/s, copies at 4.3 TB/s: the same.
     "H200": Card(
         peak=989e12, peak_fp32=67e12, matmul=FULL * 784e12, num_sms=132, copy=4.3e12, link=360e9, memory=140 * 2**30
     ),
@@ -75,9 +76,9 @@ CARDS = {
 }
 
 
-def find_card(name: str) -> Card:
-    """The card that torch calls `name` ("NVIDIA H100 80GB HBM3"); one that is not known counts as an H100."""
-    return next((card for known, card in CARDS.items() if known in name), CARDS["H100"])
+def find_card(name: str) -> Card | None:
+    """The card that torch calls `name` ("NVIDIA H100 80GB HBM3"); None for one that is not known."""
+    return next((card for known, card in CARDS.items() if known in name), None)
 
 
 @dataclass(frozen=True, kw_only=True)

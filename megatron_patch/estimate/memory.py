@@ -7,6 +7,7 @@ DistributedOptimizer lay them out; activations as `activations.py` says. Not cou
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -180,16 +181,28 @@ def chunk_weights(config: Config, llava: Llava, stage: int, chunk: int) -> Itera
     first = chunk * stages + stage
     layers = range(first * count, (first + 1) * count)
     is_first, is_last = first == 0, first == stages * chunks - 1
+    frozen = {"vision_model": model.freeze_vit, "language_model": model.freeze_lm}
+    for name, numel, layer, at_start in _weights(llava, cut.tensor_model_parallel_size, stages > 1):
+        if layer in layers if layer is not None else is_first if at_start else is_last:
+            yield name, numel, not frozen.get(name.split(".")[0], False)
+
+
+@functools.lru_cache(maxsize=16)
+def _weights(llava: Llava, tensor_parallel_size: int, has_stages: bool) -> list[tuple[str, int, int | None, bool]]:
+    """All weights in their order: name, elements on a rank, layer, whether it is before the layers and not after.
+
+    Listed once for all stages and all settings that a plan compares.
+    """
     table = {weight.mcore: weight for weight in rows(llava)}
-    if stages > 1:
+    if has_stages:
         table |= {copy: table[original] for copy, original in pipeline_copies(llava).items()}
+    listed = []
     for name in sorted(table, key=_registered):
         match = LAYER.match(name)
         at_start = not name.startswith("language_model.") or name.startswith("language_model.embedding.")
-        if int(match[1]) in layers if match else is_first if at_start else is_last:
-            frozen = {"vision_model": model.freeze_vit, "language_model": model.freeze_lm}
-            is_trained = not frozen.get(name.split(".")[0], False)
-            yield name, _numel(table[name], llava, cut.tensor_model_parallel_size), is_trained
+        layer = int(match[1]) if match else None
+        listed.append((name, _numel(table[name], llava, tensor_parallel_size), layer, at_start))
+    return listed
 
 
 def _fp8_copies(config: Config, name: str, is_trained: bool) -> int:

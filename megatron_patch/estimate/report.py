@@ -53,11 +53,13 @@ def time_report(config: Config, llava: Llava, world_size: int, suggestion: Sugge
         "bound by (ms per micro batch)",
     ]
     for given in [config] if suggestion is None else [config, suggestion.config]:
+        most = max(memory.total for memory in plan(given, llava, world_size))
         for name in ("H100", "H200"):
             time = predict(given, llava, world_size, CARDS[name])
+            fits = "" if most <= CARDS[name].memory else f"; needs more than its {CARDS[name].memory / GIB:.0f} GiB"
             lines.append(
-                f"{describe(given):<44} {name:>4} {time.iteration:>11.2f} {time.samples:>9.1f} "
-                f"{time.flops / 1e12:>11.0f} {time.share:>7.0%}  {_bound(time)}"
+                f"{describe(given):<44} {name:>4} {time.iteration:>11.3g} {time.samples:>9.1f} "
+                f"{time.flops / 1e12:>11.3g} {time.share:>7.0%}  {_bound(time)}{fits}"
             )
     return "\n".join(lines)
 

@@ -29,7 +29,9 @@ ROWS = [
     {"phase": "stage1", "row": "ours, 8", "ms": 300.0, "tflops": 400.0, "loss": 6.0, "peak_gb": 40.0},
     {"phase": "audit", "row": "kernels, 1", "bmm": 0, "kernels": 1000},
     {"phase": "stage1", "row": "ours, 16", "problem": "out of memory", "failed": False},
+    *({"phase": phase, "row": "done", "seconds": 1.0} for phase in ("card", "ceilings", "stage1", "audit")),
 ]
+PHASES = ("card", "ceilings", "stage1", "audit")
 
 
 def changed(place: int, **figures) -> list[dict]:
@@ -41,7 +43,7 @@ def changed(place: int, **figures) -> list[dict]:
 def test_keep_writes_figures_tolerances_and_the_machine(tmp_path):
     from goldens import keep
 
-    kept = json.loads(keep(ROWS, tmp_path).read_text())
+    kept = json.loads(keep(ROWS, PHASES, tmp_path).read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["made-up-card-80gb-7b.json"]
     assert kept["figures"] == {
         "ceilings / square / tflops": {"value": 700.0, "tolerance": 0.1},
@@ -72,7 +74,7 @@ def test_keep_writes_figures_tolerances_and_the_machine(tmp_path):
 def test_compare_names_what_moved(tmp_path, rows, named):
     from goldens import compare, keep
 
-    keep(ROWS, tmp_path)
+    keep(ROWS, PHASES, tmp_path)
     same, report = compare(rows, tmp_path)
     assert same == (named is None)
     assert report.startswith(f"{int(named is not None)} of 6 figures moved since made-up-card-80gb-7b.json")
@@ -82,7 +84,7 @@ def test_compare_names_what_moved(tmp_path, rows, named):
 def test_another_card_has_no_golden(tmp_path):
     from goldens import compare, keep
 
-    keep(ROWS, tmp_path)
+    keep(ROWS, PHASES, tmp_path)
     for other in ({"card": "Other"}, {"size": "100M"}):
         same, report = compare(changed(0, **other), tmp_path)
         assert same
@@ -102,12 +104,14 @@ def test_what_is_not_kept(tmp_path, rows, said):
     from goldens import keep
 
     with pytest.raises(ValueError, match=said):
-        keep(rows, tmp_path)
+        keep(rows, PHASES, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_command_exits_with_1_when_something_moved(tmp_path, monkeypatch, capsys):
     import gpu_table
+
+    monkeypatch.setattr(gpu_table, "PHASES", PHASES)
 
     def run(rows: list[dict], *words: str) -> int:
         (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"phase": "cut off')
@@ -120,3 +124,25 @@ def test_the_command_exits_with_1_when_something_moved(tmp_path, monkeypatch, ca
     assert run(changed(2, ms=400.0), "--compare") == 1
     assert "stage1 / ours, 8 / ms" in capsys.readouterr().out
     assert run(ROWS[1:], "--keep") == 1
+
+
+def test_a_check_that_was_cut_off_is_not_kept(tmp_path):
+    from goldens import keep
+
+    with pytest.raises(ValueError, match=r"did not come to audit; only a whole one is kept"):
+        keep(ROWS[:-1], PHASES, tmp_path)
+    with pytest.raises(ValueError, match="has no figures"):
+        keep([CARD, {"phase": "card", "row": "done"}], ("card",), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_line_that_is_no_row_is_named_but_for_the_last(tmp_path):
+    from rows import read
+
+    path = tmp_path / "results.jsonl"
+    path.write_text(f'{json.dumps(CARD)}\n{{"phase": "stage1", "ro')
+    assert read(path) == [CARD]
+    for wrong in ("{", "3", '{"phase": "stage1"}'):
+        path.write_text(f"{wrong}\n{json.dumps(CARD)}\n")
+        with pytest.raises(ValueError, match=r"results.jsonl: line 1 is no row of a check"):
+            read(path)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 
 from megatron_patch.config import Parallel
+from megatron_patch.estimate import memory
 from megatron_patch.estimate.cards import CARDS
 from megatron_patch.estimate.memory import GIB, plan
 from megatron_patch.estimate.report import ROOM, line, report, suggest
@@ -64,3 +67,18 @@ def test_both_are_printed_beside_each_other():
     assert "never compared with a GPU" in said
     assert "launches" in next(line for line in lines if line.startswith("TP 4"))
     assert len(report(stage_one(micro_batch_size=8), LLAVA, 4).splitlines()) == 3 + 2 + 2
+
+
+def test_weights_are_listed_once_for_all_settings_that_are_compared(monkeypatch):
+    """A run on GPUs compares hundreds before it starts; to list a model's weights takes milliseconds."""
+    memory._weights.cache_clear()
+    listed = mock.Mock(side_effect=memory.rows)
+    monkeypatch.setattr(memory, "rows", listed)
+    given = stage_one(Parallel(tensor_model_parallel_size=8, pipeline_model_parallel_size=8))
+    assert suggest(given, LLAVA, 64, H100, H100.memory) is not None
+    assert listed.call_count <= 2 * 4  # TP 1, 2, 4, 8, with and without stages
+
+
+def test_what_does_not_fit_is_marked():
+    lines = report(stage_one(micro_batch_size=128, global_batch_size=512), LLAVA, 4).splitlines()
+    assert next(line for line in lines if " H100 " in line).endswith("needs more than its 80 GiB")
