@@ -8,7 +8,10 @@ set -u
 
 HERE=$(cd "$(dirname "$0")" && pwd)
 ROOT=$(dirname "$HERE")
-PYTHON=${PYTHON:-python3}
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=$ROOT/.venv/bin/python
+    [ -x "$PYTHON" ] || PYTHON=python3
+fi
 OUT=${OUT:-./build/gpu_check}
 ENGINE=${ENGINE:-./build/gpu/engine}
 mkdir -p "$OUT" "$ENGINE"
