@@ -44,7 +44,10 @@ def pieces(tensor: Tensor, rank: int, size: int) -> Tensor:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_context_parallel_ranks_hand_over_no_mask_tensor(rank, monkeypatch):
-    """A name instead, which a GPU's flash attention takes; output and gradients are those of the whole sequence."""
+    """A name instead, which a GPU's flash attention takes; output and gradients are those of the whole sequence.
+
+    To float32's rounding: the same sums are taken in another order.
+    """
     query, key, value = (torch.randn(S, B, heads, D, requires_grad=True) for heads in (HEADS, GROUPS, GROUPS))
     whole = pieces(module()(query, key, value, None), rank, 2)
     gradient = torch.randn_like(whole)
@@ -60,9 +63,9 @@ def test_context_parallel_ranks_hand_over_no_mask_tensor(rank, monkeypatch):
     monkeypatch.setattr(attention, "F", mock.Mock(scaled_dot_product_attention=record))
     output = sharded(pieces(query, rank, 2), pieces(key, rank, 2), pieces(value, rank, 2), None)
     assert [type(mask) for mask in masks] == [CausalBias, CausalBias]
-    torch.testing.assert_close(output, whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(output, whole, rtol=0, atol=1e-5)
     for one, other in zip(torch.autograd.grad(output, (query, key, value), gradient), expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def test_the_next_layer_takes_one_matrix_product(monkeypatch):
