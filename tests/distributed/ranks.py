@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 
 from megatron_patch import parallel
 from megatron_patch.config import Parallel
+from tests.forked import PROCESSES
 
 Job = tuple[Callable[..., Any], Parallel, tuple]
 """A function, how its processes are cut, its arguments."""
@@ -38,15 +39,18 @@ def run_jobs(jobs: Sequence[Job], world_size: int) -> list[list[Any]]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world_size, Path(folder), list(jobs))
         if world_size == 1:
-            _rank(0, *arguments)
+            _rank(0, {}, *arguments)
         else:
-            mp.spawn(_rank, arguments, nprocs=world_size)
+            # A GPU's driver may be in use where processes are forked from.
+            start = "spawn" if torch.cuda.is_available() else PROCESSES.get_start_method()
+            mp.start_processes(_rank, (dict(os.environ), *arguments), nprocs=world_size, start_method=start)
         # Anything that a test's function returns, from processes of its own.
         by_rank = [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world_size)]
         return [list(results) for results in zip(*by_rank, strict=True)]
 
 
-def _rank(rank: int, world_size: int, folder: Path, jobs: Sequence[Job]) -> None:
+def _rank(rank: int, variables: dict[str, str], world_size: int, folder: Path, jobs: Sequence[Job]) -> None:
+    os.environ.update(variables)
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     results = []

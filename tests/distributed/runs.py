@@ -31,6 +31,7 @@ from megatron_patch.config import Config
 from megatron_patch.data.task_encoder import LlavaTaskEncoder
 from megatron_patch.training import loop
 from megatron_patch.training.metrics import Metrics
+from tests.forked import PROCESSES
 
 LOADED = (torch._dynamo, AutoTokenizer, PreTrainedTokenizerFast)
 """What every run would import anew, seconds long."""
@@ -51,7 +52,7 @@ class End(NamedTuple):
 @contextmanager
 def server() -> Iterator[Callable[..., End]]:
     """A function (config, world_size, fault=None) -> End that runs the training loop."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, PROCESSES) as pool:
         yield lambda *arguments, **named: pool.submit(run, *arguments, **named).result(120)
 
 

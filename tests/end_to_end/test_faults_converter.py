@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -24,11 +23,8 @@ from megatron_patch.checkpoint.output import written_aside
 from megatron_patch.checkpoint.stages import Stage
 from megatron_patch.checkpoint.torch_zip import describe
 from megatron_patch.families.llava import read_config
+from tests.forked import PROCESSES
 from toolkits.model_checkpoints_convertor.convert import main
-
-# A process that has imported everything and done nothing, of which each fault's own is a copy.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["transformers", "tests.end_to_end.test_faults_converter"])
 
 IMPORT_POINTS = (
     "locked",
@@ -94,7 +90,7 @@ def _die_at(point: str, arguments: list[str]) -> None:
 
 
 def killed(point: str, arguments: list[str]) -> None:
-    process = SERVER.Process(target=_die_at, args=(point, arguments))
+    process = PROCESSES.Process(target=_die_at, args=(point, arguments))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,12 +11,10 @@ from unittest import mock
 import pytest
 
 from megatron_patch import patches
+from tests.forked import PROCESSES
 from tests.unit.patches import cases
 
 REPAIRS = [repair.make.__name__ for repair in patches.needed()]  # on this machine, with or without a GPU
-# Forked from a process that has torch loaded and megatron.core not: starts at once, repairs are made anew.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", "tests.unit.patches.cases"])
 
 
 def exit_codes(case: str, *left_out: str | None, run=cases.run_without) -> list[int]:
