@@ -6,6 +6,7 @@ What can be known from the arguments and from config.json is answered before tor
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_patch import forking
 from megatron_patch.checkpoint.companions import checkpoint_folder
 from megatron_patch.config import MOCK, Config
 from megatron_patch.estimate.cards import find_card
@@ -55,6 +57,12 @@ def launch(config: Config, script: Path, argv: Sequence[str]) -> int:
     if config.training.plan:
         print(report(config, llava, world_size))
         return 0
+    if forking.needed():
+        print(
+            f"Python {platform.python_version()}: a forked process may hang before its first line, and is replaced when "
+            f"it does; {forking.MENDED} need no such repair",
+            flush=True,
+        )
     check_devices(config, processes)
     suggest_faster(config, llava, world_size)
     check_output(config.checkpoint.output)
