@@ -1,5 +1,6 @@
 """LLaVA on Megatron-Core: data, checkpoints, training."""
 
-from megatron_patch import patches
+from megatron_patch import forking, patches
 
+forking.install()
 patches.install()

@@ -6,19 +6,23 @@ What can be known from the arguments and from config.json is answered before tor
 from __future__ import annotations
 
 import os
+import platform
 import signal
+import socket
 import sys
 import tempfile
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_patch import forking
 from megatron_patch.checkpoint.companions import checkpoint_folder
 from megatron_patch.config import MOCK, Config
 from megatron_patch.estimate.cards import find_card
 from megatron_patch.estimate.report import line, report, suggest
 from megatron_patch.families.llava import read_config
-from megatron_patch.files import TRAINING
+from megatron_patch.files import STORE, TRAINING
 from megatron_patch.sizes import Llava
 
 if TYPE_CHECKING:
@@ -29,8 +33,8 @@ STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
 
 def is_worker() -> bool:
-    """Whether this process is one that torchrun started."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """Whether this process is a rank that `launch` started; another launcher's variables make none."""
+    return STORE in os.environ
 
 
 def launch(config: Config, script: Path, argv: Sequence[str]) -> int:
@@ -55,18 +59,24 @@ def launch(config: Config, script: Path, argv: Sequence[str]) -> int:
     if config.training.plan:
         print(report(config, llava, world_size))
         return 0
+    if forking.needed():
+        print(
+            f"Python {platform.python_version()}: a forked process may hang before its first line, and is replaced if "
+            f"it does; {forking.MENDED} need no such repair",
+            flush=True,
+        )
     check_devices(config, processes)
     suggest_faster(config, llava, world_size)
     check_output(config.checkpoint.output)
-    if nodes == 1:
-        where = ["--standalone"]
-    else:
-        where = [f"--nnodes={nodes}", f"--node-rank={node_rank}"]
+    where = []
+    if nodes > 1:
+        where += [f"--nnodes={nodes}", f"--node-rank={node_rank}"]
         where += [f"--master-addr={os.environ['MASTER_ADDR']}", f"--master-port={os.environ['MASTER_PORT']}"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     set_gpu_environment(config)
     arguments = [*where, f"--nproc-per-node={processes}", str(script), *argv]
-    return _torchrun(arguments, config.checkpoint.output / "log", first_rank=node_rank * processes)
+    log = config.checkpoint.output / "log"
+    return _torchrun(arguments, log, first_rank=node_rank * processes, is_alone=nodes == 1)
 
 
 def check_files(config: Config) -> None:
@@ -178,20 +188,58 @@ def _number_from(name: str, least: int = 1) -> int:
     return int(text)
 
 
-def _torchrun(arguments: list[str], log: Path, first_rank: int) -> int:
-    """Start this node's ranks, of which the first has this number, and say in one line what ended them."""
+def forget_other_launchers() -> None:
+    """Take out of the environment what torchrun would obey, or hand on, that another launcher has left there.
+
+    How many processes there are, and where, is what `launch` says; PET_SHUTDOWN_TIMEOUT alone is a setting of ours.
+    """
+    for name in list(os.environ):
+        if name.startswith(("PET_", "TORCHELASTIC_")) and name != "PET_SHUTDOWN_TIMEOUT":
+            del os.environ[name]
+    # How long torchrun lets its processes save after it handed them a signal, in seconds.
+    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "600")
+    _number_from("PET_SHUTDOWN_TIMEOUT")
+
+
+def meet_in_files(folder: str) -> list[str]:
+    """torchrun's arguments, and the ranks' environment, for a run on this machine alone: nothing listens on a port.
+
+    What torchrun's own store would take from whoever reaches it are pickles. `folder` is this user's alone.
+    """
+    os.environ[STORE] = f"file://{folder}/ranks"
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else it opens a store besides
+    # gloo's connections, each to a port of its own, stay on the machine too.
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    if loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
+    return [
+        "--nnodes=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={folder}/rendezvous",
+        "--rdzv-conf=store_type=file",
+        f"--rdzv-id={uuid.uuid4()}",
+        "--local-addr=127.0.0.1",
+    ]
+
+
+def _torchrun(arguments: list[str], log: Path, first_rank: int, is_alone: bool = False) -> int:
+    """Start this node's ranks, of which the first has this number, and say in one line what ended them.
+
+    `is_alone`: there is no other node, and `arguments` name none.
+    """
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    # How long torchrun lets its processes save after it handed them a signal, in seconds.
-    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "600")
+    forget_other_launchers()
     logging.disable(logging.CRITICAL)  # the line below says it in one
     with tempfile.TemporaryDirectory() as folder:
+        os.environ[STORE] = "env://"
+        where = meet_in_files(folder) if is_alone else []
         try:
-            main([f"--log-dir={folder}", *arguments])
+            main([f"--log-dir={folder}", *where, *arguments])
         except SignalException as stopped:
             line = _not_saved(Path(folder), log, first_rank)
             if line is None:
@@ -203,6 +251,8 @@ def _torchrun(arguments: list[str], log: Path, first_rank: int) -> int:
             line = f"rank {rank}{_account(failure, log)}"
         else:
             return 0
+        finally:
+            del os.environ[STORE]
     print(f"error: {line}", file=sys.stderr)
     return 1
 

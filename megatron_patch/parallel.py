@@ -50,6 +50,7 @@ def start(parallel: Parallel, seed: int, timeout_minutes: int = 10, init_method:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,  # else its groups have defaults of their own
     )
     _make_host_groups(timedelta(minutes=timeout_minutes))
     # Megatron-LM's rule: otherwise the layers of all pipeline stages would begin with the same weights.

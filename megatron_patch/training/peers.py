@@ -13,17 +13,17 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from torch.distributed import DistError, TCPStore
+from torch.distributed import DistError, FileStore, Store, TCPStore
 from torch.distributed.elastic.multiprocessing.errors.handlers import get_error_handler
 
-from megatron_patch.files import TRAINING
+from megatron_patch.files import STORE, TRAINING
 
 INTERVAL = 1.0
 """Seconds between two looks."""
 GRACE = 3.0
 """Seconds in which a rank may end by itself after another failed: it may have its own error to tell."""
 KEY = f"megatron_patch/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-"""In torchrun's store, of this start of the ranks: the rank that failed first, a space, and why."""
+"""In the store, of this start of the ranks: the rank that failed first, a space, and why."""
 
 
 def watch() -> None:
@@ -52,10 +52,14 @@ def mark_path() -> Path:
 
 
 class _Store:
-    """A connection to torchrun's store of its own: one is not for two threads. Without a store nothing is read."""
+    """A connection of its own to where ranks meet: one is not for two threads. Without a store nothing is read."""
 
     def __init__(self) -> None:
-        self.store: TCPStore | None = None
+        self.store: Store | None = None
+        kind, _, path = os.environ[STORE].partition("://")
+        if kind == "file":
+            self.store = FileStore(f"{path}.failed")  # not the ranks' own, which has a great many keys
+            return
         with contextlib.suppress(DistError):
             self.store = TCPStore(
                 os.environ["MASTER_ADDR"],

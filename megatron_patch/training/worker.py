@@ -6,6 +6,7 @@ import logging
 import os
 
 from megatron_patch.config import Config
+from megatron_patch.files import STORE
 from megatron_patch.training.log import start_log
 
 EXPECTED = (ValueError, OSError, FloatingPointError)
@@ -27,7 +28,14 @@ def run(config: Config) -> int:
     try:
         # Held until this process ends.
         held = lock(config.checkpoint.folder) if rank == 0 else None
-        parallel.start(config.parallel, config.training.seed, config.training.distributed_timeout_minutes)
+        parallel.start(
+            config.parallel,
+            config.training.seed,
+            config.training.distributed_timeout_minutes,
+            init_method=os.environ[STORE],
+            rank=rank,
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
         mark = peers.mark_path()
         mark.write_text(str(os.getpid()))
         code = train(config)

@@ -75,7 +75,9 @@ def main() -> int:
     action = globals()[end]
     start = action if place == "start" else lambda *arguments: None
     # Mocks: seconds of imports that have no part in this.
-    sys.modules["megatron_patch.parallel"] = SimpleNamespace(start=lambda *arguments: start(), stop=lambda: None)
+    sys.modules["megatron_patch.parallel"] = SimpleNamespace(
+        start=lambda *arguments, **rank: start(), stop=lambda: None
+    )
     sys.modules["megatron_patch.training.loop"] = SimpleNamespace(train=lambda config: action())
     from megatron_patch.training import peers
     from megatron_patch.training.worker import run

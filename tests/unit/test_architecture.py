@@ -16,20 +16,21 @@ ALLOWED = {
     "checks.py": (),
     "sizes.py": (),
     "files.py": (),
+    "forking.py": (),
     "parallel_config.py": ("checks", "sizes"),
     "config.py": ("checks", "parallel_config", "sizes"),
     "arguments.py": (),
     "conversion.py": ("config", "arguments", "checkpoint", "families", "sizes"),
     "parallel.py": ("config",),
     "estimate": ("checks", "config", "families", "sizes"),
-    "launch.py": ("config", "families", "files", "checkpoint", "estimate", "sizes"),
+    "launch.py": ("config", "families", "files", "forking", "checkpoint", "estimate", "sizes"),
     "patches": (),
     "families": ("sizes",),
     "model": ("config", "patches", "sizes"),
     "checkpoint": ("checks", "config", "files", "sizes", "families", "model"),
     "data": ("config", "sizes", "files"),
     "training": ("config", "sizes", "families", "model", "checkpoint", "data", "parallel", "estimate", "files"),
-    "__init__.py": ("patches",),
+    "__init__.py": ("forking", "patches"),
 }
 WITHOUT_MEGATRON_CORE = ("config.py", "sizes.py", "arguments.py", "conversion.py", "launch.py", "families", "data")
 WITHOUT_MEGATRON_CORE += ("parallel_config.py", "estimate")

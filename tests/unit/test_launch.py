@@ -14,15 +14,20 @@ import pytest
 import torch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from megatron_patch.config import MOCK, Parallel
-from megatron_patch.files import TRAINING
+from megatron_patch.files import STORE, TRAINING
 from megatron_patch.launch import (
     _torchrun,
     check_devices,
     check_files,
     find_nodes,
+    forget_other_launchers,
+    is_worker,
     launch,
+    meet_in_files,
     processes_per_node,
     suggest_faster,
 )
@@ -174,5 +179,88 @@ def test_a_signalled_run_that_was_not_saved_says_so(environment, capsys, left, c
     assert TRAINING == "training"
     environment.setattr(torchrun, "main", main)
     environment.setattr("logging.disable", lambda level: None)
+    environment.setenv("PET_SHUTDOWN_TIMEOUT", "600")
     assert _torchrun([], Path("log"), first_rank=4) == code
     assert capsys.readouterr().err[: len(said) or None] == said
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"PET_NNODES": "2", "PET_RDZV_BACKEND": "etcd", "PET_NODE_RANK": "1", "PET_MAX_RESTARTS": "3"},
+        {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_ERROR_FILE": "/nowhere/error.json", "RANK": "1", "LOCAL_RANK": "1"},
+        {
+            "PET_STANDALONE": "1",
+            "PET_NPROC_PER_NODE": "gpu",
+            "PET_RUN_PATH": "1",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        },
+        {
+            "MASTER_ADDR": "elsewhere",
+            "MASTER_PORT": "1",
+            "WORLD_SIZE": "8",
+            "SLURM_NTASKS": "8",
+            "OMPI_COMM_WORLD_RANK": "3",
+        },
+    ],
+)
+def test_another_launchers_variables_are_not_obeyed(environment, tmp_path, left):
+    """What torchrun makes of its arguments, and of the environment that the launcher leaves it."""
+    settings = {}
+
+    def main(arguments):
+        assert is_worker()  # as its ranks will be, who inherit this
+        settings["config"] = torchrun.config_from_args(torchrun.parse_args(arguments))[0]
+        settings["left"] = sorted(name for name in os.environ if name.startswith(("PET_", "TORCHELASTIC_")))
+
+    environment.setattr(torchrun, "main", main)
+    environment.setattr("logging.disable", lambda level: None)
+    with mock.patch.dict(os.environ, left):
+        assert not is_worker()
+        assert _torchrun(["--nproc-per-node=3", "script.py"], tmp_path, first_rank=0, is_alone=True) == 0
+        assert not is_worker()
+    config = settings["config"]
+    assert (config.min_nodes, config.max_nodes, config.nproc_per_node, config.max_restarts) == (1, 1, 3, 0)
+    assert (config.rdzv_backend, config.rdzv_configs["store_type"]) == ("c10d", "file")
+    assert settings["left"] == ["PET_SHUTDOWN_TIMEOUT"]
+
+
+def test_how_long_a_save_may_take_is_a_number(environment):
+    environment.setenv("PET_SHUTDOWN_TIMEOUT", "long")
+    with pytest.raises(ValueError, match="PET_SHUTDOWN_TIMEOUT='long': expected a whole number of 1 or more"):
+        forget_other_launchers()
+
+
+def test_on_one_machine_nothing_listens(tmp_path):
+    """Rendezvous, and the ranks' own group, as torchrun and `parallel.start` make them."""
+
+    def listening() -> set[str]:
+        lines = [
+            line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()
+        ]
+        inodes = {parts[9] for parts in lines if parts[3] == "0A"}
+        links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        return {link for link in links if link.removeprefix("socket:[").rstrip("]") in inodes}
+
+    before = listening()
+    with mock.patch.dict(os.environ):
+        arguments = [*meet_in_files(str(tmp_path)), "--nproc-per-node=1", "script.py"]
+        config = torchrun.config_from_args(torchrun.parse_args(arguments))[0]
+        handler = get_rendezvous_handler(
+            RendezvousParameters(
+                config.rdzv_backend,
+                config.rdzv_endpoint,
+                config.run_id,
+                config.min_nodes,
+                config.max_nodes,
+                config.local_addr,
+                **config.rdzv_configs,
+            )
+        )
+        try:
+            assert handler.next_rendezvous().world_size == 1
+            assert listening() == before
+            assert Path(tmp_path, "rendezvous").exists()
+            assert os.environ[STORE] == f"file://{tmp_path}/ranks"
+        finally:
+            handler.shutdown()

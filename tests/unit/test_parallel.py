@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_patch import parallel
+from megatron_patch.config import Parallel
 
 
 def test_what_torch_keeps_of_tensors_that_are_gone_is_free(monkeypatch):
@@ -19,3 +24,16 @@ def test_what_torch_keeps_of_tensors_that_are_gone_is_free(monkeypatch):
 def test_without_a_gpu_there_is_nothing_to_ask(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert parallel.free_memory() is None
+
+
+def test_every_group_gives_up_after_the_time_that_is_given(tmp_path):
+    parallel.start(Parallel(), 0, timeout_minutes=3, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        # Of experts, which no model here has, megatron.core makes one without the time.
+        made = [group for name, group in vars(parallel_state).items() if "EXPERT" not in name]
+        groups = [group for group in (dist.group.WORLD, *made) if isinstance(group, dist.ProcessGroup)]
+        assert len(groups) > 10
+        times = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+        assert times == {timedelta(minutes=3)}
+    finally:
+        parallel.stop()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
+from megatron_patch.files import STORE
 from megatron_patch.training.peers import _dead, _Store
 
 
@@ -17,6 +18,7 @@ from megatron_patch.training.peers import _dead, _Store
 def host(monkeypatch) -> list[TCPStore]:
     """The store that torchrun would have, as the only thing in a list: taken out, it is gone."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv(STORE, "env://")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     return [store]
@@ -28,6 +30,11 @@ def test_the_first_rank_that_fails_is_read_by_all(host):
     second.write(7, "the disk is full")
     first.write(0, "lost the others")
     assert first.read() == second.read() == (7, "the disk is full")
+
+
+def test_so_it_is_on_one_machine_where_ranks_meet_in_files(monkeypatch, tmp_path):
+    monkeypatch.setenv(STORE, f"file://{tmp_path}/ranks")
+    test_the_first_rank_that_fails_is_read_by_all(None)
 
 
 def test_a_store_that_is_gone_says_nothing(host):
