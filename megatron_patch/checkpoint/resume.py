@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import pickle
 import platform
 import shutil
 import uuid
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_patch.checkpoint import checksums
 from megatron_patch.checkpoint.companions import CONFIG as MODEL_CONFIG
@@ -30,7 +32,9 @@ from megatron_patch.checkpoint.companions import PREPROCESSOR, TRACKER, checkpoi
 from megatron_patch.checkpoint.torch_dist import read_metadata
 from megatron_patch.config import Config
 from megatron_patch.families.llava import read_config
+from megatron_patch.files import why_not_loaded
 from megatron_patch.model.llava import LlavaModel
+from megatron_patch.pickles import check_extra_state
 
 CONFIG = "run_config.json"
 EXTRA_STATE = "_extra_state"
@@ -101,23 +105,44 @@ def load(checkpoint: Path, chunks: list[LlavaModel], optimizer: MegatronOptimize
             strict=StrictHandling.RAISE_UNEXPECTED,
         )
         for name, chunk in zip(model, chunks, strict=True):
+            for key in (key for key in state[name] if key.endswith(EXTRA_STATE)):
+                _check_extra_state(key, state[name][key])
             missing, unexpected = chunk.load_state_dict(state[name], strict=False)
             if wrong := [key for key in (*missing, *unexpected) if not key.endswith(EXTRA_STATE)]:
                 raise KeyError(wrong[0])
         optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:  # the files are what was written: something of all kinds is not as it was then
-        reason = " ".join(str(error).split())[:200]
+    # The files are what was written: something of all kinds is not as it was then. torch's is no Exception.
+    except (Exception, CheckpointException) as error:
+        cause = _first_cause(error)
+        if isinstance(cause, pickle.UnpicklingError):
+            raise ValueError(f"{checkpoint}: holds more than tensors and values ({why_not_loaded(cause)})") from error
+        reason = " ".join(str(cause).split())[:200]
         raise ValueError(
-            f"{checkpoint}: does not fit this run ({type(error).__name__}: {reason}); resume with the settings of its "
+            f"{checkpoint}: does not fit this run ({type(cause).__name__}: {reason}); resume with the settings of its "
             f"{CONFIG}, or begin a new run with it as --pretrained-checkpoint"
         ) from error
     return Progress(**state["progress"])
 
 
+def _check_extra_state(key: str, state: object) -> None:
+    try:
+        check_extra_state(state)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Of what torch gathered from all ranks, the first that one of them met."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return min(error.failures.items())[1][0]
+    return error
+
+
 def _wanted(model: dict[str, Any], stored: Container[str]) -> dict[str, Any]:
     """What to load of a chunk: all tensors, and of Transformer Engine's extra states those that are in `stored`.
 
-    Local layers write none for norms. They hold fp8's scales or nothing, and are pickles: a run without fp8 loads none.
+    Local layers write none for norms. They hold fp8's scales or nothing, and are pickles, which are looked through
+    before Transformer Engine gets them; a run without fp8 loads none.
     """
     return {key: value for key, value in model.items() if not key.endswith(EXTRA_STATE) or value.unique_key in stored}
 
@@ -160,9 +185,15 @@ def _check_files(checkpoint: Path) -> None:
         raise ValueError(f"{error}; write an earlier iteration into {checkpoint.parent / TRACKER}") from None
 
 
-def read_position(checkpoint: Path, rank: int) -> bytes:
-    """The place in the data of a data-parallel rank, as it was saved."""
-    return position_file(checkpoint, rank).read_bytes()
+def read_position(checkpoint: Path, rank: int, load: Callable[[bytes], T]) -> T:
+    """The place in the data of a data-parallel rank, as `load` gives it. Raises ValueError that names the file."""
+    path = position_file(checkpoint, rank)
+    try:
+        return load(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; copy the checkpoint again, or go on from an earlier one") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; copy the checkpoint again, or go on from an earlier one") from error
 
 
 def model_state(chunks: list[LlavaModel]) -> dict[str, Any]:

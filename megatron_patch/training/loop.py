@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -20,6 +20,7 @@ from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.checkpoint.stages import Stage
 from megatron_patch.config import Config
+from megatron_patch.data import position
 from megatron_patch.data.loader import Loader, reading, resumed_loader, save_position, train_loader, valid_loader
 from megatron_patch.data.mock import MockLoader
 from megatron_patch.data.processor import write_processor
@@ -156,7 +157,10 @@ def open_data(config: Config, llava: Llava, checkpoint: Path | None) -> Loader |
         valid_loader(config, llava, rank=rank, world_size=size)  # raises now what would stop the first validation
     if checkpoint is None:
         return train_loader(config, llava, rank=rank, world_size=size)
-    positions = functools.partial(resume.read_position, checkpoint)
+
+    def positions(rank: int) -> dict[str, Any]:
+        return resume.read_position(checkpoint, rank, position.load)
+
     return resumed_loader(config, llava, positions, rank=rank, world_size=size)
 
 

@@ -16,6 +16,7 @@ ALLOWED = {
     "checks.py": (),
     "sizes.py": (),
     "files.py": (),
+    "pickles.py": ("files",),
     "parallel_config.py": ("checks", "sizes"),
     "config.py": ("checks", "parallel_config", "sizes"),
     "arguments.py": (),
@@ -26,8 +27,8 @@ ALLOWED = {
     "patches": (),
     "families": ("sizes",),
     "model": ("config", "patches", "sizes"),
-    "checkpoint": ("checks", "config", "files", "sizes", "families", "model"),
-    "data": ("config", "sizes", "files"),
+    "checkpoint": ("checks", "config", "files", "pickles", "sizes", "families", "model"),
+    "data": ("config", "sizes", "files", "pickles"),
     "training": ("config", "sizes", "families", "model", "checkpoint", "data", "parallel", "estimate", "files"),
     "__init__.py": ("patches",),
 }
