@@ -133,6 +133,12 @@ class Conversion:
         return {setting.name: setting.default for setting in fields(self)}
 
     @property
+    def sources(self) -> list[Path]:
+        """Folders and files that are read."""
+        given = (self.source_llm_ckpt_path, self.source_clip_ckpt_path, self.projector, self.hf_ckpt_path)
+        return [path for path in given if path is not None]
+
+    @property
     def added_tokens(self) -> list[str]:
         """Tokens that the tokenizer gets besides `<image>`."""
         names = ",".join(NEVA_TOKENS) if self.add_tokens == "neva" else self.add_tokens or ""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.families.llava import LANGUAGE_FAMILIES, LLAMA3_ROPE, VISION_FAMILIES, vision_config
-from megatron_patch.files import OLD_CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from megatron_patch.files import OLD_CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, beside
 from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -47,7 +47,7 @@ def copy_companions(source: Path, target: Path, names: tuple[str, ...] = FILES) 
         if (source / name).is_file():
             final = target / name
             final.parent.mkdir(exist_ok=True)
-            aside = final.with_name(f".{final.name}.{os.getpid()}")
+            aside = beside(final)
             try:
                 shutil.copyfile(source / name, aside)
                 os.replace(aside, final)

@@ -32,11 +32,11 @@ from megatron_patch.checkpoint.companions import PREPROCESSOR, TRACKER, checkpoi
 from megatron_patch.checkpoint.torch_dist import read_metadata
 from megatron_patch.config import Config
 from megatron_patch.families.llava import read_config
-from megatron_patch.files import why_not_loaded
+from megatron_patch.files import RUN_CONFIG as CONFIG
+from megatron_patch.files import claim, why_not_loaded
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.pickles import check_extra_state
 
-CONFIG = "run_config.json"
 EXTRA_STATE = "_extra_state"
 PATIENCE = timedelta(hours=6)
 """How long ranks wait for those whose disk is slower; --distributed-timeout-minutes is for computing."""
@@ -178,9 +178,6 @@ def _check_files(checkpoint: Path) -> None:
     try:
         checksums.check(checkpoint, dist.get_rank(), dist.get_world_size())
         read_metadata(checkpoint / ".metadata")
-        unlisted = {path.name for path in checkpoint.glob("*.pt")} - checksums.read(checkpoint).keys()
-        if unlisted:
-            raise ValueError(f"{checkpoint / min(unlisted)}: not in {checksums.FILE}, which lists what was written")
     except ValueError as error:
         raise ValueError(f"{error}; write an earlier iteration into {checkpoint.parent / TRACKER}") from None
 
@@ -258,8 +255,12 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed run had not finished. Only for the one that holds `folder`."""
-    for partial in folder.glob("iter_*.partial"):
+    """Remove what a killed run had not finished. Only for the one that holds `folder`.
+
+    Raises ValueError for what lies at such a name and is no run's: it would be in the way of a save.
+    """
+    for partial in sorted(folder.glob("iter_*.partial")):
+        claim(partial)
         shutil.rmtree(partial)
 
 

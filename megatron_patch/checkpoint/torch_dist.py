@@ -28,6 +28,7 @@ from megatron_patch.checkpoint.torch_zip import Stored, describe
 from megatron_patch.checkpoint.view import View
 from megatron_patch.families.family import Weight
 from megatron_patch.families.transformer_engine import to_local_name, to_transformer_engine_name
+from megatron_patch.files import RUN_CONFIG
 from megatron_patch.pickles import admitting, unpickle
 
 LAYERS = ".decoder.layers."
@@ -65,7 +66,8 @@ class TorchDistReader(Reader):
         self.folder = Path(folder)
         self.source = str(folder)
         self.rows = {weight.mcore: weight for weight in rows}
-        if check and (self.folder / checksums.FILE).is_file():
+        # A run's has sums, which may have been lost on the way.
+        if check and any((self.folder / name).exists() for name in (checksums.FILE, RUN_CONFIG)):
             checksums.check(self.folder)
         records = (manifest.read(self.folder) if check else None) or {}
         for record in records.values():

@@ -91,8 +91,7 @@ def start_or_resume(
     config: Config, llava: Llava, checkpoint: Path | None = None
 ) -> tuple[list[LlavaModel], list[DistributedDataParallel], MegatronOptimizer, Progress]:
     """Model and optimizer with the weights of `checkpoint`, one that `resume.find` gave, or of the pretrained one."""
-    if dist.get_rank() == 0:
-        resume.remove_partial(config.checkpoint.folder)
+    resume.agree(resume.remove_partial, config.checkpoint.folder, rank=0)
     chunks = build_model(config, llava)
     if checkpoint is None and config.model.pretrained_checkpoint is not None:
         for chunk in chunks:

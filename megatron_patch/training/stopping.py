@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import signal
 import time
@@ -13,7 +12,8 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
-from megatron_patch import parallel
+from megatron_patch import files, parallel
+from megatron_patch.training.log import logger
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -63,12 +63,17 @@ def end_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def lock(folder: Path) -> IO[str]:
+def lock(folder: Path) -> IO[bytes]:
     """Hold `folder` until the returned file is closed. Raises ValueError when another run holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
+    path = folder / ".lock"
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "wb", buffering=0)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be made or locked ({error.strerror}); move what is there away") from None
+    try:
+        if not files.lock(file.fileno()):
+            logger.warning(f"{folder}: no locks on this file system; see that no other run writes it")
     except BlockingIOError:
         file.close()
         raise ValueError(f"{folder}: another run is writing it; wait for its end, or give another output") from None
