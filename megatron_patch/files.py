@@ -30,6 +30,18 @@ TRAINING = "training"
 """Beside a rank's error file as long as it trains: found by a launcher that a signal ended, the run was not saved."""
 
 
+def is_iteration(folder: Path) -> bool:
+    """Whether `folder` itself holds the weights of a Megatron-Core checkpoint: one iteration of a run, or a release."""
+    return (folder / ".metadata").is_file() or any(folder.glob("mp_rank_*"))
+
+
+def model_folder(checkpoint: Path) -> Path:
+    """The folder with config.json, tokenizer and processor of a checkpoint, which may be one iteration of a run."""
+    if (checkpoint / "config.json").exists() or not is_iteration(checkpoint):
+        return checkpoint
+    return checkpoint.resolve().parent  # of a link, beside what it leads to
+
+
 def why_not_loaded(error: BaseException) -> str:
     """What torch.load(weights_only=True) says of a file, on one line and without its advice to trust it."""
     named = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))

@@ -24,7 +24,9 @@ from megatron_patch.sizes import Llava
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""What ranks save after: `training.stopping`'s."""
+STOPPED = tuple(128 + number for number in SIGNALS)
 """Exit codes of a run that a signal ended after it was saved."""
 
 
@@ -191,7 +193,7 @@ def _torchrun(arguments: list[str], log: Path, first_rank: int) -> int:
     logging.disable(logging.CRITICAL)  # the line below says it in one
     with tempfile.TemporaryDirectory() as folder:
         try:
-            main([f"--log-dir={folder}", *arguments])
+            main([f"--log-dir={folder}", f"--signals-to-handle={_signals()}", *arguments])
         except SignalException as stopped:
             line = _not_saved(Path(folder), log, first_rank)
             if line is None:
@@ -205,6 +207,12 @@ def _torchrun(arguments: list[str], log: Path, first_rank: int) -> int:
             return 0
     print(f"error: {line}", file=sys.stderr)
     return 1
+
+
+def _signals() -> str:
+    """Names of the signals that torchrun is to hand on to the ranks: not those that nohup had this process ignore."""
+    wanted = (*SIGNALS, signal.SIGQUIT)
+    return ",".join(number.name for number in wanted if signal.getsignal(number) != signal.SIG_IGN)
 
 
 def _not_saved(folder: Path, log: Path, first_rank: int) -> str | None:

@@ -26,14 +26,14 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_patch.checkpoint import checksums
+from megatron_patch.checkpoint import checksums, disk
 from megatron_patch.checkpoint.companions import CONFIG as MODEL_CONFIG
 from megatron_patch.checkpoint.companions import PREPROCESSOR, TRACKER, checkpoint_folder, read_json
 from megatron_patch.checkpoint.torch_dist import read_metadata
 from megatron_patch.config import Config
 from megatron_patch.families.llava import read_config
 from megatron_patch.files import RUN_CONFIG as CONFIG
-from megatron_patch.files import claim, why_not_loaded
+from megatron_patch.files import beside, claim, why_not_loaded
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.pickles import check_extra_state
 
@@ -52,12 +52,12 @@ class Progress:
     consumed_samples: int = 0
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run in `folder`, None when there is none yet.
+def latest(folder: Path, step: int | None = None) -> Path | None:
+    """The newest whole checkpoint of a run in `folder`, None when there is none yet; or that of iteration `step`.
 
     Raises ValueError or OSError when the tracker file names no checkpoint that a run can go on from.
     """
-    if not (folder / TRACKER).exists():
+    if step is None and not (folder / TRACKER).exists():
         there = saved(folder)
         if there:
             raise ValueError(
@@ -65,7 +65,7 @@ def latest(folder: Path) -> Path | None:
                 f"another output folder to start anew"
             )
         return None
-    checkpoint = checkpoint_folder(folder)
+    checkpoint = checkpoint_folder(folder, step)
     if not (checkpoint / CONFIG).is_file():
         raise ValueError(
             f"{checkpoint}: not the checkpoint of a training run; give another output folder, "
@@ -82,7 +82,8 @@ def find(config: Config) -> Path | None:
     """
     folder = config.checkpoint.folder
     _check_shared(folder)
-    checkpoint = agree(latest, folder, rank=0)
+    agree(try_save, folder)
+    checkpoint = agree(latest, folder, config.checkpoint.ckpt_step, rank=0)
     if checkpoint is not None:
         agree(_check_files, checkpoint)
         agree(_check_same_training, config, checkpoint)
@@ -111,6 +112,9 @@ def load(checkpoint: Path, chunks: list[LlavaModel], optimizer: MegatronOptimize
             if wrong := [key for key in (*missing, *unexpected) if not key.endswith(EXTRA_STATE)]:
                 raise KeyError(wrong[0])
         optimizer.load_state_dict(state["optimizer"])
+        progress = Progress(**state["progress"])
+        if not all(isinstance(number, int) and number >= 0 for number in dataclasses.astuple(progress)):
+            raise TypeError(f"it says {progress}")
     # The files are what was written: something of all kinds is not as it was then. torch's is no Exception.
     except (Exception, CheckpointException) as error:
         cause = _first_cause(error)
@@ -121,7 +125,7 @@ def load(checkpoint: Path, chunks: list[LlavaModel], optimizer: MegatronOptimize
             f"{checkpoint}: does not fit this run ({type(cause).__name__}: {reason}); resume with the settings of its "
             f"{CONFIG}, or begin a new run with it as --pretrained-checkpoint"
         ) from error
-    return Progress(**state["progress"])
+    return progress
 
 
 def _check_extra_state(key: str, state: object) -> None:
@@ -155,6 +159,32 @@ def _check_shared(folder: Path) -> None:
     finally:
         if dist.get_rank() == 0:
             path.unlink(missing_ok=True)
+
+
+def try_save(folder: Path) -> None:
+    """Take the steps of a save on a rank's disk, so that a run does not learn at its first save that one fails.
+
+    Raises OSError that names `folder` and the step.
+    """
+    trial, done = beside(folder / "trial"), beside(folder / "trial")
+    steps = {
+        "make a folder": lambda: trial.mkdir(parents=True),
+        "write a file": lambda: (trial / "file").write_bytes(b"1"),
+        "have it on the disk": lambda: disk.sync_tree(trial),
+        "rename a folder": lambda: trial.rename(done),
+        "replace a file": lambda: (done / "file").rename(done / "tracker"),
+        "remove a folder": lambda: shutil.rmtree(done),
+    }
+    for step, take in steps.items():
+        try:
+            take()
+        except OSError as error:
+            for left in (trial, done):
+                shutil.rmtree(left, ignore_errors=True)
+            raise OSError(
+                f"{folder}: a run cannot be saved there, since it fails to {step} ({error.strerror}); give another "
+                f"--output"
+            ) from error
 
 
 def _mark(folder: Path) -> Path:
@@ -219,12 +249,13 @@ def position_file(checkpoint: Path, rank: int) -> Path:
 
 def _check_same_training(config: Config, checkpoint: Path) -> None:
     """Raise ValueError when what is trained, or how its states are kept, is not what the checkpoint holds."""
-    before = json.loads((checkpoint / CONFIG).read_text())
+    before = read_json(checkpoint, CONFIG)
     now = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     for part, name in (("parallel", "use_distributed_optimizer"), ("model", "freeze_lm"), ("model", "freeze_vit")):
-        if before[part][name] != now[part][name]:
+        saved_with = before[part].get(name) if isinstance(before.get(part), dict) else None
+        if saved_with != now[part][name]:
             raise ValueError(
-                f"{checkpoint}: saved with --{name.replace('_', '-')} {str(before[part][name]).lower()}, which keeps "
+                f"{checkpoint}: saved with --{name.replace('_', '-')} {str(saved_with).lower()}, which keeps "
                 f"other optimizer states; resume with the same, or begin a new run with it as --pretrained-checkpoint"
             )
 

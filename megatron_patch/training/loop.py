@@ -35,6 +35,7 @@ from megatron_patch.training.metrics import Metrics
 from megatron_patch.training.optimizer import build_optimizer, build_scheduler, gather_weights, wrap
 from megatron_patch.training.step import Totals, batch_runner, train_step
 from megatron_patch.training.stopping import Stop
+from megatron_patch.training.totals import Unlearned
 
 
 def train(config: Config) -> int:
@@ -55,6 +56,7 @@ def train(config: Config) -> int:
             config, llava, first_iteration=progress.iteration + 1, world_size=world_size, is_writer=is_writer
         )
         saver = Saver(config, chunks, optimizer)
+        unlearned = Unlearned(config.model.freeze_lm and config.model.freeze_vit)
         if progress.iteration >= config.training.train_iters:
             logger.info(
                 f"nothing to do: {progress.iteration} iterations are done, and --train-iters asks for "
@@ -65,6 +67,7 @@ def train(config: Config) -> int:
             scheduler.step(1)
             step = train_step(wrapped, optimizer, batches, run_batch)
             progress = Progress(iteration, progress.consumed_samples + step.totals.num_samples)
+            unlearned.check(iteration, step.totals)
             metrics.log(iteration, step, optimizer.param_groups[0]["lr"], progress.consumed_samples)
 
             stops = stop.due()

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from megatron_patch import files, parallel
 from megatron_patch.training.log import logger
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""A terminal that is closed sends SIGHUP; clusters (Slurm's --signal) announce the end with SIGUSR1."""
 
 
 class Stop:
@@ -30,7 +31,8 @@ class Stop:
         self._noted = 0  # by the handler alone: it may run at any moment, in `due` too
         self.end = None if minutes is None else time.monotonic() + 60 * minutes
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's way to outlive a terminal
+                signal.signal(number, self._note)
         # torchrun hands the signal to the processes that read data too, without which the place in the data cannot be
         # saved. They end with the trainer instead.
         os.register_at_fork(after_in_child=_ignore_signals)
@@ -50,7 +52,7 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
-        """What a shell says of a process that a signal ended: 143 for SIGTERM, 130 for SIGINT; else 0."""
+        """What a shell says of a process that a signal ended: 143 for SIGTERM, 130 for SIGINT, ...; else 0."""
         return 128 + self.signal if self.signal else 0
 
     def _note(self, number: int, frame: object) -> None:

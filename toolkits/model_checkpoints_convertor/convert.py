@@ -35,6 +35,7 @@ try:
     from megatron_patch.families.llava import describe
     from megatron_patch.files import check_page
     from megatron_patch.sizes import Llava
+    from megatron_patch.terminal import outlive_readers
 except KeyboardInterrupt:
     sys.exit(130)  # nothing has begun
 
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if conversion.mg2hf:
             export_hf(conversion)
-        elif (conversion.source_llm_ckpt_path / companions.TRACKER).is_file():
+        elif companions.is_checkpoint(conversion.source_llm_ckpt_path):
             reshard(conversion)
         else:
             import_hf(conversion)
@@ -128,7 +129,7 @@ def reshard(conversion: Conversion) -> None:
     from megatron_patch.checkpoint.reader import Views
 
     dtype = getattr(torch, DTYPES[conversion.precision])
-    saved = open_mcore(conversion.source_llm_ckpt_path, llava, check=not conversion.no_check)
+    saved = open_mcore(conversion.source_llm_ckpt_path, llava, not conversion.no_check, conversion.ckpt_step)
     mcore = Views({name: saved.view(name).to(dtype) for name in saved}, saved)
     files = {source.path for name in mcore for source in mcore.view(name).sources}
     with written_aside(conversion.target_ckpt_path, _num_bytes(conversion, llava)) as folder:
@@ -153,7 +154,7 @@ def export_hf(conversion: Conversion) -> None:
     from megatron_patch.families.llava import hub_name, rows
 
     dtype = getattr(torch, DTYPES[conversion.precision])
-    mcore = open_mcore(conversion.source_llm_ckpt_path, llava, check=not conversion.no_check)
+    mcore = open_mcore(conversion.source_llm_ckpt_path, llava, not conversion.no_check, conversion.ckpt_step)
     weights = to_hf(rows(llava), mcore, dtype)
     if conversion.parts == "projector":
         with written_aside(conversion.target_ckpt_path) as folder:
@@ -365,6 +366,7 @@ def _progress(num_bytes: int) -> tqdm:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     try:
         sys.exit(main())
     except KeyboardInterrupt:  # before a target is known

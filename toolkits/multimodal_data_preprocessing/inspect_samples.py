@@ -62,4 +62,7 @@ def _write(config: Config, page: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
+    from megatron_patch.terminal import outlive_readers
+
+    outlive_readers()
     sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -85,3 +87,35 @@ def test_a_tracker_that_is_written_follows_no_link(saver, tmp_path):
     saver.save(Progress(1, 4), None)
     assert victim.read_text() == "precious"
     assert (folder / saving.TRACKER).read_text() == "1"
+
+
+@pytest.mark.parametrize(
+    ("function", "step"),
+    [("mkdir", "make a folder"), ("write_bytes", "write a file"), ("rename", "rename a folder")],
+)
+def test_a_folder_where_no_save_is_possible_is_named_before_training(function, step, tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    resume.try_save(folder)
+    assert not list(folder.iterdir())
+
+    def fails(*arguments, **options):  # a mock of a file system
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, function, fails)
+    with pytest.raises(OSError, match=f"{folder}: a run cannot be saved there, since it fails to {step} .Operation"):
+        resume.try_save(folder)
+    assert not list(folder.iterdir())
+
+
+def test_a_file_that_is_not_on_the_disk_is_said_before_training(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+
+    def fails(descriptor):  # a mock of a disk
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match=r"fails to have it on the disk .Input/output error"):
+        resume.try_save(folder)
+    assert not list(folder.iterdir())
