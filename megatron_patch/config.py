@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_patch.checkpoint_config import Checkpoint
 from megatron_patch.checks import (
     divisors,
     listing,
@@ -18,6 +19,7 @@ from megatron_patch.checks import (
     require_positive,
     require_transformer_engine,
 )
+from megatron_patch.files import model_folder
 from megatron_patch.parallel_config import Parallel
 from megatron_patch.sizes import Llava
 
@@ -35,7 +37,8 @@ class Model:
     """Size of the language model, such as 7B, checked against its config.json; auto: not checked."""
 
     pretrained_checkpoint: Path | None = None
-    """Megatron-Core checkpoint to start from (mp_rank shards or torch_dist, at any TP and PP); none: new weights."""
+    """Megatron-Core checkpoint to start from (mp_rank shards or torch_dist, at any TP and PP; a run's, or one iteration
+    of it); none: new weights."""
 
     model_config: Path | None = None
     """Folder with config.json, tokenizer and processor of the LLaVA to train; none: the pretrained checkpoint's."""
@@ -79,7 +82,7 @@ class Model:
     @property
     def description(self) -> Path:
         """Folder that describes the model: config.json, tokenizer, processor."""
-        return self.model_config or self.pretrained_checkpoint
+        return model_folder(self.model_config or self.pretrained_checkpoint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,33 +294,6 @@ class Training:
     def recompute_granularity(self) -> Literal["selective", "full"] | None:
         """The setting in megatron.core's words; None where nothing is recomputed."""
         return {"sel": "selective", "true": "selective", "full": "full"}.get(self.recompute)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """Where results go."""
-
-    output: Path
-    """Folder that gets checkpoint/, tensorboard/ and log/. A run that finds a checkpoint there goes on from it."""
-
-    save_interval: int = 1000
-    """Iterations between saves. The last iteration is saved too."""
-
-    async_save: bool = False
-    """Write checkpoints while training goes on, from a copy of each rank's state in host memory."""
-
-    keep_checkpoints: int | None = None
-    """Newest checkpoints to keep; none: all."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "save_interval")
-        if self.keep_checkpoints is not None:
-            require_positive(self, "keep_checkpoints")
-
-    @property
-    def folder(self) -> Path:
-        """Where iterations are saved."""
-        return self.output / "checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)

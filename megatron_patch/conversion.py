@@ -16,6 +16,7 @@ from megatron_patch.checkpoint import companions
 from megatron_patch.checkpoint.stages import Stage, pipeline_stages, stage_lengths
 from megatron_patch.config import Parallel, Precision, PromptFormat
 from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
+from megatron_patch.files import model_folder
 from megatron_patch.sizes import Llava
 
 T = TypeVar("T")
@@ -27,7 +28,7 @@ UNEQUAL = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layer
 FOR_EXPORT = ("parts", "max_shard_size")
 FOR_IMPORT = ("projector", "add_tokens", "seed", "ckpt_format", "virtual_pipeline_model_parallel_size", *UNEQUAL)
 # With --mg2hf false the source tells which of its two ways it is.
-NOT_FROM_HF = ("hf_ckpt_path", "no_check")
+NOT_FROM_HF = ("hf_ckpt_path", "no_check", "ckpt_step")
 NOT_FROM_MCORE = ("source_clip_ckpt_path", "projector", "add_tokens", "prompt_format", "seed")
 # What NeMo's NeVA adds besides `<image>`.
 NEVA_TOKENS = ("<im_start>", "<im_end>", *(f"<extra_id_{number}>" for number in range(8)))
@@ -42,7 +43,7 @@ class Conversion:
 
     source_llm_ckpt_path: Path
     """Hugging Face folder of a Llama, Vicuna, Mistral or Qwen2, or of a whole LLaVA; with --mg2hf true a Megatron-Core
-    checkpoint, shards or torch_dist. With --mg2hf false such a checkpoint is cut anew."""
+    checkpoint, shards or torch_dist, or one iteration of a run. With --mg2hf false such a checkpoint is cut anew."""
 
     source_clip_ckpt_path: Path | None = None
     """Hugging Face folder of a CLIP (whole, or its vision half); none: the source is a whole LLaVA. With --mg2hf true
@@ -75,6 +76,9 @@ class Conversion:
 
     mg2hf: bool = False
     """Direction; false: Hugging Face to Megatron-Core, true: Megatron-Core to Hugging Face."""
+
+    ckpt_step: int | None = None
+    """Iteration to read of a Megatron-Core checkpoint that has several; none: the one that its tracker names."""
 
     precision: Precision = "bf16"
     """Type of the weights written."""
@@ -133,6 +137,12 @@ class Conversion:
         return {setting.name: setting.default for setting in fields(self)}
 
     @property
+    def sources(self) -> list[Path]:
+        """Folders and files that are read."""
+        given = (self.source_llm_ckpt_path, self.source_clip_ckpt_path, self.projector, self.hf_ckpt_path)
+        return [path for path in given if path is not None]
+
+    @property
     def added_tokens(self) -> list[str]:
         """Tokens that the tokenizer gets besides `<image>`."""
         names = ",".join(NEVA_TOKENS) if self.add_tokens == "neva" else self.add_tokens or ""
@@ -183,12 +193,12 @@ def describe_sources(conversion: Conversion) -> tuple[dict[str, Any], Llava]:
 def describe_checkpoint(conversion: Conversion) -> tuple[list[Path], dict[str, Any], Llava]:
     """Folders that carry what lies beside a Megatron-Core checkpoint's weights, its config.json, and what that says."""
     checkpoint = conversion.source_llm_ckpt_path
-    companions.checkpoint_folder(checkpoint)
+    companions.checkpoint_folder(checkpoint, conversion.ckpt_step)
     for name in ("source_clip_ckpt_path", "hf_ckpt_path"):
         folder = getattr(conversion, name)
         if folder is not None and not folder.is_dir():
             raise FileNotFoundError(f"{flag(name)} {folder}: no such folder; leave it out where it is not needed")
-    carriers = [path for path in (checkpoint, conversion.hf_ckpt_path) if path is not None]
+    carriers = [path for path in (model_folder(checkpoint), conversion.hf_ckpt_path) if path is not None]
     carrier = next((path for path in carriers if (path / companions.CONFIG).is_file()), None)
     if carrier is None:
         raise FileNotFoundError(f"{checkpoint}: has no config.json; give --hf-ckpt-path, a LLaVA folder that has one")

@@ -28,7 +28,9 @@ from megatron_patch.sizes import Llava
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""What ranks save after: `training.stopping`'s."""
+STOPPED = tuple(128 + number for number in SIGNALS)
 """Exit codes of a run that a signal ended after it was saved."""
 
 
@@ -239,7 +241,7 @@ def _torchrun(arguments: list[str], log: Path, first_rank: int, is_alone: bool =
         os.environ[STORE] = "env://"
         where = meet_in_files(folder) if is_alone else []
         try:
-            main([f"--log-dir={folder}", *where, *arguments])
+            main([f"--log-dir={folder}", f"--signals-to-handle={_signals()}", *where, *arguments])
         except SignalException as stopped:
             line = _not_saved(Path(folder), log, first_rank)
             if line is None:
@@ -255,6 +257,12 @@ def _torchrun(arguments: list[str], log: Path, first_rank: int, is_alone: bool =
             del os.environ[STORE]
     print(f"error: {line}", file=sys.stderr)
     return 1
+
+
+def _signals() -> str:
+    """Names of the signals that torchrun is to hand on to the ranks: not those that nohup had this process ignore."""
+    wanted = (*SIGNALS, signal.SIGQUIT)
+    return ",".join(number.name for number in wanted if signal.getsignal(number) != signal.SIG_IGN)
 
 
 def _not_saved(folder: Path, log: Path, first_rank: int) -> str | None:

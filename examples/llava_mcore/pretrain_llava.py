@@ -7,8 +7,10 @@ from pathlib import Path
 from megatron_patch.arguments import parse
 from megatron_patch.config import Config
 from megatron_patch.launch import is_worker, launch
+from megatron_patch.terminal import outlive_readers
 
 if __name__ == "__main__":
+    outlive_readers()
     config = parse(Config, sys.argv[1:])
     if is_worker():
         from megatron_patch.training.worker import run

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_patch.files import MARK
+
 FILE = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64})  ([^/\0]+)")
 
@@ -39,18 +41,26 @@ def read(folder: Path) -> dict[str, str]:
     lines = [LINE.fullmatch(line) for line in path.read_text(errors="replace").splitlines()]
     if not lines or None in lines:
         raise ValueError(f"{path}: damaged; expected lines of a sha256, two spaces and a file's name")
-    return {line[2]: line[1] for line in lines}
+    sums = {line[2]: line[1] for line in lines}
+    if len(sums) < len(lines):
+        raise ValueError(f"{path}: damaged; it lists a file twice")
+    return sums
 
 
 def check(folder: Path, part: int = 0, parts: int = 1) -> None:
     """Compare the files of `folder` with its list; of several processes, each takes a part that is about as large.
 
-    Raises ValueError, one line that names the file, for one that is missing or is not what was written.
+    Raises ValueError, one line that names the file, for one that is missing, is not listed, or is not what was written.
     """
     sums = read(folder)
     for name in sums:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: missing, though {FILE} lists it")
+    for path in sorted(folder.iterdir()):
+        # NFS keeps files under such names that somebody had open when they were removed.
+        known = path.name in sums or path.name in (FILE, MARK) or path.name.startswith(".nfs")
+        if not known and not path.is_dir():
+            raise ValueError(f"{path}: not in {FILE}, which lists what was written; copy both again, or remove it")
     by_size = sorted(sums, key=lambda name: ((folder / name).stat().st_size, name))
     mine = by_size[part::parts]
     for name, digest in digests(folder / name for name in mine).items():

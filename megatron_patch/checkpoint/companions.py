@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.families.llava import LANGUAGE_FAMILIES, LLAMA3_ROPE, VISION_FAMILIES, vision_config
-from megatron_patch.files import OLD_CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from megatron_patch.files import OLD_CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, beside, is_iteration
 from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -47,7 +47,7 @@ def copy_companions(source: Path, target: Path, names: tuple[str, ...] = FILES) 
         if (source / name).is_file():
             final = target / name
             final.parent.mkdir(exist_ok=True)
-            aside = final.with_name(f".{final.name}.{os.getpid()}")
+            aside = beside(final)
             try:
                 shutil.copyfile(source / name, aside)
                 os.replace(aside, final)
@@ -55,13 +55,27 @@ def copy_companions(source: Path, target: Path, names: tuple[str, ...] = FILES) 
                 aside.unlink(missing_ok=True)
 
 
-def checkpoint_folder(folder: Path) -> Path:
-    """The folder of the iteration (or release) that `folder`'s tracker file names.
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` is a Megatron-Core checkpoint, or one iteration of it."""
+    return (Path(folder) / TRACKER).is_file() or is_iteration(Path(folder))
 
-    Raises FileNotFoundError or ValueError, one line, for a tracker that is missing, empty, garbage or points nowhere.
+
+def checkpoint_folder(folder: Path, step: int | None = None) -> Path:
+    """The folder of the iteration (or release) that `folder`'s tracker file names, or of iteration `step`.
+
+    It may be `folder` itself. Raises FileNotFoundError or ValueError, one line, for a tracker that is missing, empty,
+    garbage or points nowhere, and for an iteration that is not there.
     """
     folder = Path(folder)
     tracker = folder / TRACKER
+    if step is not None:
+        target = folder / f"iter_{step:07d}"
+        if not target.is_dir():
+            there = ", ".join(sorted(path.name for path in folder.glob("iter_" + 7 * "[0-9]"))) or "none"
+            raise FileNotFoundError(f"--ckpt-step {step}: {target} is missing; there are: {there}")
+        return target
+    if not tracker.is_file() and is_iteration(folder):
+        return folder
     if not tracker.is_file():
         raise FileNotFoundError(f"{tracker}: missing; expected the folder of a Megatron-Core checkpoint")
     text = tracker.read_text(errors="replace").strip()
@@ -92,7 +106,7 @@ def read_json(folder: Path, name: str = CONFIG) -> dict[str, Any]:
         raise IsADirectoryError(f"{path}: is a folder; expected a file") from None
     except NotADirectoryError:
         raise NotADirectoryError(f"{folder}: not a folder; expected the folder of a checkpoint") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # not text, not json, nested thousands deep
         raise ValueError(f"{path}: not valid json ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected an object")

@@ -28,7 +28,7 @@ from megatron_patch.families.family import Weight
 from megatron_patch.families.layout import hf_shapes, merge, pad_vocab, shard, split
 from megatron_patch.families.llava import pipeline_copies, read_config
 from megatron_patch.families.llava import rows as llava_rows
-from megatron_patch.files import COMMON
+from megatron_patch.files import COMMON, model_folder
 from megatron_patch.sizes import Llava
 
 T = TypeVar("T", Tensor, View)
@@ -197,15 +197,17 @@ def rank_views(mcore: Reader, llava: Llava, stage: Stage, tp_rank: int, tp_size:
     return views
 
 
-def open_mcore(folder: Path, llava: Llava, check: bool = True) -> Reader:
+def open_mcore(folder: Path, llava: Llava, check: bool = True, step: int | None = None) -> Reader:
     """A Megatron-Core checkpoint's whole, unpadded state dict, lazily: shards or torch_dist, at any saved TP and PP.
 
-    `folder` holds the tracker file. `check`: compare what is read with the checkpoint's manifest, where it has one.
+    `folder` holds the tracker file, or is one iteration. `check`: compare what is read with the checkpoint's manifest,
+    where it has one. `step`: the iteration; None: the tracker's.
+
     Raises ValueError or OSError, one line that names the file, when the checkpoint is incomplete, damaged, or not the
     model that `llava` describes.
     """
-    target = checkpoint_folder(folder)
-    _check_vocabulary(Path(folder), target, llava)
+    target = checkpoint_folder(folder, step)
+    _check_vocabulary(model_folder(Path(folder)), target, llava)
     kind = MpRankReader
     if (target / ".metadata").is_file():
         from megatron_patch.checkpoint.torch_dist import TorchDistReader as kind  # half a second, where it is needed

@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import stat
+from contextlib import suppress
 from pathlib import Path
 
 BLOCK = 4096
@@ -15,6 +17,9 @@ BLOCK = 4096
 
 SMALL = 64 * 1024
 """Reads below this go through the page cache: their neighbours are wanted next."""
+
+NOT_OF_FOLDERS = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)
+"""How network file systems answer when a folder is to be on the disk: they write its entries when they can."""
 
 DIRECT = getattr(os, "O_DIRECT", 0)
 
@@ -27,7 +32,8 @@ def aligned_buffer(size: int) -> memoryview:
     """Memory whose address is a multiple of `BLOCK`. It is not there until it is written to."""
     memory = mmap.mmap(-1, blocks(size))
     if hasattr(mmap, "MADV_HUGEPAGE"):  # the kernel handles each page of a direct read or write
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # of a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)
 
 
@@ -133,12 +139,13 @@ class OutputFile:
 
 
 def sync(path: Path) -> None:
-    """Have a file or a folder's entries on the disk."""
+    """Have a file or a folder's entries on the disk; of a folder, as far as the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        if error.errno not in NOT_OF_FOLDERS or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(descriptor)
 

@@ -103,12 +103,15 @@ def read(folder: Path) -> dict[str, RankRecord] | None:
     if content is None:
         return None
     try:
-        return {
+        records = {
             name: RankRecord(**{**rank, "tensors": {n: TensorRecord(**of) for n, of in rank["tensors"].items()}})
             for name, rank in content["ranks"].items()
         }
-    except (KeyError, TypeError, AttributeError) as error:
+        for record in records.values():
+            _check_record(record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder, error) from None
+    return records
 
 
 def load(folder: Path) -> dict[str, Any] | None:
@@ -122,9 +125,27 @@ def load(folder: Path) -> dict[str, Any] | None:
             raise ValueError(f"its format is {content['format']}, this version knows {FORMAT}")
         if content.pop("sha256") != _digest(content):
             raise ValueError("its own sha256 differs")
-    except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
+        if not isinstance(content["source"], list) or not isinstance(content["tools"], dict):
+            raise ValueError("it does not say what it was made of, or by what")
+        [source["file"] for source in content["source"]]
+    except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError, RecursionError) as error:
         raise _damaged(folder, error) from None
     return content
+
+
+def _check_record(record: RankRecord) -> None:
+    """Raise ValueError for values of other types than a record has."""
+    parts = Path(str(record.file)).parts
+    if not isinstance(record.file, str) or not 1 <= len(parts) <= 2 or ".." in parts or Path(record.file).is_absolute():
+        raise ValueError(f"it names the file {record.file!r}")
+    if not isinstance(record.size, int) or not isinstance(record.frame_sha256, str):
+        raise ValueError(f"{record.file} has no size or no sum")
+    for name, tensor in record.tensors.items():
+        counts = (*tensor.shape, *tensor.rows)
+        if not all(isinstance(count, int) and 0 <= count < 2**62 for count in counts):
+            raise ValueError(f"{name} has the shape {tensor.shape} and runs of {tensor.rows}")
+        if len(tensor.rows) != len(tensor.sha256) or not all(isinstance(text, str) for text in tensor.sha256):
+            raise ValueError(f"{name} has other sums than runs")
 
 
 def _damaged(folder: Path, error: Exception) -> ValueError:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_patch import files
 from megatron_patch.checkpoint import disk
 from megatron_patch.checkpoint.disk import sync, sync_tree
 
@@ -16,12 +17,17 @@ MARGIN = 64 * 1024**2
 """Bytes beside the weights: tokenizer, headers, manifest, the tower's unused layer."""
 
 
-def check_target(target: Path) -> None:
+def check_target(target: Path, sources: Iterable[Path] = ()) -> None:
     """Raise ValueError when `target` is anything but an empty or a new folder: nothing is overwritten.
 
-    Nor may it be a folder whose place another cannot take: the working folder, or where a disk is mounted.
+    Nor may it be a folder whose place another cannot take (the working folder, or where a disk is mounted), or one in
+    a source, or around it.
     """
     target = Path(target)
+    for source in sources:
+        found, own = Path(source).resolve(), target.resolve()
+        if own.is_relative_to(found) or any(found.is_relative_to(place) for place in (own, partial_of(own))):
+            raise ValueError(f"{target}: and {source}, which is read, lie in each other; give a folder apart from it")
     if target.is_dir():
         if target.samefile(Path.cwd()) or os.path.ismount(target.resolve()):
             raise ValueError(f"{target}: is the working folder or a mount point; give a new folder in it")
@@ -46,17 +52,19 @@ def check_space(target: Path, num_bytes: int) -> None:
 def written_aside(target: Path, num_bytes: int = 0) -> Iterator[Path]:
     """A folder beside `target` to write into, renamed to `target` at the end. After an error nothing is left of it.
 
-    Raises ValueError when `target` is not empty, another process is writing it, or the disk has no room for
-    `num_bytes`. What a killed one left is removed. The order on the disk: data, folder, rename, folder above.
+    Raises ValueError when `target` is not empty, another process is writing it, what lies where it is written aside is
+    not ours, or the disk has no room for `num_bytes`. What a killed one left is removed. The order on the disk: data,
+    folder, rename, folder above.
     """
     check_target(target)
     target = Path(target).resolve()  # of a link, the folder that it leads to
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.partial"
-    lock = _lock(partial, target)
+    partial = partial_of(target)
+    descriptor, is_locked = _lock(partial, target)
+    is_ours = False
     try:
-        for leftover in partial.iterdir():
-            _remove(leftover)
+        files.claim(partial, is_locked)
+        is_ours = True
         check_space(target, num_bytes)
         disk.reached("locked")
         yield partial
@@ -65,31 +73,44 @@ def written_aside(target: Path, num_bytes: int = 0) -> Iterator[Path]:
         disk.reached("synced")
         os.rename(partial, target)  # takes the place of an empty folder
         disk.reached("renamed")
+        files.release(target)
+        sync(target)
         sync(target.parent)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if is_ours:
+            shutil.rmtree(partial, ignore_errors=True)
+        elif not os.listdir(descriptor):
+            os.rmdir(partial)
         raise
     finally:
-        os.close(lock)
+        os.close(descriptor)
 
 
-def _lock(partial: Path, target: Path) -> int:
-    """Make `partial` this process's own. The lock is on the folder itself, so that it goes away with it."""
+def partial_of(target: Path) -> Path:
+    """Where `target` is written aside."""
+    return target.parent / f".{target.name}.partial"
+
+
+def _lock(partial: Path, target: Path) -> tuple[int, bool]:
+    """Make `partial` this process's own: an open folder, and whether it is locked.
+
+    The lock is on the folder itself, so that it goes away with it.
+    """
+    if partial.is_symlink() or not (partial.is_dir() or not partial.exists()):
+        raise ValueError(f"{partial}: is a link or a file, and {target} is to be written there first; move it away")
     partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
+    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_locked = files.lock(descriptor)
         # Its last owner may have renamed or removed it between our opening and our locking it.
-        if not partial.exists() or not os.path.samestat(os.stat(partial), os.fstat(lock)):
+        if not partial.exists() or not os.path.samestat(os.stat(partial), os.fstat(descriptor)):
             raise BlockingIOError
     except BlockingIOError:
-        os.close(lock)
+        os.close(descriptor)
         raise ValueError(f"{target}: another process is writing it; wait for that, or give another folder") from None
-    return lock
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    if not is_locked:
+        print(
+            f"warning: {target.parent}: no locks on this file system; see that no other conversion writes {target}",
+            file=sys.stderr,
+        )
+    return descriptor, is_locked

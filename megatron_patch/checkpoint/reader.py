@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_patch.checkpoint import stream
 from megatron_patch.checkpoint.torch_zip import Stored, describe
 from megatron_patch.checkpoint.view import Source, View, as_rows
+from megatron_patch.files import why_not_loaded
 
 
 class Reader(Mapping[str, Tensor]):
@@ -151,10 +152,8 @@ def load_tensors(path: Path) -> dict:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a damaged file
-        named = re.search(r"GLOBAL (\S+) was not", str(error))
-        what = f"it names {named[1]}, which could run code" if named else reason(error)
         raise ValueError(
-            f"{path}: not a file of tensors and plain values ({what}); expected one that "
+            f"{path}: not a file of tensors and plain values ({why_not_loaded(error)}); expected one that "
             "torch.load(weights_only=True) reads"
         ) from error
 

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import pickle
 import platform
 import shutil
 import uuid
@@ -23,16 +24,19 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint import CheckpointException
 
-from megatron_patch.checkpoint import checksums
+from megatron_patch.checkpoint import checksums, disk
 from megatron_patch.checkpoint.companions import CONFIG as MODEL_CONFIG
 from megatron_patch.checkpoint.companions import PREPROCESSOR, TRACKER, checkpoint_folder, read_json
 from megatron_patch.checkpoint.torch_dist import read_metadata
 from megatron_patch.config import Config
 from megatron_patch.families.llava import read_config
+from megatron_patch.files import RUN_CONFIG as CONFIG
+from megatron_patch.files import beside, claim, why_not_loaded
 from megatron_patch.model.llava import LlavaModel
+from megatron_patch.pickles import check_extra_state
 
-CONFIG = "run_config.json"
 EXTRA_STATE = "_extra_state"
 PATIENCE = timedelta(hours=6)
 """How long ranks wait for those whose disk is slower; --distributed-timeout-minutes is for computing."""
@@ -48,12 +52,12 @@ class Progress:
     consumed_samples: int = 0
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run in `folder`, None when there is none yet.
+def latest(folder: Path, step: int | None = None) -> Path | None:
+    """The newest whole checkpoint of a run in `folder`, None when there is none yet; or that of iteration `step`.
 
     Raises ValueError or OSError when the tracker file names no checkpoint that a run can go on from.
     """
-    if not (folder / TRACKER).exists():
+    if step is None and not (folder / TRACKER).exists():
         there = saved(folder)
         if there:
             raise ValueError(
@@ -61,7 +65,7 @@ def latest(folder: Path) -> Path | None:
                 f"another output folder to start anew"
             )
         return None
-    checkpoint = checkpoint_folder(folder)
+    checkpoint = checkpoint_folder(folder, step)
     if not (checkpoint / CONFIG).is_file():
         raise ValueError(
             f"{checkpoint}: not the checkpoint of a training run; give another output folder, "
@@ -78,7 +82,8 @@ def find(config: Config) -> Path | None:
     """
     folder = config.checkpoint.folder
     _check_shared(folder)
-    checkpoint = agree(latest, folder, rank=0)
+    agree(try_save, folder)
+    checkpoint = agree(latest, folder, config.checkpoint.ckpt_step, rank=0)
     if checkpoint is not None:
         agree(_check_files, checkpoint)
         agree(_check_same_training, config, checkpoint)
@@ -101,23 +106,47 @@ def load(checkpoint: Path, chunks: list[LlavaModel], optimizer: MegatronOptimize
             strict=StrictHandling.RAISE_UNEXPECTED,
         )
         for name, chunk in zip(model, chunks, strict=True):
+            for key in (key for key in state[name] if key.endswith(EXTRA_STATE)):
+                _check_extra_state(key, state[name][key])
             missing, unexpected = chunk.load_state_dict(state[name], strict=False)
             if wrong := [key for key in (*missing, *unexpected) if not key.endswith(EXTRA_STATE)]:
                 raise KeyError(wrong[0])
         optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:  # the files are what was written: something of all kinds is not as it was then
-        reason = " ".join(str(error).split())[:200]
+        progress = Progress(**state["progress"])
+        if not all(isinstance(number, int) and number >= 0 for number in dataclasses.astuple(progress)):
+            raise TypeError(f"it says {progress}")
+    # The files are what was written: something of all kinds is not as it was then. torch's is no Exception.
+    except (Exception, CheckpointException) as error:
+        cause = _first_cause(error)
+        if isinstance(cause, pickle.UnpicklingError):
+            raise ValueError(f"{checkpoint}: holds more than tensors and values ({why_not_loaded(cause)})") from error
+        reason = " ".join(str(cause).split())[:200]
         raise ValueError(
-            f"{checkpoint}: does not fit this run ({type(error).__name__}: {reason}); resume with the settings of its "
+            f"{checkpoint}: does not fit this run ({type(cause).__name__}: {reason}); resume with the settings of its "
             f"{CONFIG}, or begin a new run with it as --pretrained-checkpoint"
         ) from error
-    return Progress(**state["progress"])
+    return progress
+
+
+def _check_extra_state(key: str, state: object) -> None:
+    try:
+        check_extra_state(state)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Of what torch gathered from all ranks, the first that one of them met."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return min(error.failures.items())[1][0]
+    return error
 
 
 def _wanted(model: dict[str, Any], stored: Container[str]) -> dict[str, Any]:
     """What to load of a chunk: all tensors, and of Transformer Engine's extra states those that are in `stored`.
 
-    Local layers write none for norms. They hold fp8's scales or nothing, and are pickles: a run without fp8 loads none.
+    Local layers write none for norms. They hold fp8's scales or nothing, and are pickles, which are looked through
+    before Transformer Engine gets them; a run without fp8 loads none.
     """
     return {key: value for key, value in model.items() if not key.endswith(EXTRA_STATE) or value.unique_key in stored}
 
@@ -130,6 +159,32 @@ def _check_shared(folder: Path) -> None:
     finally:
         if dist.get_rank() == 0:
             path.unlink(missing_ok=True)
+
+
+def try_save(folder: Path) -> None:
+    """Take the steps of a save on a rank's disk, so that a run does not learn at its first save that one fails.
+
+    Raises OSError that names `folder` and the step.
+    """
+    trial, done = beside(folder / "trial"), beside(folder / "trial")
+    steps = {
+        "make a folder": lambda: trial.mkdir(parents=True),
+        "write a file": lambda: (trial / "file").write_bytes(b"1"),
+        "have it on the disk": lambda: disk.sync_tree(trial),
+        "rename a folder": lambda: trial.rename(done),
+        "replace a file": lambda: (done / "file").rename(done / "tracker"),
+        "remove a folder": lambda: shutil.rmtree(done),
+    }
+    for step, take in steps.items():
+        try:
+            take()
+        except OSError as error:
+            for left in (trial, done):
+                shutil.rmtree(left, ignore_errors=True)
+            raise OSError(
+                f"{folder}: a run cannot be saved there, since it fails to {step} ({error.strerror}); give another "
+                f"--output"
+            ) from error
 
 
 def _mark(folder: Path) -> Path:
@@ -153,16 +208,19 @@ def _check_files(checkpoint: Path) -> None:
     try:
         checksums.check(checkpoint, dist.get_rank(), dist.get_world_size())
         read_metadata(checkpoint / ".metadata")
-        unlisted = {path.name for path in checkpoint.glob("*.pt")} - checksums.read(checkpoint).keys()
-        if unlisted:
-            raise ValueError(f"{checkpoint / min(unlisted)}: not in {checksums.FILE}, which lists what was written")
     except ValueError as error:
         raise ValueError(f"{error}; write an earlier iteration into {checkpoint.parent / TRACKER}") from None
 
 
-def read_position(checkpoint: Path, rank: int) -> bytes:
-    """The place in the data of a data-parallel rank, as it was saved."""
-    return position_file(checkpoint, rank).read_bytes()
+def read_position(checkpoint: Path, rank: int, load: Callable[[bytes], T]) -> T:
+    """The place in the data of a data-parallel rank, as `load` gives it. Raises ValueError that names the file."""
+    path = position_file(checkpoint, rank)
+    try:
+        return load(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; copy the checkpoint again, or go on from an earlier one") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; copy the checkpoint again, or go on from an earlier one") from error
 
 
 def model_state(chunks: list[LlavaModel]) -> dict[str, Any]:
@@ -191,12 +249,13 @@ def position_file(checkpoint: Path, rank: int) -> Path:
 
 def _check_same_training(config: Config, checkpoint: Path) -> None:
     """Raise ValueError when what is trained, or how its states are kept, is not what the checkpoint holds."""
-    before = json.loads((checkpoint / CONFIG).read_text())
+    before = read_json(checkpoint, CONFIG)
     now = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     for part, name in (("parallel", "use_distributed_optimizer"), ("model", "freeze_lm"), ("model", "freeze_vit")):
-        if before[part][name] != now[part][name]:
+        saved_with = before[part].get(name) if isinstance(before.get(part), dict) else None
+        if saved_with != now[part][name]:
             raise ValueError(
-                f"{checkpoint}: saved with --{name.replace('_', '-')} {str(before[part][name]).lower()}, which keeps "
+                f"{checkpoint}: saved with --{name.replace('_', '-')} {str(saved_with).lower()}, which keeps "
                 f"other optimizer states; resume with the same, or begin a new run with it as --pretrained-checkpoint"
             )
 
@@ -227,8 +286,12 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed run had not finished. Only for the one that holds `folder`."""
-    for partial in folder.glob("iter_*.partial"):
+    """Remove what a killed run had not finished. Only for the one that holds `folder`.
+
+    Raises ValueError for what lies at such a name and is no run's: it would be in the way of a save.
+    """
+    for partial in sorted(folder.glob("iter_*.partial")):
+        claim(partial)
         shutil.rmtree(partial)
 
 

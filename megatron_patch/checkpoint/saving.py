@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from megatron_patch.checkpoint import checksums, disk
 from megatron_patch.checkpoint.companions import TRACKER
 from megatron_patch.checkpoint.resume import CONFIG, Progress, agree, model_state, optimizer_state, position_file, saved
 from megatron_patch.config import Config
+from megatron_patch.files import MARK, beside, claim, is_ours, release
 from megatron_patch.model.llava import LlavaModel
 
 logger = logging.getLogger(__name__)
@@ -130,17 +132,18 @@ class Saver:
         (self.partial / CONFIG).write_text(json.dumps(dataclasses.asdict(self.config), default=str, indent=2))
         checksums.write(
             self.partial,
-            {**sums, **checksums.digests(path for path in self.partial.iterdir() if path.name not in sums)},
+            {**sums, **checksums.digests(path for path in self.partial.iterdir() if path.name not in {*sums, MARK})},
         )
         disk.sync_tree(self.partial)
         disk.reached("synced")
-        # What lies there is not named by the tracker: a run was killed between this rename and the tracker's.
-        shutil.rmtree(self.target, ignore_errors=True)
+        _make_room(self.target)
         self.partial.rename(self.target)
         disk.reached("renamed")
+        release(self.target)
+        disk.sync(self.target)
         disk.sync(self.target.parent)
         tracker = self.target.parent / TRACKER
-        temporary = tracker.with_name(f"{TRACKER}.partial")
+        temporary = beside(tracker)
         temporary.write_text(str(int(self.target.name.removeprefix("iter_"))))
         disk.sync(temporary)
         disk.reached("tracker written")
@@ -151,7 +154,7 @@ class Saver:
             # Later ones are of a run that was set back by hand.
             before = [path for path in saved(tracker.parent) if path <= self.target]
             for old in before[: -self.config.checkpoint.keep_checkpoints]:
-                shutil.rmtree(old)
+                _remove_old(old)
 
     def _guard(self, action: Callable[[], Any]) -> Any:
         """Do it. Whatever keeps a rank from writing its part becomes an OSError of one line."""
@@ -165,7 +168,7 @@ class Saver:
                     raise OSError(WRITER_FAILED) from error
                 raise
         except OSError as error:
-            if dist.get_rank() == 0:
+            if dist.get_rank() == 0 and is_ours(self.partial):
                 shutil.rmtree(self.partial, ignore_errors=True)
             raise OSError(
                 f"{self.target}: cannot be saved ({error}); the checkpoints before it are whole, and the same command "
@@ -221,5 +224,31 @@ def _raise_first(error: CheckpointException) -> None:
 
 
 def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    claim(folder)
+
+
+def _make_room(target: Path) -> None:
+    """Have nothing at the name of an iteration, which the tracker does not name: a run was killed just before that.
+
+    What no run wrote, and a link, gets another name.
+    """
+    if not target.is_symlink() and (target / CONFIG).is_file():
+        shutil.rmtree(target, ignore_errors=True)
+    if target.is_symlink() or target.exists():
+        kept = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
+        target.rename(kept)
+        logger.warning(f"{target}: was there, and no run wrote it or it cannot be removed; it is {kept.name} now")
+
+
+def _remove_old(checkpoint: Path) -> None:
+    """Remove a checkpoint that is not to be kept. What cannot be, or was not written there by a run, stays."""
+    if checkpoint.is_symlink() or not (checkpoint / CONFIG).is_file():
+        logger.warning(f"{checkpoint}: kept, since it is a link or no run's; --keep-checkpoints removes no other")
+        return
+    try:
+        shutil.rmtree(checkpoint)
+    except OSError as error:
+        logger.warning(
+            f"{checkpoint}: cannot be removed ({error.strerror or error}); remove what is left of it by hand"
+        )

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_patch.checkpoint import companions, manifest
+from megatron_patch.checkpoint import checksums, companions, manifest
 from megatron_patch.checkpoint.hf import FILES, HfReader
 from megatron_patch.checkpoint.mp_rank import model_parts, open_shard, rank_files
 from megatron_patch.checkpoint.torch_dist import model_tensors, read_metadata
 from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
+from megatron_patch.files import model_folder
 from megatron_patch.sizes import LanguageModel, VisionModel
 
 
@@ -78,7 +79,7 @@ def _megatron_core(folder: Path) -> Stored:
         tensors = [(stored.properties.dtype, tuple(stored.size)) for stored in model.values()]
         others = sum("_extra_state" not in key for key in metadata.state_dict_metadata.keys() - model.keys())
         notes = {"beside the model": f"{others} entries of optimizer and progress"} if others else {}
-        notes["manifest"] = _manifest(folder)
+        notes["manifest"] = _sums(folder) or _manifest(folder)
         return Stored("Megatron-Core, torch_dist", tensors, sorted(folder.glob("*.distcp")), notes)
     stages = rank_files(folder)
     files = [file for ranks in stages for file in ranks]
@@ -95,19 +96,26 @@ def _rank_tensors(file: Path) -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:
     return ((value.dtype, tuple(value.shape)) for value in values if hasattr(value, "shape"))
 
 
+def _sums(folder: Path) -> str:
+    """Of a run's checkpoint, which has no manifest."""
+    if not (folder / checksums.FILE).is_file():
+        return ""
+    return f"none: {checksums.FILE} lists {len(checksums.read(folder))} files, which are compared when it is read"
+
+
 def _manifest(folder: Path) -> str:
     content = manifest.load(folder)
     if content is None:
         return "none: damage would not be noticed"
-    sources = ", ".join(source["file"] for source in content["source"]) or "not said"
+    sources = ", ".join(str(source["file"]) for source in content["source"]) or "not said"
     tools = ", ".join(f"{name} {version}" for name, version in content["tools"].items())
     return f"made of {sources}; by {tools}"
 
 
 def _model(path: Path) -> dict[str, str]:
     """What config.json says, where there is one: beside the weights, or beside the iteration's folder."""
-    folder = next((place for place in (path, path.parent) if (place / companions.CONFIG).is_file()), None)
-    if folder is None:
+    folder = model_folder(path)
+    if not (folder / companions.CONFIG).is_file():
         return {"model": "no config.json"}
     config = companions.read_json(folder)
     kind = str(config.get("model_type"))

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from megatron_patch.checkpoint import checksums, manifest
 from megatron_patch.checkpoint.reader import Reader, existing_file, reason, stored_view
@@ -26,12 +28,13 @@ from megatron_patch.checkpoint.torch_zip import Stored, describe
 from megatron_patch.checkpoint.view import View
 from megatron_patch.families.family import Weight
 from megatron_patch.families.transformer_engine import to_local_name, to_transformer_engine_name
+from megatron_patch.files import RUN_CONFIG
+from megatron_patch.pickles import admitting, unpickle
 
 LAYERS = ".decoder.layers."
 LAYER = re.compile(r"(.*\.decoder\.layers\.)(\d+)\.(.*)")
 
-# What torch.distributed.checkpoint and megatron.core write into `.metadata`. A pickle can name any callable of the
-# machine and run it; these only hold values.
+# What torch.distributed.checkpoint and megatron.core write into `.metadata`. These only hold values.
 ADMITTED = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -63,7 +66,8 @@ class TorchDistReader(Reader):
         self.folder = Path(folder)
         self.source = str(folder)
         self.rows = {weight.mcore: weight for weight in rows}
-        if check and (self.folder / checksums.FILE).is_file():
+        # A run's has sums, which may have been lost on the way.
+        if check and any((self.folder / name).exists() for name in (checksums.FILE, RUN_CONFIG)):
             checksums.check(self.folder)
         records = (manifest.read(self.folder) if check else None) or {}
         for record in records.values():
@@ -235,8 +239,9 @@ def stored_key(name: str) -> tuple[str, int | None]:
 def read_metadata(path: Path) -> Metadata:
     """A `.metadata` file. Raises ValueError when it is damaged or names anything that is not a value of it."""
     try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+        metadata = unpickle(path.read_bytes(), admitting(ADMITTED))
+        if isinstance(metadata, Metadata):
+            _check_metadata(metadata)
     except Exception as error:  # damaged bytes make pickle raise nearly anything
         raise ValueError(f"{path}: not the metadata of a torch_dist checkpoint ({reason(error)})") from error
     if not isinstance(metadata, Metadata):
@@ -244,20 +249,26 @@ def read_metadata(path: Path) -> Metadata:
     return metadata
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return _member
-        if name not in ADMITTED.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code")
-        return super().find_class(module, name)
+def _check_metadata(metadata: Metadata) -> None:
+    """Raise ValueError, TypeError or AttributeError where its parts are not what their types say.
 
-
-def _member(kind: Any, name: str) -> Enum:
-    """What Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) pickle an enum's member as: getattr(its class, its name)."""
-    if not (isinstance(kind, type) and issubclass(kind, Enum)):
-        raise pickle.UnpicklingError(f"it asks for {name} of something else than an enum, which could run code")
-    return kind[name]
+    A pickle puts anything anywhere.
+    """
+    for key, stored in metadata.state_dict_metadata.items():
+        if not isinstance(key, str) or not isinstance(stored, TensorStorageMetadata | BytesStorageMetadata):
+            raise ValueError(f"{key!r} is a {type(stored).__name__}")
+        if isinstance(stored, BytesStorageMetadata):
+            continue
+        if not isinstance(stored.properties.dtype, torch.dtype):
+            raise ValueError(f"{key} has no type")
+        for sizes in (stored.size, *(part for block in stored.chunks for part in (block.offsets, block.sizes))):
+            if len(sizes) != len(stored.size) or not all(isinstance(size, int) and size >= 0 for size in sizes):
+                raise ValueError(f"{key} has a shape or a block of {list(sizes)[:8]}")
+    for index, where in metadata.storage_data.items():
+        if not isinstance(index.fqn, str) or not isinstance(where.relative_path, str):
+            raise ValueError("it names no file for a block")
+        if not all(isinstance(number, int) and 0 <= number < 2**62 for number in (where.offset, where.length)):
+            raise ValueError(f"{index.fqn} lies at {where.offset!r}, {where.length!r} bytes")
 
 
 def _overlap(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import itertools
 import json
 import logging
@@ -24,6 +23,7 @@ from megatron.energon.errors import FatalSampleError
 from megatron.energon.metadataset.loader_interface import LoadedDatasetList
 
 from megatron_patch.config import MOCK, Config
+from megatron_patch.data import position
 from megatron_patch.data.mock import MockLoader
 from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
 from megatron_patch.data.webdataset.output import MANIFEST
@@ -177,24 +177,20 @@ def valid_loader(config: Config, llava: Llava, *, rank: int, world_size: int) ->
 
 
 def resumed_loader(
-    config: Config, llava: Llava, read_position: Callable[[int], bytes], *, rank: int, world_size: int
+    config: Config, llava: Llava, read_position: Callable[[int], dict[str, Any]], *, rank: int, world_size: int
 ) -> Loader | MockLoader:
     """A `train_loader` that goes on exactly where the ranks of a run stopped, fewer or more than `world_size` of them.
 
-    `read_position`: number of a rank -> what `save_position` gave there. What a process reads follows from its number
-    among all ranks' processes (energon's Sharder), so that another number of ranks goes on with as many processes in
-    all: `--num-workers` changes with it. Every iteration then has the samples that it would have had.
+    `read_position`: number of a rank -> what `position.load` gives of its `save_position`. What a process reads follows
+    from its number among all ranks' processes (energon's Sharder), so that another number of ranks goes on with as many
+    processes in all: `--num-workers` changes with it. Every iteration then has the samples that it would have had.
 
     Raises ValueError when the position is one in other data, or for other batches, or cannot be shared out so.
-    Unpickles: give it only what `save_position` made.
     """
-
-    def read(rank: int) -> dict[str, Any]:
-        # Energon's states are objects of its own classes. The checkpoint's SHA256SUMS were compared before.
-        return torch.load(io.BytesIO(read_position(rank)), weights_only=False)
-
-    saved = read(0)
-    ranks, workers = (saved["fingerprint"][name] for name in SHARES)
+    saved = read_position(0)
+    ranks, workers = (saved["fingerprint"].get(name) for name in SHARES)
+    if not (isinstance(ranks, int) and isinstance(workers, int) and ranks > 0 and workers >= 0):
+        raise ValueError(f"position in the data: {', '.join(SHARES)} are {ranks!r}, {workers!r}; expected numbers")
     dealt_anew = ranks != world_size and config.data.data_path != MOCK
     if dealt_anew:
         num_workers = _workers_per_rank(ranks, workers, world_size, config)
@@ -213,7 +209,7 @@ def resumed_loader(
             )
     if dealt_anew:
         numbers = range(rank * num_workers, (rank + 1) * num_workers)
-        states = {source: read(source)["state"] for source in {number // workers for number in numbers}}
+        states = {source: read_position(source)["state"] for source in {number // workers for number in numbers}}
         if any(state.next_worker_id for state in states.values()):
             raise ValueError(
                 f"position in the data: it was saved in the middle of a round of the {ranks * workers} reading "
@@ -222,17 +218,19 @@ def resumed_loader(
         shares = [states[number // workers].worker_states[number % workers] for number in numbers]
         state = replace(states[numbers[0] // workers], worker_states=shares)
     else:
-        state = read(min(rank, ranks - 1))["state"]  # mock data: the same for all ranks
-    loader.restore_state_rank(state)
+        state = read_position(min(rank, ranks - 1))["state"]  # mock data: the same for all ranks
+    try:
+        loader.restore_state_rank(state)
+    except Exception as error:  # of another kind than energon expects, which it asserts, or does not ask
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"position in the data: not one of this dataset ({why}); start a new run") from error
     return loader
 
 
 def save_position(loader: Loader | MockLoader) -> bytes:
     """Where the loader is: its next batch, and what it is a position in. Not after its iterator is gone."""
     assert not loader.is_closed, "its workers, who know the position, ended with its iterator"
-    file = io.BytesIO()
-    torch.save({"fingerprint": loader.fingerprint, "state": loader.save_state_rank()}, file)
-    return file.getvalue()
+    return position.dump({"fingerprint": loader.fingerprint, "state": loader.save_state_rank()})
 
 
 def _workers_per_rank(ranks: int, workers: int, world_size: int, config: Config) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_patch.config import Config
 from megatron_patch.data.image import PREPROCESSOR, preprocessor_of, read_image_settings, read_preprocessor
 from megatron_patch.data.prompts import chat_template, find_format
+from megatron_patch.files import beside
 
 
 def write_processor(config: Config, family: str, folder: Path) -> None:
@@ -28,6 +29,6 @@ def write_processor(config: Config, family: str, folder: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = beside(path)
     aside.write_text(text)
     os.replace(aside, path)

@@ -2,7 +2,7 @@
 
 `no_cuda` holds what it needs where there is no CUDA device, `no_compiler` where there is one and no C compiler,
 `no_transformer_engine` where Transformer Engine and Apex are missing; `transformer_engine` hides one that cannot be
-imported. `rotary`, `swiglu` and `gradients` hold what is faster otherwise, `meta_device`, `saving` and
+imported. `rotary`, `swiglu` and `gradients` hold what is faster otherwise, `meta_device`, `saving`, `loading` and
 `optimizer_offload` what is to be mended everywhere. Each repair names the modules that it mends and is made right after
 such a module was loaded. One that replaces a function is for that function as 0.16.1 has it: where another version's is
 not the same, it is left out, and a warning says so.
@@ -72,6 +72,7 @@ def needed() -> list[Repair]:
 
     from megatron_patch.patches import (
         gradients,
+        loading,
         meta_device,
         no_compiler,
         no_cuda,
@@ -87,6 +88,7 @@ def needed() -> list[Repair]:
         *swiglu.REPAIRS,
         *gradients.REPAIRS,
         *saving.REPAIRS,
+        *loading.REPAIRS,
         *meta_device.REPAIRS,
         *no_transformer_engine.REPAIRS,
         *optimizer_offload.REPAIRS,

@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_patch.terminal import Outliving
+
 logger = logging.getLogger("megatron_patch")
 
 
@@ -20,7 +22,7 @@ def start_log(folder: Path, rank: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank_{rank:03d}.log")]
     if rank == 0:
-        handlers.append(logging.StreamHandler(os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)))
+        handlers.append(logging.StreamHandler(Outliving(os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1))))
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(handlers[0].stream.fileno(), stream.fileno())

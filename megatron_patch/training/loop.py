@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -20,6 +20,7 @@ from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.checkpoint.stages import Stage
 from megatron_patch.config import Config
+from megatron_patch.data import position
 from megatron_patch.data.loader import Loader, reading, resumed_loader, save_position, train_loader, valid_loader
 from megatron_patch.data.mock import MockLoader
 from megatron_patch.data.processor import write_processor
@@ -34,6 +35,7 @@ from megatron_patch.training.metrics import Metrics
 from megatron_patch.training.optimizer import build_optimizer, build_scheduler, gather_weights, wrap
 from megatron_patch.training.step import Totals, batch_runner, train_step
 from megatron_patch.training.stopping import Stop
+from megatron_patch.training.totals import Unlearned
 
 
 def train(config: Config) -> int:
@@ -54,6 +56,7 @@ def train(config: Config) -> int:
             config, llava, first_iteration=progress.iteration + 1, world_size=world_size, is_writer=is_writer
         )
         saver = Saver(config, chunks, optimizer)
+        unlearned = Unlearned(config.model.freeze_lm and config.model.freeze_vit)
         if progress.iteration >= config.training.train_iters:
             logger.info(
                 f"nothing to do: {progress.iteration} iterations are done, and --train-iters asks for "
@@ -64,6 +67,7 @@ def train(config: Config) -> int:
             scheduler.step(1)
             step = train_step(wrapped, optimizer, batches, run_batch)
             progress = Progress(iteration, progress.consumed_samples + step.totals.num_samples)
+            unlearned.check(iteration, step.totals)
             metrics.log(iteration, step, optimizer.param_groups[0]["lr"], progress.consumed_samples)
 
             stops = stop.due()
@@ -90,8 +94,7 @@ def start_or_resume(
     config: Config, llava: Llava, checkpoint: Path | None = None
 ) -> tuple[list[LlavaModel], list[DistributedDataParallel], MegatronOptimizer, Progress]:
     """Model and optimizer with the weights of `checkpoint`, one that `resume.find` gave, or of the pretrained one."""
-    if dist.get_rank() == 0:
-        resume.remove_partial(config.checkpoint.folder)
+    resume.agree(resume.remove_partial, config.checkpoint.folder, rank=0)
     chunks = build_model(config, llava)
     if checkpoint is None and config.model.pretrained_checkpoint is not None:
         for chunk in chunks:
@@ -156,7 +159,10 @@ def open_data(config: Config, llava: Llava, checkpoint: Path | None) -> Loader |
         valid_loader(config, llava, rank=rank, world_size=size)  # raises now what would stop the first validation
     if checkpoint is None:
         return train_loader(config, llava, rank=rank, world_size=size)
-    positions = functools.partial(resume.read_position, checkpoint)
+
+    def positions(rank: int) -> dict[str, Any]:
+        return resume.read_position(checkpoint, rank, position.load)
+
     return resumed_loader(config, llava, positions, rank=rank, world_size=size)
 
 

@@ -22,6 +22,8 @@ from megatron_patch.training.captions import Caption
 from megatron_patch.training.log import logger
 from megatron_patch.training.step import Step, Totals
 
+TAIL = 64 * 1024
+"""Bytes that are read at once to find the end of a file's last line."""
 LONG_WAIT = 0.05
 """Part of an iteration that may be spent waiting for data; more is said in the log line."""
 
@@ -150,11 +152,26 @@ class Metrics:
 
 
 def _open_lines(path: Path) -> IO[str]:
-    """Open a file for further lines behind its last whole one: a run may have been killed while it wrote another."""
-    file = path.open("a+", buffering=1)
-    file.seek(0)
-    file.truncate(sum(len(line.encode()) for line in file if line.endswith("\n")))
-    return file
+    """Open a file for further lines behind its last whole one: a run may have been killed while it wrote another.
+
+    Lines before that stay as they are, whatever a crash of the machine left in them. Raises OSError that names it.
+    """
+    try:
+        with path.open("rb+" if path.exists() else "wb+") as file:
+            end = file.seek(0, os.SEEK_END)
+            # Not by lines: blocks that were never written are zeros, without an end of a line.
+            while end and not _tail(file, end).rpartition(b"\n")[1]:
+                end -= min(end, TAIL)
+            file.truncate(end - len(_tail(file, end).rpartition(b"\n")[2]))
+        return path.open("a", buffering=1, encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror}); move it away") from error
+
+
+def _tail(file: IO[bytes], end: int) -> bytes:
+    """The last bytes before `end`."""
+    file.seek(max(0, end - TAIL))
+    return file.read(min(end, TAIL))
 
 
 def memory() -> dict[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import signal
 import time
@@ -13,9 +12,11 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
-from megatron_patch import parallel
+from megatron_patch import files, parallel
+from megatron_patch.training.log import logger
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""A terminal that is closed sends SIGHUP; clusters (Slurm's --signal) announce the end with SIGUSR1."""
 
 
 class Stop:
@@ -30,7 +31,8 @@ class Stop:
         self._noted = 0  # by the handler alone: it may run at any moment, in `due` too
         self.end = None if minutes is None else time.monotonic() + 60 * minutes
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's way to outlive a terminal
+                signal.signal(number, self._note)
         # torchrun hands the signal to the processes that read data too, without which the place in the data cannot be
         # saved. They end with the trainer instead.
         os.register_at_fork(after_in_child=_ignore_signals)
@@ -50,7 +52,7 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
-        """What a shell says of a process that a signal ended: 143 for SIGTERM, 130 for SIGINT; else 0."""
+        """What a shell says of a process that a signal ended: 143 for SIGTERM, 130 for SIGINT, ...; else 0."""
         return 128 + self.signal if self.signal else 0
 
     def _note(self, number: int, frame: object) -> None:
@@ -63,12 +65,17 @@ def end_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def lock(folder: Path) -> IO[str]:
+def lock(folder: Path) -> IO[bytes]:
     """Hold `folder` until the returned file is closed. Raises ValueError when another run holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
+    path = folder / ".lock"
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "wb", buffering=0)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be made or locked ({error.strerror}); move what is there away") from None
+    try:
+        if not files.lock(file.fileno()):
+            logger.warning(f"{folder}: no locks on this file system; see that no other run writes it")
     except BlockingIOError:
         file.close()
         raise ValueError(f"{folder}: another run is writing it; wait for its end, or give another output") from None

@@ -19,6 +19,8 @@ from megatron_patch import parallel
 from megatron_patch.estimate.flops import Work
 from megatron_patch.training.log import logger
 
+MAX_UNLEARNED = 20
+"""Iterations without a picture, one after another, that end a run which trains the projector alone."""
 SPIKE = 10
 """A loss so many times the median of the last 20 is reported."""
 DIFFERENT_SAMPLES = (
@@ -57,6 +59,33 @@ class Done:
     """Of its samples."""
     counts: dict[str, int]
     """What the last stage counts, by its name in `Totals`."""
+
+
+class Unlearned:
+    """Watches for global batches of which nothing can be learned: without pictures, where only the projector is."""
+
+    def __init__(self, trains_projector_alone: bool) -> None:
+        self.trains_projector_alone = trains_projector_alone
+        self.count = 0
+        self.said = False
+
+    def check(self, iteration: int, totals: Totals) -> None:
+        """Take in an iteration. Says so once; raises ValueError when `MAX_UNLEARNED` of them follow each other."""
+        if not self.trains_projector_alone or totals.num_pictures:
+            self.count = 0
+            return
+        self.count += 1
+        why = (
+            f"iteration {iteration}: none of its {totals.num_samples} samples has a picture, and only the projector is "
+            f"trained, so that the gradients are 0 and nothing is learned"
+        )
+        if self.count == MAX_UNLEARNED:
+            raise ValueError(
+                f"{why}, as in the {MAX_UNLEARNED - 1} before it; give data with pictures, or --freeze-lm false"
+            )
+        if not self.said:
+            logger.warning(why)
+            self.said = True
 
 
 COUNTS = ("num_labels", "num_samples", "num_tokens", "num_positions", "num_pairs", "num_pictures", "num_cut")

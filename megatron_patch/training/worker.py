@@ -16,7 +16,11 @@ EXPECTED = (ValueError, OSError, FloatingPointError)
 def run(config: Config) -> int:
     """Train and return the exit code. What ended the run goes to the launcher, its traceback into the rank's log."""
     rank = int(os.environ["RANK"])
-    start_log(config.checkpoint.output / "log", rank)
+    try:
+        start_log(config.checkpoint.output / "log", rank)
+    except OSError as error:
+        _tell_launcher(f"{error.filename}: cannot be written ({error.strerror}); move what is there away")
+        return 1
     # Here, so that what libraries remark while they are loaded goes to the log.
     from megatron_patch import parallel
     from megatron_patch.training import peers

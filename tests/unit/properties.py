@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -50,3 +51,12 @@ def damaged(content: bytes) -> st.SearchStrategy[bytes]:
         return bytes(out[:end])
 
     return st.builds(write, places, st.just(len(content)) | st.integers(0, len(content)))
+
+
+def in_one_line(read: Callable[[], object], path: object = "") -> None:
+    """`read` returns, or raises ValueError or OSError in one line that names `path`: nothing else."""
+    try:
+        read()
+    except (ValueError, OSError) as error:
+        text = str(error)
+        assert "\n" not in text and str(path) in text, text  # noqa: PT018

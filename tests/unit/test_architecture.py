@@ -17,23 +17,44 @@ ALLOWED = {
     "sizes.py": (),
     "files.py": (),
     "forking.py": (),
+    "terminal.py": (),
+    "pickles.py": ("files",),
     "parallel_config.py": ("checks", "sizes"),
-    "config.py": ("checks", "parallel_config", "sizes"),
+    "checkpoint_config.py": ("checks",),
+    "config.py": ("checks", "checkpoint_config", "files", "parallel_config", "sizes"),
     "arguments.py": (),
-    "conversion.py": ("config", "arguments", "checkpoint", "families", "sizes"),
+    "conversion.py": ("config", "arguments", "checkpoint", "families", "files", "sizes"),
     "parallel.py": ("config",),
     "estimate": ("checks", "config", "families", "sizes"),
     "launch.py": ("config", "families", "files", "forking", "checkpoint", "estimate", "sizes"),
     "patches": (),
     "families": ("sizes",),
     "model": ("config", "patches", "sizes"),
-    "checkpoint": ("checks", "config", "files", "sizes", "families", "model"),
-    "data": ("config", "sizes", "files"),
-    "training": ("config", "sizes", "families", "model", "checkpoint", "data", "parallel", "estimate", "files"),
+    "checkpoint": ("checks", "config", "files", "pickles", "sizes", "families", "model"),
+    "data": ("config", "sizes", "files", "pickles"),
+    "training": (
+        "config",
+        "sizes",
+        "families",
+        "model",
+        "checkpoint",
+        "data",
+        "parallel",
+        "estimate",
+        "files",
+        "terminal",
+    ),
     "__init__.py": ("forking", "patches"),
 }
 WITHOUT_MEGATRON_CORE = ("config.py", "sizes.py", "arguments.py", "conversion.py", "launch.py", "families", "data")
-WITHOUT_MEGATRON_CORE += ("parallel_config.py", "estimate")
+WITHOUT_MEGATRON_CORE += (
+    "parallel_config.py",
+    "checkpoint_config.py",
+    "files.py",
+    "pickles.py",
+    "terminal.py",
+    "estimate",
+)
 MEGATRON_CORE_IN_CHECKPOINT = ("resume.py", "saving.py")
 FILES = sorted(PACKAGE.rglob("*.py"))
 

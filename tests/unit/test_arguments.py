@@ -28,7 +28,7 @@ FLAGS = """
 --train-iters --recompute --recompute-method --recompute-num-layers
 --seed --log-interval --eval-interval --eval-iters --log-captions --plan --exit-duration-in-mins
 --distributed-timeout-minutes
---output --save-interval --async-save --keep-checkpoints
+--output --save-interval --async-save --keep-checkpoints --ckpt-step
 """.split()
 
 

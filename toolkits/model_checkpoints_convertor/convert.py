@@ -33,7 +33,9 @@ try:
         stages_of,
     )
     from megatron_patch.families.llava import describe
+    from megatron_patch.files import check_page
     from megatron_patch.sizes import Llava
+    from megatron_patch.terminal import outlive_readers
 except KeyboardInterrupt:
     sys.exit(130)  # nothing has begun
 
@@ -45,6 +47,8 @@ FIXED_PROMPT = (
     "a dog that waits beside a red bicycle, and 7 pigeons on the roof of the old town hall."
 )
 """What --verify asks both models about a picture."""
+REPORT = '{\n  "equal": '
+"""How a parity.json begins."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -62,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if conversion.mg2hf:
             export_hf(conversion)
-        elif (conversion.source_llm_ckpt_path / companions.TRACKER).is_file():
+        elif companions.is_checkpoint(conversion.source_llm_ckpt_path):
             reshard(conversion)
         else:
             import_hf(conversion)
@@ -83,7 +87,7 @@ def import_hf(conversion: Conversion) -> None:
     config, llava = describe_sources(conversion)
     llava.check_model_size(conversion.model_size)
     stages_of(conversion, llava)
-    check_target(conversion.target_ckpt_path)
+    check_target(conversion.target_ckpt_path, conversion.sources)
 
     import torch
 
@@ -117,7 +121,7 @@ def reshard(conversion: Conversion) -> None:
         raise ValueError("--verify true: is for conversions from and to Hugging Face; a cut is checked by its manifest")
     carriers, _, llava = describe_checkpoint(conversion)
     stages_of(conversion, llava)
-    check_target(conversion.target_ckpt_path)
+    check_target(conversion.target_ckpt_path, conversion.sources)
 
     import torch
 
@@ -125,7 +129,7 @@ def reshard(conversion: Conversion) -> None:
     from megatron_patch.checkpoint.reader import Views
 
     dtype = getattr(torch, DTYPES[conversion.precision])
-    saved = open_mcore(conversion.source_llm_ckpt_path, llava, check=not conversion.no_check)
+    saved = open_mcore(conversion.source_llm_ckpt_path, llava, not conversion.no_check, conversion.ckpt_step)
     mcore = Views({name: saved.view(name).to(dtype) for name in saved}, saved)
     files = {source.path for name in mcore for source in mcore.view(name).sources}
     with written_aside(conversion.target_ckpt_path, _num_bytes(conversion, llava)) as folder:
@@ -138,7 +142,7 @@ def reshard(conversion: Conversion) -> None:
 def export_hf(conversion: Conversion) -> None:
     """A Megatron-Core checkpoint -> LlavaForConditionalGeneration, as transformers 4.57 and 5 open it."""
     carriers, config, llava = describe_checkpoint(conversion)
-    check_target(conversion.target_ckpt_path)
+    check_target(conversion.target_ckpt_path, conversion.sources)
 
     import torch
 
@@ -150,7 +154,7 @@ def export_hf(conversion: Conversion) -> None:
     from megatron_patch.families.llava import hub_name, rows
 
     dtype = getattr(torch, DTYPES[conversion.precision])
-    mcore = open_mcore(conversion.source_llm_ckpt_path, llava, check=not conversion.no_check)
+    mcore = open_mcore(conversion.source_llm_ckpt_path, llava, not conversion.no_check, conversion.ckpt_step)
     weights = to_hf(rows(llava), mcore, dtype)
     if conversion.parts == "projector":
         with written_aside(conversion.target_ckpt_path) as folder:
@@ -304,10 +308,15 @@ def _verify(conversion: Conversion, folder: Path, llava: Llava, hf: Reader, mcor
     first = parity.first_divergence
     if first is not None:
         path = conversion.target_ckpt_path.with_name(f"{conversion.target_ckpt_path.name}.{companions.PARITY}")
-        companions.write_json(path.parent, path.name, report)
+        try:
+            check_page(path, REPORT)
+            companions.write_json(path.parent, path.name, report)
+            more = f"{path} has every block"
+        except (ValueError, OSError) as error:
+            more = f"no report of every block: {error}"
         raise ValueError(
             f"{conversion.target_ckpt_path}: not written, since its model diverges from the source's at {first.name} "
-            f"(largest difference {first.max_abs_difference:.3g}, cosine {first.cosine:.6f}); {path} has every block"
+            f"(largest difference {first.max_abs_difference:.3g}, cosine {first.cosine:.6f}); {more}"
         )
     companions.write_json(folder, companions.PARITY, report)
     print(f"verified: logits differ by at most {report['logits_max_abs_difference']:.3g}, {companions.PARITY} has more")
@@ -357,6 +366,7 @@ def _progress(num_bytes: int) -> tqdm:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     try:
         sys.exit(main())
     except KeyboardInterrupt:  # before a target is known

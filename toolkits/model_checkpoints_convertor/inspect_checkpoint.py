@@ -31,4 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    from megatron_patch.terminal import outlive_readers
+
+    outlive_readers()
     sys.exit(main())

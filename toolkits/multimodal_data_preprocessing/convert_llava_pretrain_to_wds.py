@@ -52,4 +52,7 @@ def _describe(settings: Settings, report: Report) -> str:
 
 
 if __name__ == "__main__":
+    from megatron_patch.terminal import outlive_readers
+
+    outlive_readers()
     sys.exit(main())

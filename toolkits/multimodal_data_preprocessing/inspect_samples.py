@@ -46,11 +46,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _write(config: Config, page: Path, count: int) -> None:
-    from megatron_patch.data.inspect import write_page
+    from megatron_patch.data.inspect import HEAD, write_page
     from megatron_patch.data.loader import train_loader
     from megatron_patch.data.tokenize import load_tokenizer
     from megatron_patch.families.llava import read_config
+    from megatron_patch.files import check_page
 
+    check_page(page, HEAD[:100])
     llava = read_config(config.model.description)
     config.check(llava)
     loader = train_loader(config, llava, rank=0, world_size=1)
@@ -60,4 +62,7 @@ def _write(config: Config, page: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
+    from megatron_patch.terminal import outlive_readers
+
+    outlive_readers()
     sys.exit(main(sys.argv[1:]))

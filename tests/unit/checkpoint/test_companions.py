@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_patch.checkpoint import companions
 from megatron_patch.families.llava import describe
+from megatron_patch.files import model_folder
 from tests.tiny import LANGUAGE_SIZES, VISION_SIZES
+from tests.unit.properties import damaged, examples, in_one_line
 
 TEXT = {"model_type": "mistral", **LANGUAGE_SIZES, "rope_theta": 1e6}
 CLIP = {"model_type": "clip_vision_model", **VISION_SIZES}
@@ -82,3 +86,47 @@ def test_a_folder_in_the_place_of_config_json(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(OSError, match=r"^/.*config.json: is a folder; expected a file$"):
         companions.read_json(tmp_path)
+
+
+def test_one_iteration_is_a_checkpoint(tmp_path):
+    run, link, named = tmp_path / "checkpoint", tmp_path / "best", tmp_path / "links" / "to the run"
+    for number in (1, 1000):
+        (run / f"iter_{number:07d}").mkdir(parents=True)
+        (run / f"iter_{number:07d}" / ".metadata").touch()
+    (run / "config.json").write_text("{}")
+    (run / companions.TRACKER).write_text("1000\n")
+    one = run / "iter_0000001"
+    link.symlink_to(one)
+    named.parent.mkdir()
+    named.symlink_to(run)
+    for folder, iteration in ((run, run / "iter_0001000"), (named, named / "iter_0001000"), (one, one), (link, link)):
+        assert companions.is_checkpoint(folder)
+        assert companions.checkpoint_folder(folder) == iteration
+        assert (model_folder(folder) / "config.json").exists()
+        assert companions.checkpoint_folder(f"{folder}/") == iteration
+    (run / companions.TRACKER).unlink()
+    assert companions.checkpoint_folder(one) == one
+    assert not companions.is_checkpoint(run)
+
+
+def test_an_iteration_by_its_number(tmp_path):
+    for number in (1, 1000):
+        (tmp_path / f"iter_{number:07d}").mkdir()
+    (tmp_path / companions.TRACKER).write_text("1000")
+    assert companions.checkpoint_folder(tmp_path, 1) == tmp_path / "iter_0000001"
+    with pytest.raises(FileNotFoundError, match=r"--ckpt-step 2: .*2 is missing; there are: iter_0000001, iter_"):
+        companions.checkpoint_folder(tmp_path, 2)
+    with pytest.raises(FileNotFoundError, match="there are: none"):
+        companions.checkpoint_folder(tmp_path / "iter_0000001", 1)
+
+
+TRACKED = b"1\n"
+
+
+@examples
+@given(st.binary(max_size=40) | st.text(max_size=20).map(str.encode) | damaged(TRACKED))
+def test_any_tracker_is_read_or_refused_in_one_line(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "tracked"
+    (folder / "iter_0000001").mkdir(parents=True, exist_ok=True)
+    (folder / companions.TRACKER).write_bytes(data)
+    in_one_line(lambda: companions.checkpoint_folder(folder), folder)

@@ -8,13 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_patch.checkpoint import convert
+from megatron_patch.checkpoint import checksums, convert
 from megatron_patch.checkpoint.companions import checkpoint_folder
 from megatron_patch.checkpoint.convert import load_rank, open_mcore, to_hf, to_mcore
 from megatron_patch.checkpoint.reader import InMemory
 from megatron_patch.checkpoint.stages import Stage, pipeline_stages, stage_lengths
+from megatron_patch.checkpoint.summary import summarize
 from megatron_patch.families.layout import hf_shapes
 from megatron_patch.families.llava import parts, read_config, rows, unused_names
+from toolkits.model_checkpoints_convertor.convert import main
 
 LAYER = "language_model.decoder.layers."
 
@@ -224,3 +226,21 @@ def test_tracker_names_the_folder(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / convert.TRACKER).write_text(text)
         assert checkpoint_folder(tmp_path) == tmp_path / name
+
+
+def test_one_iteration_is_converted_and_described(mcore, tmp_path):
+    """By a link too; what lies beside the weights is beside the folder that it leads to."""
+    link, target = tmp_path / "link", tmp_path / "cut"
+    link.symlink_to(mcore / "release")
+    assert main(["--source-llm-ckpt-path", f"{link}/", "--target-ckpt-path", str(target), "--precision", "fp32"]) == 0
+    assert summarize(link)["language model"] == summarize(target)["language model"]
+
+
+def test_a_run_is_guarded_by_its_sums(mcore, tmp_path):
+    dist = tmp_path / "dist"
+    flags = ["--target-ckpt-path", str(dist), "--precision", "fp32", "--ckpt-format", "torch_dist"]
+    assert main(["--source-llm-ckpt-path", str(mcore), *flags]) == 0
+    (dist / "release" / "manifest.json").unlink()
+    assert "damage would not be noticed" in summarize(dist)["manifest"]
+    checksums.write(dist / "release", checksums.digests((dist / "release").iterdir()))
+    assert summarize(dist)["manifest"].startswith("none: SHA256SUMS lists 4 files, which are compared")

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch import files
 from megatron_patch.checkpoint.output import check_target, written_aside
+from tests.unit.test_files import KINDS, make_foreign, tree
 
 
 def listing(folder):
@@ -113,3 +115,31 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     write(target)
     assert listing(tmp_path) == ["target"]
     assert listing(target) == ["deep"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_ours_beside_the_target_stays(kind, tmp_path):
+    make_foreign(kind, tmp_path / ".target.partial", tmp_path / "victim")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=r"\.target\.partial: .*move it away"):
+        write(tmp_path / "target")
+    assert tree(tmp_path) == before
+
+
+def test_a_target_apart_from_its_sources(tmp_path):
+    source, link = tmp_path / "source", tmp_path / "link"
+    (source / "deep").mkdir(parents=True)
+    link.symlink_to(source)
+    for target in (source / "new", source / "deep" / "new", link / "new", source, tmp_path):
+        with pytest.raises(ValueError, match="lie in each other"):
+            check_target(target, [source])
+    with pytest.raises(ValueError, match="lie in each other"):
+        check_target(tmp_path / "out", [tmp_path / ".out.partial"])
+    check_target(tmp_path / "source2", [source])
+
+
+def test_without_locks_a_target_is_written_and_a_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "lock", lambda descriptor: False)
+    write(tmp_path / "target")
+    assert listing(tmp_path) == ["target"]
+    assert f"{tmp_path}: no locks on this file system" in capsys.readouterr().err

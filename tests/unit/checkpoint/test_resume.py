@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
@@ -57,9 +59,11 @@ def test_with_fp8_too(mcore, tmp_path):
 
 
 def test_fp8_takes_its_scales(mcore, tmp_path):
-    Run(mcore, tmp_path, extra=torch.arange(3, dtype=torch.uint8), fp8="hybrid").save()
+    scales = {"scale_fwd": torch.ones(3), "extra_fp8_variables": {"num_gemms": 1}}
+    extra = torch.frombuffer(bytearray(pickle.dumps(scales)), dtype=torch.uint8)
+    Run(mcore, tmp_path, extra=extra, fp8="hybrid").save()
     (taken,) = Run(mcore, tmp_path, fp8="hybrid").load()
-    assert taken.tolist() == [0, 1, 2]
+    assert torch.equal(taken, extra)
 
 
 @pytest.mark.parametrize("is_local", [True, False])
@@ -68,6 +72,27 @@ def test_no_pickle_is_loaded_without_fp8(mcore, tmp_path, is_local):
     Run(mcore, tmp_path, extra=Canary(canary)).save()
     assert Run(mcore, tmp_path, is_local=is_local).load() == []
     assert not canary.exists()
+
+
+def test_fp8_loads_no_other_pickle(mcore, tmp_path):
+    """Neither in the file, nor in the tensor that Transformer Engine unpickles."""
+    canary = Canary(tmp_path / "canary")
+    for extra in (canary, torch.frombuffer(bytearray(pickle.dumps(canary)), dtype=torch.uint8)):
+        Run(mcore, tmp_path, extra=extra, fp8="hybrid").save()
+        other = Run(mcore, tmp_path, fp8="hybrid")
+        with pytest.raises(ValueError, match=r"iter_0000001: .*could run code"):
+            other.load()
+        assert other.taken == []
+        assert not (tmp_path / "canary").exists()
+
+
+def test_tensors_of_another_model_are_refused(mcore, tmp_path):
+    """torch gathers what ranks raise into an exception that is no Exception."""
+    Run(mcore, tmp_path).save()
+    other = Run(mcore, tmp_path)
+    other.norm.weight = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match="iter_0000001: does not fit this run"):
+        other.load()
 
 
 def test_a_missing_weight_is_refused(mcore, tmp_path):

@@ -6,6 +6,7 @@ from itertools import chain, islice
 
 import torch
 
+from megatron_patch.data import position
 from megatron_patch.data.loader import resumed_loader, train_loader
 from tests.unit.data.samples import settings
 
@@ -21,7 +22,7 @@ def resume(model, dataset, *positions, **changed):
     """A loader that goes on from where each rank was."""
 
     def make(config, llava, **rank):
-        return resumed_loader(config, llava, lambda rank: positions[rank], **rank)
+        return resumed_loader(config, llava, lambda rank: position.load(positions[rank]), **rank)
 
     return build(model, dataset, make, **changed)
 

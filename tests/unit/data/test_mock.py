@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from megatron_patch.data.loader import resumed_loader, save_position, train_loader, valid_loader
+from megatron_patch.data.position import load
 from tests.unit.data.samples import describe, settings
 
 
@@ -27,7 +28,7 @@ def test_batches_follow_from_their_number(tmp_path):
     expected = next(batches)
 
     def resumed(config, llava, **rank):
-        return resumed_loader(config, llava, lambda rank: position, **rank)
+        return resumed_loader(config, llava, lambda rank: load(position), **rank)
 
     for world_size in (2, 1):
         restored = next(iter(build(model, resumed, world_size=world_size, micro_batch_size=3)))

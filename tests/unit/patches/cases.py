@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 import multiprocessing
 import os
+import pickle
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -14,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_patch  # noqa: F401  (installs the repairs)
 from megatron_patch import patches
+from tests.canary import Canary
 
 
 def run_without(repair: str | None, case: str) -> None:
@@ -148,6 +152,49 @@ def no_process_for_results() -> None:
     writer.start()
     writer.join()
     assert len(results.get_nowait()) == 2**20
+
+
+def plain_objects() -> None:
+    """An object in a .distcp file that names something to run is refused, and nothing runs."""
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+
+    planner, index = MCoreLoadPlanner(flatten_state_dict=False), MetadataIndex("key")
+    item = ReadItem(LoadItemType.BYTE_IO, index, torch.Size(), index, torch.Size(), torch.Size())
+    planner.state_dict = {}
+    _refuses(lambda file: planner.load_bytes(item, io.BytesIO(file.read_bytes())))
+    for value in ([None], [torch.ones(2, dtype=torch.uint8)], io.BytesIO(b"scales")):
+        file = io.BytesIO()
+        torch.save(value, file)
+        file.seek(0)
+        planner.load_bytes(item, file)
+        assert type(planner.state_dict["key"]) is type(value)
+
+
+def plain_common() -> None:
+    """Nor does one in common.pt, whatever the environment says."""
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+
+    def load(file: Path) -> None:
+        file.rename(file.with_name("common.pt"))
+        TorchCommonLoadStrategy().load_common(file.parent)
+
+    _refuses(load)
+
+
+def _refuses(load: Callable[[Path], object]) -> None:
+    """`load` raises for a file of torch.save that would make another file, which is not made."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, canary = Path(folder) / "saved", Path(folder) / "canary"
+        torch.save([Canary(canary)], file)
+        try:
+            load(file)
+        except pickle.UnpicklingError:
+            assert not canary.exists()
+        else:
+            raise AssertionError("loaded")
 
 
 def own_states() -> None:

@@ -10,6 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
@@ -17,9 +19,10 @@ from tensorboard.summary.writer import event_file_writer
 from megatron_patch.estimate.flops import megatron_lm_flops, step_flops
 from megatron_patch.families.llava import read_config
 from megatron_patch.training.captions import Caption
-from megatron_patch.training.metrics import Metrics
+from megatron_patch.training.metrics import Metrics, _open_lines
 from megatron_patch.training.step import Step, Totals
 from tests import tiny_runs
+from tests.unit.properties import examples
 
 TOTALS = Totals(
     loss=2.0,
@@ -134,3 +137,31 @@ def test_captions_stand_beside_the_very_picture(run, mcore, tmp_path):
     texts = [event.tensor_proto.string_val[0].decode() for event in board.Tensors("captions/a/1/text_summary")]
     assert texts == [f"    model:     {said}\n    reference: a *dog*" for said in ("a <blob>", "a dog")]
     assert board.Tags()["images"] == ["captions/a/1"]
+
+
+@pytest.mark.parametrize(
+    "left",
+    [b"", b"\xff\xfe\x80\n", b'{"iteration": 3, "lm', bytes(200_000), b"\xff" * 70_000 + b"\n" + b"half", b"\r\r"],
+)
+def test_lines_behind_what_a_crash_left(left, tmp_path):
+    """Whole lines stay as they are, of whatever bytes; what comes behind the last one goes."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"iteration": 1}\n' + left)
+    with _open_lines(path) as file:
+        file.write('{"iteration": 2}\n')
+    assert path.read_bytes() == b'{"iteration": 1}\n' + left[: left.rfind(b"\n") + 1] + b'{"iteration": 2}\n'
+
+
+def test_a_folder_in_the_place_of_the_lines(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(OSError, match=r"metrics\.jsonl: cannot be written \(Is a directory\)"):
+        _open_lines(tmp_path / "metrics.jsonl")
+
+
+@examples
+@given(st.lists(st.binary(max_size=30) | st.sampled_from([b"\n", bytes(70_000)]), max_size=5).map(b"".join))
+def test_any_lines_are_gone_on_from(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_bytes(data)
+    _open_lines(path).close()
+    assert path.read_bytes() == data[: data.rfind(b"\n") + 1]

@@ -1,0 +1,47 @@
+"""Kernels and file systems that lack something: what is only for speed or safety ends nothing."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+
+import pytest
+
+from megatron_patch.checkpoint import disk
+
+
+def test_memory_without_huge_pages(monkeypatch):
+    class Memory(mmap.mmap):  # a mock of a kernel that has none
+        def madvise(self, *arguments):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(disk.mmap, "mmap", Memory)
+    assert len(disk.aligned_buffer(5000)) == 8192
+
+
+@pytest.mark.parametrize("number", disk.NOT_OF_FOLDERS)
+def test_a_folder_that_cannot_be_synced(number, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    disk.sync_tree(tmp_path)
+
+    def fails(descriptor):  # a mock of a network file system
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    disk.sync_tree(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EINVAL])
+def test_a_file_that_cannot_be_synced(number, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+
+    def fails(descriptor):  # a mock of a disk
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="file") as error:
+        disk.sync_tree(tmp_path)
+    assert error.value.errno == number

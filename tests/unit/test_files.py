@@ -1,0 +1,122 @@
+"""Nothing of a user's is deleted, followed or overwritten where the toolkit writes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_patch import files
+from megatron_patch.files import MARK, beside, check_page, claim, is_ours, lock, release
+
+
+def tree(folder: Path) -> dict[str, str | None]:
+    return {
+        str(path.relative_to(folder)): path.read_text(errors="replace") if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def make_foreign(kind: str, place: Path, victim: Path) -> None:
+    victim.mkdir()
+    (victim / "thesis.txt").write_text("precious")
+    if kind == "link":
+        place.symlink_to(victim)
+    elif kind == "link to nowhere":
+        place.symlink_to(victim / "nothing")
+    elif kind == "file":
+        place.write_text("mine")
+    elif kind == "folder":
+        place.mkdir()
+        (place / "notes.txt").write_text("mine")
+    elif kind == "folder with a linked mark":
+        place.mkdir()
+        (place / "notes.txt").write_text("mine")
+        (place / MARK).symlink_to(victim / "thesis.txt")
+    else:
+        (place / MARK).mkdir(parents=True)
+
+
+KINDS = ["link", "link to nowhere", "file", "folder", "folder with a linked mark", "folder with a mark that is one"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_ours_is_refused_and_untouched(kind, tmp_path):
+    place = tmp_path / "x.partial"
+    make_foreign(kind, place, tmp_path / "victim")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=r"x\.partial: .*move it away"):
+        claim(place)
+    assert tree(tmp_path) == before
+    assert not is_ours(place)
+
+
+def test_new_empty_and_left_folders_are_taken(tmp_path):
+    place, victim = tmp_path / "x.partial", tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.txt").write_text("precious")
+    claim(place)
+    (place / "deep").mkdir()
+    (place / "deep" / "file").touch()
+    (place / "link").symlink_to(victim)
+    claim(place)
+    assert list(tree(place)) == [MARK]
+    assert is_ours(place)
+    release(place)
+    assert tree(tmp_path) == {"x.partial": None, "victim": None, "victim/thesis.txt": "precious"}
+    claim(place)
+
+
+def test_without_locks_the_mark_says_who_writes(tmp_path, monkeypatch):
+    place = tmp_path / "x.partial"
+    claim(place, is_locked=False)
+    claim(place, is_locked=False)  # of this process
+    for alive in (f"{files.platform.node()} 1", "elsewhere 12", "damaged"):
+        (place / MARK).write_text(alive)
+        with pytest.raises(ValueError, match="another process is writing it"):
+            claim(place, is_locked=False)
+        claim(place)
+    (place / MARK).write_text(f"{files.platform.node()} 99999999")
+    claim(place, is_locked=False)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_locks(number, tmp_path, monkeypatch):
+    first, second = os.open(tmp_path, os.O_RDONLY), os.open(tmp_path, os.O_RDONLY)
+    assert lock(first)
+    with pytest.raises(BlockingIOError):
+        lock(second)
+
+    def fails(*arguments):  # a mock of a file system that has no locks
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    assert not lock(second)
+    os.close(first)
+    os.close(second)
+
+
+def test_a_name_beside(tmp_path):
+    names = {beside(tmp_path / "tracker") for _ in range(9)}
+    assert len(names) == 9
+    assert {name.parent for name in names} == {tmp_path}
+
+
+def test_pages(tmp_path):
+    page, other = tmp_path / "page.html", tmp_path / "thesis.html"
+    check_page(page, "<html>")
+    for harmless in ("", "<html>and more"):
+        page.write_text(harmless)
+        check_page(page, "<html>")
+    for content in ("<htm", "thesis"):
+        other.write_text(content)
+        with pytest.raises(ValueError, match="is there, and not written by this command"):
+            check_page(other, "<html>")
+    link = tmp_path / "link"
+    link.symlink_to(page)
+    for place in (link, tmp_path, Path("/dev/null")):
+        with pytest.raises(ValueError, match="is a link, a folder or a device"):
+            check_page(place, "<html>")
