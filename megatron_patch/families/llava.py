@@ -6,7 +6,6 @@ wrote them) is the one place that sizes are read from.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.families.projector import PROJECTOR
 from megatron_patch.families.qwen2 import QWEN2
 from megatron_patch.families.shapes import language_dims, projector_dims, vision_dims
+from megatron_patch.files import CONFIG, read_json
 from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 
 LANGUAGE_FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2)}
@@ -131,13 +131,10 @@ def hub_name(llava: Llava, hf_name: str) -> str | None:
 
 def read_config(folder: Path) -> Llava:
     """Sizes of the LLaVA that `folder`/config.json describes. Raises ValueError or OSError that names the file."""
-    path = Path(folder) / "config.json"
+    path = Path(folder) / CONFIG
+    config = read_json(path, "a folder made by hf2mcore_convertor_llava.sh or a LLaVA from Hugging Face")
     try:
-        return describe(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: missing; expected a folder made by hf2mcore_convertor_llava.sh or a LLaVA from Hugging Face"
-        ) from None
+        return describe(config)
     except KeyError as error:
         raise ValueError(f"{path}: has no {error}, which a LLaVA's config.json holds") from None
     except ValueError as error:

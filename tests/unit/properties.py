@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -50,3 +53,14 @@ def damaged(content: bytes) -> st.SearchStrategy[bytes]:
         return bytes(out[:end])
 
     return st.builds(write, places, st.just(len(content)) | st.integers(0, len(content)))
+
+
+@contextmanager
+def one_line(path: Path) -> Iterator[None]:
+    """What a reader may raise: one line of ValueError or OSError that names the file, or its folder."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        text = str(error)
+        if str(path) not in text or "\n" in text or len(text) > 2000:
+            raise AssertionError(f"not one line that names {path}: {text!r}") from error

@@ -11,24 +11,26 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_patch"
 
+READ = ("files", "preprocessor")
 # Folder or file -> what of this package it may import, besides itself.
 ALLOWED = {
     "checks.py": (),
     "sizes.py": (),
     "files.py": (),
+    "preprocessor.py": ("files",),
     "parallel_config.py": ("checks", "sizes"),
     "config.py": ("checks", "parallel_config", "sizes"),
     "arguments.py": (),
-    "conversion.py": ("config", "arguments", "checkpoint", "families", "sizes"),
+    "conversion.py": ("config", "arguments", "checkpoint", "families", "preprocessor", "sizes"),
     "parallel.py": ("config",),
     "estimate": ("checks", "config", "families", "sizes"),
     "launch.py": ("config", "families", "files", "checkpoint", "estimate", "sizes"),
     "patches": (),
-    "families": ("sizes",),
+    "families": ("files", "sizes"),
     "model": ("config", "patches", "sizes"),
-    "checkpoint": ("checks", "config", "files", "sizes", "families", "model"),
-    "data": ("config", "sizes", "files"),
-    "training": ("config", "sizes", "families", "model", "checkpoint", "data", "parallel", "estimate", "files"),
+    "checkpoint": ("checks", "config", "files", "sizes", "families", "model", "preprocessor"),
+    "data": ("config", "sizes", "files", "preprocessor"),
+    "training": ("config", "sizes", "families", "model", "checkpoint", "data", "parallel", "estimate", *READ),
     "__init__.py": ("patches",),
 }
 WITHOUT_MEGATRON_CORE = ("config.py", "sizes.py", "arguments.py", "conversion.py", "launch.py", "families", "data")

@@ -90,12 +90,12 @@ def import_hf(conversion: Conversion) -> None:
     from megatron_patch.checkpoint.convert import open_mcore, to_mcore
     from megatron_patch.checkpoint.hf import save_tensors
     from megatron_patch.checkpoint.sources import open_sources, with_rows
-    from megatron_patch.data.image import check_crop, read_image_settings
     from megatron_patch.families.llava import rows
+    from megatron_patch.preprocessor import check_crop, has_preprocessor, read_image_settings
 
     dtype = getattr(torch, DTYPES[conversion.precision])
     llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
-    if ((clip or llm) / companions.PREPROCESSOR).is_file():
+    if has_preprocessor(clip or llm):
         check_crop(clip or llm, read_image_settings(clip or llm), llava.vision.img_size)
     sources = open_sources(llava, llm, clip, conversion.projector, conversion.seed)
     num_bytes = _num_bytes(conversion, llava)
@@ -224,7 +224,7 @@ def _write_companions(conversion: Conversion, folder: Path, config: dict[str, An
     companions.write_json(folder, companions.CONFIG, config)
     companions.copy_companions(llm, folder / companions.SOURCE_TOKENIZER, companions.IN_SOURCE_TOKENIZER)
     companions.copy_companions(llm, folder, (companions.GENERATION_CONFIG,))
-    companions.copy_companions(clip or llm, folder, (companions.PREPROCESSOR,))
+    companions.write_preprocessor(clip or llm, folder)
     companions.complete_processor(folder, llava.vision)
     template = source_chat_template(llm) if clip is None and conversion.prompt_format == "auto" else None
     _write_chat_template(conversion, folder, llm, llava, template)
