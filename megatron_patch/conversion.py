@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from megatron_patch.arguments import flag
 from megatron_patch.checkpoint import companions
+from megatron_patch.checkpoint.hf_files import refuse_adapter
 from megatron_patch.checkpoint.stages import Stage, pipeline_stages, stage_lengths
 from megatron_patch.config import Parallel, Precision, PromptFormat
 from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
@@ -163,6 +164,7 @@ def describe_sources(conversion: Conversion) -> tuple[dict[str, Any], Llava]:
     llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
     for folder in (llm, clip):
         if folder is not None:
+            refuse_adapter(folder)
             companions.check_json(folder)
     text = companions.read_json(llm)
     is_whole = text.get("model_type") == "llava"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from megatron_patch.checkpoint.companions import UNUSED
 from megatron_patch.checkpoint.convert import append_mean_rows, check_hf, new_projector
 from megatron_patch.checkpoint.hf import HfReader, load_safetensors
+from megatron_patch.checkpoint.hf_files import refuse_adapter
 from megatron_patch.checkpoint.mm_projector import read_mm_projector
 from megatron_patch.checkpoint.reader import InMemory, Joined, Reader, Views
 from megatron_patch.families.llava import hub_name, parts, rows, unused_names
@@ -41,11 +42,11 @@ def open_sources(llava: Llava, llm: Path, clip: Path | None, projector: Path | N
     that names the file, for what is missing, damaged or contradictory.
     """
     if clip is None:
-        models = [HfReader(llm, partial(hub_name, llava))]
+        models = [open_model(llm, partial(hub_name, llava))]
         reader = models[0]
     else:
         language, tower, connector = parts(llava)
-        models = [HfReader(llm, language.hub_name), HfReader(clip, tower.hub_name)]
+        models = [open_model(llm, language.hub_name), open_model(clip, tower.hub_name)]
         if projector is None:
             last = InMemory(new_projector(connector.rows(), seed), "the new projector")
         else:
@@ -55,6 +56,12 @@ def open_sources(llava: Llava, llm: Path, clip: Path | None, projector: Path | N
     check_hf(rows(llava), reader, unused)
     files = [path for model in models for path in model.files()]
     return Sources(reader, tuple(unused), files)
+
+
+def open_model(folder: Path, rename: Callable[[str], str | None]) -> HfReader:
+    """A Hugging Face folder's model (`HfReader`), which no adapter would change."""
+    refuse_adapter(folder)
+    return HfReader(folder, rename)
 
 
 def with_rows(reader: Reader, llava: Llava, num_rows: int) -> Reader:
@@ -76,7 +83,7 @@ def open_unused(llava: Llava, carriers: Sequence[Path], clip: Path | None, check
         reader = InMemory(load_safetensors(kept, check), str(kept))
     elif clip is not None:
         _, tower, _ = parts(llava)
-        reader = HfReader(clip, tower.hub_name)
+        reader = open_model(clip, tower.hub_name)
     else:
         raise FileNotFoundError(
             f"{carriers[0] / UNUSED}: missing; it holds the tower's last layer, which no training uses; give CLIP's "

@@ -89,6 +89,7 @@ def import_hf(conversion: Conversion) -> None:
 
     from megatron_patch.checkpoint.convert import open_mcore, to_mcore
     from megatron_patch.checkpoint.hf import save_tensors
+    from megatron_patch.checkpoint.hf_files import passed_over, weight_file
     from megatron_patch.checkpoint.sources import open_sources, with_rows
     from megatron_patch.families.llava import rows
     from megatron_patch.preprocessor import check_crop, has_preprocessor, read_image_settings
@@ -97,6 +98,9 @@ def import_hf(conversion: Conversion) -> None:
     llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
     if has_preprocessor(clip or llm):
         check_crop(clip or llm, read_image_settings(clip or llm), llava.vision.img_size)
+    for folder in filter(None, (llm, clip)):
+        for name in passed_over(folder):
+            print(f"{folder}: {weight_file(folder).name} is the model, as for transformers; {name} is not read")
     sources = open_sources(llava, llm, clip, conversion.projector, conversion.seed)
     num_bytes = _num_bytes(conversion, llava)
     with written_aside(conversion.target_ckpt_path, num_bytes) as folder:

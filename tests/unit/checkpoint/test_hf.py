@@ -81,13 +81,13 @@ def missing_shard(folder):
 
 
 def absent_tensor(folder):
-    one_safetensors(folder)
-    write_index(folder, "model.safetensors.index.json", dict.fromkeys([*TENSORS, "d"], "model.safetensors"))
+    save_file(TENSORS, folder / "model-1.safetensors")
+    write_index(folder, "model.safetensors.index.json", dict.fromkeys([*TENSORS, "d"], "model-1.safetensors"))
 
 
 def unlisted_tensor(folder):
-    one_safetensors(folder)
-    write_index(folder, "model.safetensors.index.json", dict.fromkeys("ab", "model.safetensors"))
+    save_file(TENSORS, folder / "model-1.safetensors")
+    write_index(folder, "model.safetensors.index.json", dict.fromkeys("ab", "model-1.safetensors"))
 
 
 def bad_index(folder):
@@ -107,6 +107,14 @@ def truncated(folder):
     os.truncate(folder / "model.safetensors", 40)
 
 
+def lfs_pointer(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def deep_index(folder):
+    (folder / "model.safetensors.index.json").write_text("[" * 20000 + "]" * 20000)
+
+
 def empty(folder):
     (folder / "model.safetensors").touch()
 
@@ -120,11 +128,13 @@ def truncated_bin(folder):
     ("damage", "message"),
     [
         (no_folder, "no such folder; expected a Hugging Face checkpoint"),
-        (lambda folder: None, "holds no weights; expected one of model.safetensors.index.json"),
+        (lambda folder: None, "holds no weights; expected one of model.safetensors, "),
         (missing_shard, "model-00002-of-00002.safetensors: missing; model.safetensors.index.json names it"),
         (absent_tensor, "has no tensor d, which model.safetensors.index.json says is in it"),
         (unlisted_tensor, "holds c, which model.safetensors.index.json does not say"),
         (bad_index, "model.safetensors.index.json: not an index of weights"),
+        (lfs_pointer, "model.safetensors: is a pointer of Git LFS"),
+        (deep_index, "model.safetensors.index.json: .*nested too deep"),
         (empty_index, "model.safetensors.index.json: not an index of weights .*names no tensor"),
         (index_out_of_the_folder, "leads out of the folder"),
         (truncated, "model.safetensors: not a readable safetensors file"),
