@@ -78,10 +78,13 @@ def checkpoint_folder(folder: Path) -> Path:
     return target
 
 
-def write_preprocessor(source: Path, folder: Path) -> None:
-    """Write `source`'s image transform, if it has one, as `folder`/preprocessor_config.json. Raises ValueError."""
+def write_preprocessor(source: Path, folder: Path, pad: bool = False) -> None:
+    """Write `source`'s image transform, if it has one, as `folder`/preprocessor_config.json. Raises ValueError.
+
+    `pad`: with LLaVA's padding before it.
+    """
     if has_preprocessor(source):
-        settings = read_image_settings(source)
+        settings = read_image_settings(source, "pad" if pad else "auto")
         write_json(folder, PREPROCESSOR, preprocessor_of(settings, read_preprocessor(source)))
 
 

@@ -16,6 +16,7 @@ from megatron_patch.checkpoint.hf_files import ORDER, passed_over, refuse_adapte
 from megatron_patch.checkpoint.mp_rank import model_parts, open_shard, rank_files
 from megatron_patch.checkpoint.torch_dist import model_tensors, read_metadata
 from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
+from megatron_patch.families.llava_repository import is_repository, text_config, tower_name
 from megatron_patch.sizes import LanguageModel, VisionModel
 
 
@@ -125,7 +126,10 @@ def _model(path: Path) -> dict[str, str]:
     config = companions.read_json(folder)
     kind = str(config.get("model_type"))
     try:
-        if kind == "llava":
+        if is_repository(config):
+            kind = f"{kind} of the LLaVA repository, with {tower_name(config)} for its tower"
+            config = text_config(config)
+        elif kind == "llava":
             llava = describe(config)
             return {"model": kind, "language model": _language(llava.language), "vision tower": _vision(llava.vision)}
         for what, reads, says in KINDS:

@@ -32,6 +32,7 @@ try:
         describe_sources,
         stages_of,
     )
+    from megatron_patch.families import llava_repository
     from megatron_patch.families.llava import describe
     from megatron_patch.sizes import Llava
 except KeyboardInterrupt:
@@ -216,6 +217,7 @@ def _wrote(conversion: Conversion) -> str:
 def _write_companions(conversion: Conversion, folder: Path, config: dict[str, Any], llava: Llava) -> Llava:
     """Everything beside the shards. Returns the sizes, with the image token's id and rows for new tokens."""
     from megatron_patch.checkpoint.card import versions
+    from megatron_patch.data.prompts import chat_template
     from megatron_patch.data.tokenize import IMAGE, install_tokenizer, source_chat_template
 
     llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
@@ -228,14 +230,23 @@ def _write_companions(conversion: Conversion, folder: Path, config: dict[str, An
     companions.write_json(folder, companions.CONFIG, config)
     companions.copy_companions(llm, folder / companions.SOURCE_TOKENIZER, companions.IN_SOURCE_TOKENIZER)
     companions.copy_companions(llm, folder, (companions.GENERATION_CONFIG,))
+    source = companions.read_json(llm)
+    of_repository = llava_repository.is_repository(source)
     companions.write_preprocessor(clip or llm, folder)
     companions.complete_processor(folder, llava.vision)
-    template = source_chat_template(llm) if clip is None and conversion.prompt_format == "auto" else None
+    if of_repository and llava_repository.pads(source):
+        companions.write_preprocessor(folder, folder, pad=True)
+    template = None
+    if conversion.prompt_format == "auto" and (of_repository or clip is None):
+        template = source_chat_template(llm)
+        if template is None and of_repository and llava.language.family == "llama":
+            template = chat_template("v1", llm)  # the LLaVA repository's default for what is no Mistral
     _write_chat_template(conversion, folder, llm, llava, template)
+    new = f"new, seed {conversion.seed}"
     record = {
         "language_model": str(llm),
         "vision_tower": str(clip or llm),
-        "projector": str(conversion.projector or (f"new, seed {conversion.seed}" if clip else llm)),
+        "projector": str(conversion.projector or (new if clip and not of_repository else llm)),
         "precision": conversion.precision,
         "added_tokens": conversion.added_tokens,
         "versions": versions(),
