@@ -22,6 +22,7 @@ try:
     from megatron_patch.arguments import parse
     from megatron_patch.checkpoint import companions
     from megatron_patch.checkpoint.output import check_target, written_aside
+    from megatron_patch.checkpoint.unchanged import Unchanged
     from megatron_patch.config import Parallel
     from megatron_patch.conversion import (
         DTYPES,
@@ -81,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def import_hf(conversion: Conversion) -> None:
     """Hugging Face's language model and CLIP, or a whole LLaVA -> Megatron-Core shards."""
     conversion.refuse(NOT_FROM_HF, "a Megatron-Core checkpoint")
+    llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
+    read = Unchanged([llm, clip, conversion.projector])
     config, llava = describe_sources(conversion)
     llava.check_model_size(conversion.model_size)
     stages_of(conversion, llava)
@@ -96,7 +99,6 @@ def import_hf(conversion: Conversion) -> None:
     from megatron_patch.preprocessor import check_crop, has_preprocessor, read_image_settings
 
     dtype = getattr(torch, DTYPES[conversion.precision])
-    llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
     if has_preprocessor(clip or llm):
         check_crop(clip or llm, read_image_settings(clip or llm), llava.vision.img_size)
     for folder in filter(None, (llm, clip)):
@@ -112,6 +114,7 @@ def import_hf(conversion: Conversion) -> None:
         _write_mcore(conversion, folder, mcore, llava, sources.files)
         if conversion.verifies(num_bytes):
             _verify(conversion, folder, llava, source, open_mcore(folder, llava))
+        read.check()
     print(_wrote(conversion))
 
 
@@ -120,6 +123,7 @@ def reshard(conversion: Conversion) -> None:
     conversion.refuse(NOT_FROM_MCORE, "an import from Hugging Face")
     if conversion.verify == "true":
         raise ValueError("--verify true: is for conversions from and to Hugging Face; a cut is checked by its manifest")
+    read = _weights_of(conversion)
     carriers, _, llava = describe_checkpoint(conversion)
     stages_of(conversion, llava)
     check_target(conversion.target_ckpt_path)
@@ -137,11 +141,13 @@ def reshard(conversion: Conversion) -> None:
         for source in reversed(carriers):
             companions.copy_companions(source, folder)
         _write_mcore(conversion, folder, mcore, llava, [path for path in files if path is not None])
+        read.check()
     print(_wrote(conversion))
 
 
 def export_hf(conversion: Conversion) -> None:
     """A Megatron-Core checkpoint -> LlavaForConditionalGeneration, as transformers 4.57 and 5 open it."""
+    read = _weights_of(conversion)
     carriers, config, llava = describe_checkpoint(conversion)
     check_target(conversion.target_ckpt_path)
 
@@ -160,6 +166,7 @@ def export_hf(conversion: Conversion) -> None:
     if conversion.parts == "projector":
         with written_aside(conversion.target_ckpt_path) as folder:
             write_mm_projector(folder, weights)
+            read.check()
         print(f"wrote {conversion.target_ckpt_path}: the projector, {conversion.precision}")
         return
     unused = open_unused(llava, carriers, conversion.source_clip_ckpt_path, check=not conversion.no_check)
@@ -177,7 +184,14 @@ def export_hf(conversion: Conversion) -> None:
             hf = HfReader(folder, partial(hub_name, llava))
             parity = _verify(conversion, folder, llava, hf, mcore)
         _write_card(conversion, folder, llava, carriers, parity)
+        read.check()
     print(f"wrote {conversion.target_ckpt_path}: LlavaForConditionalGeneration, {conversion.precision}")
+
+
+def _weights_of(conversion: Conversion) -> Unchanged:
+    """The files of weights of a Megatron-Core checkpoint. What lies beside them a run may write again."""
+    target = companions.checkpoint_folder(conversion.source_llm_ckpt_path)
+    return Unchanged([target, *target.glob("mp_rank_*"), conversion.source_clip_ckpt_path])
 
 
 def _num_bytes(conversion: Conversion, llava: Llava) -> int:
