@@ -200,7 +200,10 @@ class _SafetensorsFile:
             raise ValueError(f"{path}: not a readable safetensors file ({reason(error)}); download it again") from None
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            self.entries = json.loads(file.read(length))
+            pairs = json.loads(file.read(length), object_pairs_hook=list)
+        self.entries = {name: dict(entry) for name, entry in pairs}
+        if len(self.entries) < len(pairs):
+            raise ValueError(f"{path}: its header names a tensor twice; expected each once")
         self.metadata = self.entries.pop("__metadata__", {})
         self.start = 8 + length
 

@@ -55,6 +55,9 @@ def open_sources(llava: Llava, llm: Path, clip: Path | None, projector: Path | N
         else:
             models = [open_model(llm, language.hub_name), open_model(clip, tower.hub_name)]
             if projector is None:
+                # Before anything is made in the sizes that config.json says, the weights have to have them.
+                known = [*language.rows(), *tower.rows()]
+                check_hf(known, _without_tied_copy(llava, Joined(models)), unused_names(llava))
                 last = InMemory(new_projector(connector.rows(), seed), "the new projector")
             else:
                 last = read_mm_projector(projector)

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.families.family import short
 from megatron_patch.sizes import VisionModel
 
 LANGUAGE_MODELS = {"llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2", "llava": "llama"}
@@ -49,7 +50,7 @@ def text_config(hf_config: dict[str, Any]) -> dict[str, Any]:
     family = family or LANGUAGE_MODELS.get(kind)
     if family is None:
         known = ", ".join(LANGUAGE_MODELS)
-        raise ValueError(f"model_type is {kind!r}, of the LLaVA repository's only {known} are supported")
+        raise ValueError(f"model_type is {short(kind)}, of the LLaVA repository's only {known} are supported")
     own = {name: value for name, value in hf_config.items() if not re.fullmatch(OWN, name)}
     return {**own, "model_type": family, "architectures": [CAUSAL[family]]}
 
@@ -59,7 +60,7 @@ def check_settings(hf_config: dict[str, Any]) -> None:
     for name, (default, allowed) in REQUIRED.items():
         given = hf_config.get(name, default)
         if given not in allowed:
-            raise ValueError(f"{name} is {given!r}; of the LLaVA repository's only {allowed[0]!r} is supported")
+            raise ValueError(f"{name} is {short(given)}; of the LLaVA repository's only {allowed[0]!r} is supported")
     if hf_config.get("mm_use_im_start_end"):
         raise ValueError(
             "mm_use_im_start_end is true; set it to false here to import the weights, and train with "
@@ -75,7 +76,7 @@ def check_tower(hf_config: dict[str, Any], tower: VisionModel, folder: Path) -> 
     if width != tower.hidden_size or expected != (tower.patch_dim, tower.img_size):
         raise ValueError(
             f"{folder}: is a CLIP of width {tower.hidden_size} for {tower.img_size} pixels in patches of "
-            f"{tower.patch_dim}; this LLaVA was trained on {name!r} of width {width}, give that one's folder"
+            f"{tower.patch_dim}; this LLaVA was trained on {name!r} of width {short(width)}, give that one's folder"
         )
 
 

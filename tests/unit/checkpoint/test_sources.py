@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from megatron_patch.checkpoint import sources
 from megatron_patch.checkpoint.companions import llava_config
 from megatron_patch.checkpoint.mm_projector import NAMES
 from megatron_patch.checkpoint.sources import open_sources
@@ -110,3 +111,12 @@ def test_a_tower_that_was_trained_is_taken(folders, tmp_path):
     assert set(trained) == set(plain)
     for name in plain:
         assert torch.equal(trained[name], plain[name] + 1.0 if name.startswith("vision_tower.") else plain[name])
+
+
+def test_no_projector_is_made_before_the_weights_have_the_sizes(tmp_path, monkeypatch):
+    llm, clip = save_llama(tmp_path / "llm"), save_clip(tmp_path / "clip")
+    text, tower = (json.loads((folder / "config.json").read_text()) for folder in (llm, clip))
+    monkeypatch.setattr(sources, "new_projector", lambda rows, seed: pytest.fail("a projector was made"))
+    llava = describe(llava_config({**text, "hidden_size": 60_000}, tower))
+    with pytest.raises(ValueError, match=r"has shape .*96\], by config.json .*60000\] is expected"):
+        open_sources(llava, llm, clip, None, 1)
