@@ -16,12 +16,13 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from megatron_patch import parallel
 from megatron_patch.checkpoint.stages import Stage
 from megatron_patch.config import Config, Data
-from megatron_patch.data.image import normalize, read_image_settings
+from megatron_patch.data.image import normalize
 from megatron_patch.families.layout import merge, pad_vocab
 from megatron_patch.families.llava import hub_name, read_config, rows, unused_names
 from megatron_patch.families.transformer_engine import to_transformer_engine_name
 from megatron_patch.model.llava import DTYPES
 from megatron_patch.model.specs import uses_transformer_engine
+from megatron_patch.preprocessor import read_image_settings
 from megatron_patch.sizes import Llava
 from megatron_patch.training.loop import build_model
 from megatron_patch.training.optimizer import build_optimizer, build_scheduler, wrap

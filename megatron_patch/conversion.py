@@ -13,8 +13,10 @@ from typing import Any, Literal, TypeVar
 
 from megatron_patch.arguments import flag
 from megatron_patch.checkpoint import companions
+from megatron_patch.checkpoint.hf_files import refuse_adapter
 from megatron_patch.checkpoint.stages import Stage, pipeline_stages, stage_lengths
 from megatron_patch.config import Parallel, Precision, PromptFormat
+from megatron_patch.families import llava_repository
 from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
 from megatron_patch.files import model_folder
 from megatron_patch.sizes import Llava
@@ -42,8 +44,9 @@ class Conversion:
     """Size of the language model, such as 7B, checked against its config.json; auto: not checked."""
 
     source_llm_ckpt_path: Path
-    """Hugging Face folder of a Llama, Vicuna, Mistral or Qwen2, or of a whole LLaVA; with --mg2hf true a Megatron-Core
-    checkpoint, shards or torch_dist, or one iteration of a run. With --mg2hf false such a checkpoint is cut anew."""
+    """Hugging Face folder of a Llama, Vicuna, Mistral or Qwen2, or of a whole LLaVA, of the LLaVA repository too; with
+    --mg2hf true a Megatron-Core checkpoint, shards or torch_dist, or one iteration of a run. With --mg2hf false such a
+    checkpoint is cut again."""
 
     source_clip_ckpt_path: Path | None = None
     """Hugging Face folder of a CLIP (whole, or its vision half); none: the source is a whole LLaVA. With --mg2hf true
@@ -173,19 +176,28 @@ def describe_sources(conversion: Conversion) -> tuple[dict[str, Any], Llava]:
     llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
     for folder in (llm, clip):
         if folder is not None:
+            refuse_adapter(folder)
             companions.check_json(folder)
     text = companions.read_json(llm)
-    is_whole = text.get("model_type") == "llava"
-    if is_whole and (clip is not None or conversion.projector is not None):
-        name = "source_clip_ckpt_path" if clip is not None else "projector"
+    of_repository = llava_repository.is_repository(text)
+    is_whole = text.get("model_type") == "llava" and not of_repository
+    if (is_whole and clip is not None) or ((is_whole or of_repository) and conversion.projector is not None):
+        name = "source_clip_ckpt_path" if is_whole and clip is not None else "projector"
         raise ValueError(f"{flag(name)} {getattr(conversion, name)}: {llm} is a whole LLaVA and has its own; give none")
     if is_whole:
         return text, _described(describe, text, llm)
     if clip is None:
-        raise ValueError(f"--source-clip-ckpt-path none: a CLIP's folder is needed, since {llm} is no whole LLaVA")
+        kind = "no whole LLaVA"
+        if of_repository:
+            kind = f"of the LLaVA repository, with {llava_repository.tower_name(text)} for its tower"
+        raise ValueError(f"--source-clip-ckpt-path none: a CLIP's folder is needed, since {llm} is {kind}")
     tower = companions.read_json(clip)
+    vision = _described(describe_vision_model, tower, clip)
+    if of_repository:
+        _described(llava_repository.check_settings, text, llm)
+        llava_repository.check_tower(text, vision, clip)
+        text = _described(llava_repository.text_config, text, llm)
     _described(describe_language_model, text, llm)
-    _described(describe_vision_model, tower, clip)
     config = companions.llava_config(text, tower)
     return config, describe(config)
 

@@ -13,15 +13,29 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_patch import files
 from megatron_patch.families.llava import LANGUAGE_FAMILIES, LLAMA3_ROPE, VISION_FAMILIES, vision_config
-from megatron_patch.files import OLD_CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, beside, is_iteration
+from megatron_patch.files import (
+    CONFIG,
+    OLD_CHAT_TEMPLATE,
+    PREPROCESSOR,
+    PROCESSOR,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    beside,
+    is_iteration,
+)
+from megatron_patch.preprocessor import (
+    NESTED,
+    has_preprocessor,
+    preprocessor_of,
+    read_image_settings,
+    read_preprocessor,
+)
 from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 
 TRACKER = "latest_checkpointed_iteration.txt"
-CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-PREPROCESSOR = "preprocessor_config.json"
-PROCESSOR = "processor_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 UNUSED = "unused.safetensors"
 RECORD = "conversion.json"
@@ -87,30 +101,28 @@ def checkpoint_folder(folder: Path, step: int | None = None) -> Path:
     return target
 
 
+def write_preprocessor(source: Path, folder: Path, pad: bool = False) -> None:
+    """Write `source`'s image transform, if it has one, as `folder`/preprocessor_config.json. Raises ValueError.
+
+    `pad`: with LLaVA's padding before it.
+    """
+    if has_preprocessor(source):
+        settings = read_image_settings(source, "pad" if pad else "auto")
+        write_json(folder, PREPROCESSOR, preprocessor_of(settings, read_preprocessor(source)))
+
+
 def complete_processor(folder: Path, model: VisionModel) -> None:
-    """Write what a processor needs and no source had."""
+    """Write what a processor needs and no source had. The image transform stands in preprocessor_config.json alone."""
+    write_preprocessor(folder, folder)
     if not (folder / PREPROCESSOR).is_file():
         write_json(folder, PREPROCESSOR, preprocessor_config(model))
-    if not (folder / PROCESSOR).is_file():
-        write_json(folder, PROCESSOR, processor_config(model))
+    processor = read_json(folder, PROCESSOR) if (folder / PROCESSOR).is_file() else processor_config(model)
+    write_json(folder, PROCESSOR, {name: value for name, value in processor.items() if name != NESTED})
 
 
 def read_json(folder: Path, name: str = CONFIG) -> dict[str, Any]:
     """A json file that holds an object. Raises FileNotFoundError or ValueError, one line that names the file."""
-    path = Path(folder) / name
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: missing; expected the folder of a checkpoint") from None
-    except IsADirectoryError:
-        raise IsADirectoryError(f"{path}: is a folder; expected a file") from None
-    except NotADirectoryError:
-        raise NotADirectoryError(f"{folder}: not a folder; expected the folder of a checkpoint") from None
-    except (ValueError, RecursionError) as error:  # not text, not json, nested thousands deep
-        raise ValueError(f"{path}: not valid json ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}; expected an object")
-    return content
+    return files.read_json(Path(folder) / name)
 
 
 def check_json(folder: Path) -> None:

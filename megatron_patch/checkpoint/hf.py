@@ -13,13 +13,12 @@ from torch import Tensor
 
 from megatron_patch.checkpoint import disk
 from megatron_patch.checkpoint.disk import BLOCK, OutputFile
+from megatron_patch.checkpoint.hf_files import is_lfs_pointer, weight_file
 from megatron_patch.checkpoint.reader import Reader, existing_file, open_torch_file, reason, stored_view
 from megatron_patch.checkpoint.stream import Target, as_bytes, copy, read
 from megatron_patch.checkpoint.torch_zip import Stored
 from megatron_patch.checkpoint.view import Source, View, as_rows
-
-# In the order in which transformers looks for them.
-FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+from megatron_patch.files import read_json
 
 # Weights. Whole numbers are codes of a quantized model, which a cast would take for values.
 DTYPES = {
@@ -201,7 +200,10 @@ class _SafetensorsFile:
             raise ValueError(f"{path}: not a readable safetensors file ({reason(error)}); download it again") from None
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            self.entries = json.loads(file.read(length))
+            pairs = json.loads(file.read(length), object_pairs_hook=list)
+        self.entries = {name: dict(entry) for name, entry in pairs}
+        if len(self.entries) < len(pairs):
+            raise ValueError(f"{path}: its header names a tensor twice; expected each once")
         self.metadata = self.entries.pop("__metadata__", {})
         self.start = 8 + length
 
@@ -242,11 +244,7 @@ class _BinFile:
 
 def _open_files(folder: Path) -> Iterator[tuple[_SafetensorsFile | _BinFile, Iterable[str]]]:
     """Every weight file of a folder and the tensors to take from it."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected a Hugging Face checkpoint")
-    first = next((folder / name for name in FILES if (folder / name).is_file()), None)
-    if first is None:
-        raise FileNotFoundError(f"{folder}: holds no weights; expected one of {', '.join(FILES)}")
+    first = weight_file(folder)
     if first.suffix != ".json":
         file = _open_file(first)
         yield file, file.names()
@@ -265,13 +263,15 @@ def _open_files(folder: Path) -> Iterator[tuple[_SafetensorsFile | _BinFile, Ite
 
 
 def _open_file(path: Path) -> _SafetensorsFile | _BinFile:
+    if is_lfs_pointer(path):
+        raise ValueError(f"{path}: is a pointer of Git LFS, not the weights; run git lfs pull in that clone")
     return _SafetensorsFile(path) if path.suffix == ".safetensors" else _BinFile(path)
 
 
 def _read_index(path: Path) -> dict[str, list[str]]:
     """An index's files, each with its tensors."""
     try:
-        weight_map = json.loads(path.read_text())["weight_map"]
+        weight_map = read_json(path)["weight_map"]
         files: dict[str, list[str]] = {}
         for name, file_name in weight_map.items():
             if Path(file_name).name != file_name:

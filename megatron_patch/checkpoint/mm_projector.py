@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_patch.checkpoint.reader import InMemory, Reader, load_tensors
+from megatron_patch.checkpoint.reader import InMemory, Reader, open_torch_file, stored_view
+from megatron_patch.checkpoint.stream import read
+from megatron_patch.checkpoint.torch_zip import Stored
 
 FILE = "mm_projector.bin"
 HUB = "multi_modal_projector."
@@ -25,14 +27,15 @@ def read_mm_projector(path: Path) -> Reader:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected LLaVA's {FILE}")
-    tensors = load_tensors(path)
+    tensors = open_torch_file(path)
     if not isinstance(tensors, dict) or set(tensors) != set(NAMES):
         found = ", ".join(sorted(map(str, tensors))[:5]) if isinstance(tensors, dict) else type(tensors).__name__
         raise ValueError(f"{path}: holds {found or 'nothing'}; expected {', '.join(NAMES)}, as LLaVA-1.5's has them")
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Stored | Tensor):
             raise ValueError(f"{path}: {name} is a {type(tensor).__name__}; expected a tensor")
-    return InMemory({NAMES[name]: tensor for name, tensor in tensors.items()}, str(path))
+    views = {NAMES[name]: stored_view(path, name, tensor) for name, tensor in tensors.items()}
+    return InMemory(read(views), str(path))
 
 
 def write_mm_projector(folder: Path, tensors: Reader) -> None:

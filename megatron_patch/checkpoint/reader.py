@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_patch.checkpoint import stream
-from megatron_patch.checkpoint.torch_zip import Stored, describe
+from megatron_patch.checkpoint.torch_zip import Refused, Stored, check_archive, describe
 from megatron_patch.checkpoint.view import Source, View, as_rows
 from megatron_patch.files import why_not_loaded
 
@@ -131,6 +131,8 @@ def open_torch_file(path: Path, skip: bool = False) -> dict:
     try:
         with path.open("rb") as file:
             return describe(file, skip=skip)
+    except Refused as error:
+        raise ValueError(f"{path}: not a file of tensors and plain values ({error})") from None
     except Exception:  # what is wrong, if anything, torch.load says in `load_tensors`
         return load_tensors(path)
 
@@ -142,15 +144,19 @@ def stored_view(path: Path, name: str, value: Stored | Tensor, digests: Sequence
     if isinstance(value, Tensor):
         source = Source(label, value.dtype, rows, columns, make=lambda: value, digests=tuple(digests))
     else:
-        source = Source(label, value.dtype, rows, columns, path, value.offset, digests=tuple(digests))
+        record = None if digests else value.record
+        source = Source(label, value.dtype, rows, columns, path, value.offset, digests=tuple(digests), record=record)
     return View.of(source, value.shape)
 
 
 def load_tensors(path: Path) -> dict:
     """`torch.load` of plain values and tensors. Raises ValueError, one line, for anything else or a damaged file."""
     try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        is_archive = zipfile.is_zipfile(path)  # files from before torch 1.6 are none and cannot be mapped
+        if is_archive:
+            with path.open("rb") as file:
+                check_archive(file)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a damaged file
         raise ValueError(
             f"{path}: not a file of tensors and plain values ({why_not_loaded(error)}); expected one that "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,12 @@ import torch
 from megatron_patch.checkpoint.companions import UNUSED
 from megatron_patch.checkpoint.convert import append_mean_rows, check_hf, new_projector
 from megatron_patch.checkpoint.hf import HfReader, load_safetensors
-from megatron_patch.checkpoint.mm_projector import read_mm_projector
+from megatron_patch.checkpoint.hf_files import refuse_adapter
+from megatron_patch.checkpoint.mm_projector import NAMES, read_mm_projector
 from megatron_patch.checkpoint.reader import InMemory, Joined, Reader, Views
 from megatron_patch.families.llava import hub_name, parts, rows, unused_names
+from megatron_patch.families.llava_repository import TOWER, is_repository
+from megatron_patch.files import CONFIG, read_json
 from megatron_patch.sizes import Llava
 
 EMBED_TOKENS = "language_model.model.embed_tokens.weight"
@@ -41,20 +44,34 @@ def open_sources(llava: Llava, llm: Path, clip: Path | None, projector: Path | N
     that names the file, for what is missing, damaged or contradictory.
     """
     if clip is None:
-        models = [HfReader(llm, partial(hub_name, llava))]
+        models = [open_model(llm, partial(hub_name, llava))]
         reader = models[0]
     else:
         language, tower, connector = parts(llava)
-        models = [HfReader(llm, language.hub_name), HfReader(clip, tower.hub_name)]
-        if projector is None:
-            last = InMemory(new_projector(connector.rows(), seed), "the new projector")
+        config = read_json(llm / CONFIG) if (llm / CONFIG).is_file() else {}
+        if is_repository(config):
+            models = [open_model(llm, partial(_repository_name, llava)), open_model(clip, tower.hub_name)]
+            reader = _with_tower(*models, bool(config.get("unfreeze_mm_vision_tower")))
         else:
-            last = read_mm_projector(projector)
-        reader = Joined([*models, last])
+            models = [open_model(llm, language.hub_name), open_model(clip, tower.hub_name)]
+            if projector is None:
+                # Before anything is made in the sizes that config.json says, the weights have to have them.
+                known = [*language.rows(), *tower.rows()]
+                check_hf(known, _without_tied_copy(llava, Joined(models)), unused_names(llava))
+                last = InMemory(new_projector(connector.rows(), seed), "the new projector")
+            else:
+                last = read_mm_projector(projector)
+            reader = Joined([*models, last])
     reader, unused = _without_tied_copy(llava, reader), unused_names(llava)
     check_hf(rows(llava), reader, unused)
     files = [path for model in models for path in model.files()]
     return Sources(reader, tuple(unused), files)
+
+
+def open_model(folder: Path, rename: Callable[[str], str | None]) -> HfReader:
+    """A Hugging Face folder's model (`HfReader`), which no adapter would change."""
+    refuse_adapter(folder)
+    return HfReader(folder, rename)
 
 
 def with_rows(reader: Reader, llava: Llava, num_rows: int) -> Reader:
@@ -76,7 +93,7 @@ def open_unused(llava: Llava, carriers: Sequence[Path], clip: Path | None, check
         reader = InMemory(load_safetensors(kept, check), str(kept))
     elif clip is not None:
         _, tower, _ = parts(llava)
-        reader = HfReader(clip, tower.hub_name)
+        reader = open_model(clip, tower.hub_name)
     else:
         raise FileNotFoundError(
             f"{carriers[0] / UNUSED}: missing; it holds the tower's last layer, which no training uses; give CLIP's "
@@ -87,6 +104,33 @@ def open_unused(llava: Llava, carriers: Sequence[Path], clip: Path | None, check
         if name not in reader:
             raise ValueError(f"{reader.source}: has no {name}; give another --source-clip-ckpt-path or copy it again")
     return Views({name: reader.view(name) for name in names}, reader)
+
+
+def _repository_name(llava: Llava, name: str) -> str | None:
+    """The hub's name of a tensor in a checkpoint of the LLaVA repository."""
+    language, tower, _ = parts(llava)
+    if name.startswith(TOWER):
+        return tower.hub_name(name.removeprefix(TOWER))
+    return NAMES.get(name) or language.hub_name(name)
+
+
+def _with_tower(model: Reader, clip: Reader, was_trained: bool) -> Reader:
+    """A checkpoint of the LLaVA repository with its tower, which is CLIP's unless it `was_trained`.
+
+    As LLaVA loads it: a tower in the checkpoint is read where it was trained, else CLIP's by its name. Raises
+    ValueError where a tower in it is another than the CLIP that is given.
+    """
+    own = [name for name in model if name in clip]
+    if was_trained and own:
+        return model
+    for name in own:
+        there, given = model[name], clip[name]
+        if there.shape != given.shape or not torch.equal(there, given.to(there.dtype)):
+            raise ValueError(
+                f"{model.source_of(name)}: its tower's {name} is not that of {clip.source}; give the CLIP that this "
+                "LLaVA was trained on, or say unfreeze_mm_vision_tower true in its config.json if the tower was trained"
+            )
+    return Joined([Views({name: model.view(name) for name in model if name not in clip}, model), clip])
 
 
 def _without_tied_copy(llava: Llava, reader: Reader) -> Reader:

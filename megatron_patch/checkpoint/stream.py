@@ -55,8 +55,12 @@ class Target:
     digests: list[str] = field(default_factory=list)
 
 
-def copy(targets: Iterable[Target], progress: Callable[[int], object] = lambda num_bytes: None) -> None:
+def copy(
+    targets: Iterable[Target], progress: Callable[[int], object] = lambda num_bytes: None, rest: bool = True
+) -> None:
     """Write every target. `progress` gets the number of bytes of each piece that is written.
+
+    `rest`: where a file of torch.save has one CRC-32 for many tensors, read those that no target needs to compare it.
 
     Raises ValueError, which names file and tensor, for a source that ends early, that is not what its manifest says,
     or that holds values which the target's type cannot; OSError for what the disk refuses.
@@ -99,7 +103,7 @@ def copy(targets: Iterable[Target], progress: Callable[[int], object] = lambda n
                 if last_use[source] == number:
                     source.release()
         line.finish()
-        checker.complete(files.read, BUFFER)
+        checker.complete(files.read, BUFFER, rest)
     for target, hasher in hashers.items():
         target.digests = hasher.digests
 
@@ -107,7 +111,7 @@ def copy(targets: Iterable[Target], progress: Callable[[int], object] = lambda n
 def read(views: dict[str, View]) -> dict[str, Tensor]:
     """The tensors themselves, each in its own memory. Raises as `copy` does."""
     tensors = {name: torch.empty(view.shape, dtype=view.dtype) for name, view in views.items()}
-    copy(Target(name, view, Memory(tensors[name]), 0) for name, view in views.items() if view.nbytes)
+    copy((Target(name, view, Memory(tensors[name]), 0) for name, view in views.items() if view.nbytes), rest=False)
     return tensors
 
 

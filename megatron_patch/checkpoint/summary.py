@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 
 from megatron_patch.checkpoint import checksums, companions, manifest
-from megatron_patch.checkpoint.hf import FILES, HfReader
+from megatron_patch.checkpoint.hf import HfReader
+from megatron_patch.checkpoint.hf_files import ORDER, passed_over, refuse_adapter, weight_file
 from megatron_patch.checkpoint.mp_rank import model_parts, open_shard, rank_files
 from megatron_patch.checkpoint.torch_dist import model_tensors, read_metadata
 from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
+from megatron_patch.families.llava_repository import is_repository, text_config, tower_name
 from megatron_patch.files import model_folder
 from megatron_patch.sizes import LanguageModel, VisionModel
 
@@ -60,16 +62,28 @@ def _stored(path: Path) -> Stored:
         return Stored(found.kind, found.tensors, found.files, {"iteration": text, **found.notes})
     if (path / ".metadata").is_file() or any(path.glob("mp_rank_*")):
         return _megatron_core(path)
-    if any((path / name).is_file() for name in FILES):
-        reader = HfReader(path)
-        views = [reader.view(name) for name in reader]
-        files = reader.files()
-        kind = "Hugging Face, " + ("safetensors" if files[0].suffix == ".safetensors" else "torch.save")
-        return Stored(kind, [(view.dtype, view.shape) for view in views], files, {})
-    raise ValueError(
-        f"{path}: holds no checkpoint; expected {companions.TRACKER}, mp_rank_* folders, .metadata, or one of "
-        f"{', '.join(FILES)}"
-    )
+    return _hugging_face(path)
+
+
+def _hugging_face(path: Path) -> Stored:
+    notes = {}
+    try:
+        refuse_adapter(path)
+    except ValueError as error:
+        if not any((path / name).is_file() for name in ORDER):
+            raise
+        notes["adapter"] = str(error)
+    try:
+        others = passed_over(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{error}; or of Megatron-Core: {companions.TRACKER}, mp_rank_*, .metadata") from None
+    if others:
+        notes["not the model"] = f"{', '.join(others)}: transformers reads {weight_file(path).name}"
+    reader = HfReader(path)
+    views = [reader.view(name) for name in reader]
+    files = reader.files()
+    kind = "Hugging Face, " + ("safetensors" if files[0].suffix == ".safetensors" else "torch.save")
+    return Stored(kind, [(view.dtype, view.shape) for view in views], files, notes)
 
 
 def _megatron_core(folder: Path) -> Stored:
@@ -120,7 +134,10 @@ def _model(path: Path) -> dict[str, str]:
     config = companions.read_json(folder)
     kind = str(config.get("model_type"))
     try:
-        if kind == "llava":
+        if is_repository(config):
+            kind = f"{kind} of the LLaVA repository, with {tower_name(config)} for its tower"
+            config = text_config(config)
+        elif kind == "llava":
             llava = describe(config)
             return {"model": kind, "language model": _language(llava.language), "vision tower": _vision(llava.vision)}
         for what, reads, says in KINDS:

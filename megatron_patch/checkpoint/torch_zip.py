@@ -13,12 +13,15 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 import torch
 
+from megatron_patch.checkpoint import pickle_size
 from megatron_patch.checkpoint.disk import BLOCK, OutputFile
+from megatron_patch.checkpoint.pickle_size import Refused
+from megatron_patch.checkpoint.view import Record
 
 STORAGES = {
     torch.bfloat16: torch.BFloat16Storage,
@@ -49,6 +52,8 @@ class Stored:
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    record: Record | None = field(default=None, compare=False)
+    """The bytes of its storage, which other tensors may share; None where the file has no CRC-32 of them."""
 
 
 class Skipped:
@@ -85,30 +90,69 @@ def describe(file: IO[bytes], start: int = 0, skip: bool = False) -> Any:
     """What torch.load would give, with `Stored` in the place of tensors. `start`: of the archive, within a larger file.
 
     `skip`: `Skipped` stands in the place of any other object, and `Namespace` of argparse's; else they are an error.
-    Nothing in it is executed, nor imported. Raises an exception of any kind for another or a damaged file, for tensors
-    whose values do not lie one after another, and for anything but tensors and plain values: torch.load has to say what
-    is wrong.
+    Nothing in it is executed, nor imported. Raises Refused for what nobody should read: compressed records, a structure
+    whose CRC-32 differs or that is out of proportion. Raises an exception of any kind for another or a damaged file,
+    for tensors whose values do not lie one after another, and for anything but tensors and plain values: torch.load has
+    to say what is wrong.
     """
+    records, structure = _open(file)
+    return _Unpickler(io.BytesIO(structure), records, start, skip).load()
+
+
+def check_archive(file: IO[bytes]) -> None:
+    """Compare every record of a file of torch.save with its CRC-32. Raises as `describe` does."""
+    records, _ = _open(file)
+    for key, record in records.items():
+        if record.crc is not None and crc_of(file, record.offset, record.size) != record.crc:
+            raise Refused(f"its record {key} is not what was written (CRC-32 differs)")
+
+
+def crc_of(file: IO[bytes], offset: int, size: int) -> int:
+    """CRC-32 of some bytes of a file, as many of them as there are."""
+    crc, left = 0, size
+    file.seek(offset)
+    while left > 0 and (data := file.read(min(left, 1024**2))):
+        crc, left = zlib.crc32(data, crc), left - len(data)
+    return crc
+
+
+def _open(file: IO[bytes]) -> tuple[dict[str, Record], bytes]:
+    """The records of the tensors' bytes by their keys, and the pickle that says what they are."""
     with zipfile.ZipFile(file) as archive:
-        places = {}
-        for entry in archive.infolist():
-            file.seek(entry.header_offset)
-            *_, name_length, extra_length = LOCAL.unpack(file.read(LOCAL.size))
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{entry.filename} is compressed")
-            places[entry.filename] = (entry.header_offset + LOCAL.size + name_length + extra_length, entry.file_size)
-        pickled = next(name for name in places if name.endswith("/data.pkl"))
-        root = pickled.removesuffix("data.pkl")
-        if archive.read(root + "byteorder") != b"little":
-            raise ValueError("written by a machine with the other byte order")
-        records = {name.removeprefix(root + "data/"): place for name, place in places.items()}
-        return _Unpickler(io.BytesIO(archive.read(pickled)), records, start, skip).load()
+        entries = archive.infolist()
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise Refused("it holds two records of one name")
+    has_crc = any(entry.CRC for entry in entries)  # torch can be told to leave them out, and writes 0
+    places: dict[str, Record] = {}
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise Refused(f"{entry.filename} is compressed, which torch.save never does; save it again with torch.save")
+        file.seek(entry.header_offset)
+        *_, name_length, extra_length = LOCAL.unpack(file.read(LOCAL.size))
+        offset = entry.header_offset + LOCAL.size + name_length + extra_length
+        places[entry.filename] = Record(offset, entry.file_size, entry.CRC if has_crc else None)
+    pickled = next(name for name in places if name.endswith("/data.pkl"))
+    root = pickled.removesuffix("data.pkl")
+    if _bytes(file, places[root + "byteorder"], "byteorder") != b"little":
+        raise ValueError("written by a machine with the other byte order")
+    structure = _bytes(file, places[pickled], "its structure (data.pkl)")
+    pickle_size.check(structure, "its structure (data.pkl)")
+    return {name.removeprefix(root + "data/"): place for name, place in places.items()}, structure
+
+
+def _bytes(file: IO[bytes], record: Record, what: str) -> bytes:
+    """A small record. One that is too large for what it is, is cut off."""
+    file.seek(record.offset)
+    data = file.read(min(record.size, pickle_size.MAX_BYTES + 1))
+    if len(data) == record.size and record.crc is not None and zlib.crc32(data) != record.crc:
+        raise Refused(f"{what} is not what was written (CRC-32 differs)")
+    return data
 
 
 class _Unpickler(pickle.Unpickler):
     """Admits what torch.save writes for tensors, and no other name. No name is looked up in its module."""
 
-    def __init__(self, file: IO[bytes], records: dict[str, tuple[int, int]], start: int, skip: bool) -> None:
+    def __init__(self, file: IO[bytes], records: dict[str, Record], start: int, skip: bool) -> None:
         super().__init__(file)
         self.skip = skip
         self.records = records
@@ -132,22 +176,23 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code")
         return admitted[module, name]
 
-    def persistent_load(self, saved: Any) -> tuple[int, int, torch.dtype]:
+    def persistent_load(self, saved: Any) -> tuple[Record, torch.dtype]:
         kind, dtype, key, _, count = saved
-        offset, size = self.records[key]
-        if kind != "storage" or size < count * dtype.itemsize:
-            raise pickle.UnpicklingError(f"record {key} holds {size} bytes, expected {count * dtype.itemsize}")
-        return self.start + offset, size, dtype
+        record = self.records[key]
+        if kind != "storage" or record.size < count * dtype.itemsize:
+            raise pickle.UnpicklingError(f"record {key} holds {record.size} bytes, expected {count * dtype.itemsize}")
+        return record._replace(offset=self.start + record.offset), dtype
 
     @staticmethod
     def _tensor(storage: tuple, first: int, shape: tuple, stride: tuple, *_: object) -> Stored:
-        offset, size, dtype = storage
+        record, dtype = storage
         count = torch.Size(shape).numel()
         if count and not torch.empty(0, device="meta").as_strided(shape, stride).is_contiguous():
             raise pickle.UnpicklingError("its values do not lie one after another")
-        if first < 0 or (first + count) * dtype.itemsize > size:
+        if first < 0 or (first + count) * dtype.itemsize > record.size:
             raise pickle.UnpicklingError(f"a tensor of shape {list(shape)} goes past its record")
-        return Stored(offset + first * dtype.itemsize, dtype, tuple(shape))
+        offset = record.offset + first * dtype.itemsize
+        return Stored(offset, dtype, tuple(shape), record if record.crc is not None else None)
 
 
 class TorchArchive:

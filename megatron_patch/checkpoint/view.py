@@ -18,6 +18,14 @@ import torch
 from torch import Tensor
 
 
+class Record(NamedTuple):
+    """Bytes of a file whose CRC-32 the file itself says. None: it says none."""
+
+    offset: int
+    size: int
+    crc: int | None
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """A tensor that is there: bytes of a file, row after row. Its identity is the object's own."""
@@ -37,6 +45,14 @@ class Source:
 
     digests: tuple[tuple[int, str], ...] = ()
     """(rows, sha256) of its runs from the first row to the last, as a manifest says. Empty: nothing to check."""
+
+    record: Record | None = None
+    """Where no manifest says digests: bytes that hold this tensor, maybe with others, and their CRC-32."""
+
+    @property
+    def runs(self) -> tuple[tuple[int, str | None], ...]:
+        """Rows that are checked together, and the sha256 of them; None: a CRC-32 is taken for the record."""
+        return self.digests or (((self.rows, None),) if self.record else ())
 
     @property
     def row_bytes(self) -> int:
@@ -62,7 +78,7 @@ class Source:
         whole = self.digests if len(self.digests) < 2 else ()
         digests = tuple((rows, digest) for _, digest in whole)
         make = None if self.make is None else lambda: self.made
-        return Source(self.name, self.dtype, rows, columns, self.path, self.offset, make, digests)
+        return Source(self.name, self.dtype, rows, columns, self.path, self.offset, make, digests, self.record)
 
 
 class Part(NamedTuple):
@@ -130,7 +146,7 @@ class View:
 
     def unchecked(self) -> View:
         """The same values, read without comparing them with a manifest: for what is read a second time."""
-        plain = {source: replace(source, digests=()) for source in self.sources}
+        plain = {source: replace(source, digests=(), record=None) for source in self.sources}
         strips = (
             Strip(strip.rows, tuple(part._replace(source=plain.get(part.source)) for part in strip.parts))
             for strip in self.strips

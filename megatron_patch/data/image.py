@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import math
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,89 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_patch.data.webdataset.formats import MAX_PIXELS
-
-PREPROCESSOR = "preprocessor_config.json"
-
-Transform = Literal["clip", "pad", "square"]
-"""clip: shortest edge to `size`, then the middle. pad: before that, the mean colour around it to make it square, as in
-LLaVA-1.5's second stage. square: to `crop_size` whatever its shape."""
-
-# What all transforms do. A preprocessor_config.json that asks for anything else is refused.
-SUPPORTED = {
-    "do_resize": (True,),
-    "do_rescale": (True,),
-    "do_normalize": (True,),
-    "do_convert_rgb": (True, None),
-    "do_pad": (False, True, None),
-    "resample": (Image.Resampling.BICUBIC.value,),
-    "rescale_factor": (1 / 255,),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageSettings:
-    """How a picture becomes the tower's input: a transform to `crop_size` (height, width), then normalisation."""
-
-    transform: Transform
-    size: int
-    """Shortest edge before the middle is cut out; square makes no use of it."""
-    crop_size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-def read_image_settings(folder: Path, transform: Transform | Literal["auto"] = "auto") -> ImageSettings:
-    """What `folder`/preprocessor_config.json describes, with `transform` in place of its own unless that is auto.
-
-    Raises FileNotFoundError when it is missing, ValueError when it asks for anything else than these transforms.
-    """
-    path = Path(folder) / PREPROCESSOR
-    config = read_preprocessor(folder)
-    try:
-        settings = _settings(config)
-    except KeyError as error:
-        raise ValueError(f"{path}: {error} is missing") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    return settings if transform == "auto" else replace(settings, transform=transform)
-
-
-def check_crop(folder: Path, settings: ImageSettings, img_size: int) -> None:
-    """Raise ValueError where the settings that `folder` has give pictures of another size than the tower takes."""
-    if settings.crop_size != (img_size, img_size):
-        raise ValueError(
-            f"{folder}/{PREPROCESSOR}: crop_size is {settings.crop_size}, but the vision tower takes {img_size} x "
-            f"{img_size} pixels; use the tower's own {PREPROCESSOR}"
-        )
-
-
-def read_preprocessor(folder: Path) -> dict[str, Any]:
-    """preprocessor_config.json as it is. Raises FileNotFoundError or ValueError that names the file."""
-    path = Path(folder) / PREPROCESSOR
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; expected the vision tower's, as CLIP's checkpoint has it")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a json object with a picture's transform; copy the vision tower's again")
-    return config
-
-
-def preprocessor_of(settings: ImageSettings, config: dict[str, Any]) -> dict[str, Any]:
-    """A preprocessor_config.json by which transformers does what `settings` say; the rest is as in `config`."""
-    height, width = settings.crop_size
-    square = settings.transform == "square"
-    return {
-        **config,
-        # CLIPImageProcessor does not pad.
-        "image_processor_type": "LlavaImageProcessor" if settings.transform == "pad" else "CLIPImageProcessor",
-        "size": {"height": height, "width": width} if square else {"shortest_edge": settings.size},
-        "do_center_crop": not square,
-        "crop_size": {"height": height, "width": width},
-        "do_pad": settings.transform == "pad",
-    }
+from megatron_patch.preprocessor import ImageSettings
 
 
 def load_pixels(data: bytes, settings: ImageSettings) -> Tensor:
@@ -148,37 +62,6 @@ def normalize(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], d
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     """fp32 [1, 3, 1, 1], made once: the host would wait for a GPU each time."""
     return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
-
-
-def _settings(config: dict[str, Any]) -> ImageSettings:
-    for name, allowed in SUPPORTED.items():
-        given = config.get(name, allowed[0])
-        if given not in allowed:
-            raise ValueError(f"{name} is {given!r}, only {allowed[0]!r} is supported")
-    size, crop = config["size"], config.get("crop_size", config["size"])
-    crop_size = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
-    size = size if isinstance(size, dict) else {"shortest_edge": size}
-    crops = config.get("do_center_crop", "shortest_edge" in size)
-    if set(size) == {"shortest_edge"} and crops:
-        transform, edge = "pad" if config.get("do_pad") else "clip", size["shortest_edge"]
-    elif set(size) == {"height", "width"} and not config.get("do_pad"):
-        # Cutting the middle out of what has this size already changes nothing.
-        if crops and crop_size != (size["height"], size["width"]):
-            raise ValueError(f"size is {size!r} and crop_size another; only a shortest_edge can be cropped")
-        crop_size = (size["height"], size["width"])
-        transform, edge = "square", min(crop_size)
-    else:
-        raise ValueError(
-            f"size is {size!r} with do_center_crop {crops}; only a shortest_edge with it, and height and width without "
-            f"it, are supported"
-        )
-    for name, lengths in (("size", [edge]), ("crop_size", crop_size)):
-        if not all(isinstance(length, int) and length > 0 for length in lengths):
-            raise ValueError(f"{name} is {config.get(name)!r}; expected numbers of pixels")
-    mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
-    if len(mean) != 3 or len(std) != 3:
-        raise ValueError(f"image_mean {mean} and image_std {std}: expected three numbers each")
-    return ImageSettings(transform=transform, size=edge, crop_size=crop_size, mean=mean, std=std)
 
 
 def _check_pixels(what: str, width: int, height: int) -> None:

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 from megatron_patch.config import Config
-from megatron_patch.data.image import PREPROCESSOR, preprocessor_of, read_image_settings, read_preprocessor
 from megatron_patch.data.prompts import chat_template, find_format
-from megatron_patch.files import beside
+from megatron_patch.files import PREPROCESSOR, beside
+from megatron_patch.preprocessor import preprocessor_of, read_image_settings, read_preprocessor
 
 
 def write_processor(config: Config, family: str, folder: Path) -> None:

@@ -18,9 +18,10 @@ from webdataset.autodecode import Decoder
 
 from megatron_patch.config import Config
 from megatron_patch.data import conversation
-from megatron_patch.data.image import check_crop, load_pixels, read_image_settings
+from megatron_patch.data.image import load_pixels
 from megatron_patch.data.prompts import IMAGE, MARKED_IMAGE, Piece, document_pieces, find_format, prompt_format
 from megatron_patch.data.tokenize import IGNORE, encode, load_tokenizer
+from megatron_patch.preprocessor import check_crop, read_image_settings
 from megatron_patch.sizes import Llava
 
 MULTIPLE = 8

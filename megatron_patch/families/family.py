@@ -13,6 +13,12 @@ from typing import Any, Literal
 
 from megatron_patch.families.shapes import whole_shape
 
+MAX_LAYERS = 4096
+"""Thirty times the deepest model there is: a table of rows is made of it before a weight is looked at."""
+
+MAX_SIZE = 2**31 - 1
+MAX_NUMBER = 1e30
+NUM_LAYERS = "num_hidden_layers"
 Layout = Literal["same", "qkv", "gated", "vocab", "class_token"]
 
 
@@ -110,8 +116,18 @@ def checked(name: str, value: Any, kind: type) -> Any:
     # Python's json reads NaN and Infinity too, which are no numbers of a model.
     fits = isinstance(value, types) and not (is_number and (isinstance(value, bool) or not 0 < value < math.inf))
     if not fits:
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
+        raise ValueError(f"{name} is {short(value)}; expected {expected}")
+    limit = MAX_LAYERS if name == NUM_LAYERS else MAX_SIZE
+    largest = limit if kind is int else MAX_NUMBER
+    if is_number and value > largest:
+        raise ValueError(f"{name} is {short(value)}; expected {expected}, at most {largest:,}")
     return value
+
+
+def short(value: Any) -> str:
+    """A value of a config.json for a message, which stays one line of readable length."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**50 else "a number of over 50 digits"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +184,6 @@ class Family:
             given = hf_config.get(name, allowed[0])
             if given not in allowed:
                 raise ValueError(
-                    f"{name} is {given!r}; for {self.name} only {', '.join(map(repr, allowed))} is supported"
+                    f"{name} is {short(given)}; for {self.name} only {', '.join(map(repr, allowed))} is supported"
                 )
         return {setting.mcore: setting.read(hf_config) for setting in self.settings}

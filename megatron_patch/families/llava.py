@@ -6,7 +6,6 @@ wrote them) is the one place that sizes are read from.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.families.clip import CLIP
-from megatron_patch.families.family import Family, Weight, checked
+from megatron_patch.families.family import MAX_SIZE, Family, Weight, checked, short
 from megatron_patch.families.llama import LLAMA
 from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.families.projector import PROJECTOR
 from megatron_patch.families.qwen2 import QWEN2
 from megatron_patch.families.shapes import language_dims, projector_dims, vision_dims
+from megatron_patch.files import CONFIG, read_json
 from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 
 LANGUAGE_FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2)}
@@ -131,13 +131,10 @@ def hub_name(llava: Llava, hf_name: str) -> str | None:
 
 def read_config(folder: Path) -> Llava:
     """Sizes of the LLaVA that `folder`/config.json describes. Raises ValueError or OSError that names the file."""
-    path = Path(folder) / "config.json"
+    path = Path(folder) / CONFIG
+    config = read_json(path, "a folder made by hf2mcore_convertor_llava.sh or a LLaVA from Hugging Face")
     try:
-        return describe(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: missing; expected a folder made by hf2mcore_convertor_llava.sh or a LLaVA from Hugging Face"
-        ) from None
+        return describe(config)
     except KeyError as error:
         raise ValueError(f"{path}: has no {error}, which a LLaVA's config.json holds") from None
     except ValueError as error:
@@ -147,11 +144,11 @@ def read_config(folder: Path) -> Llava:
 def describe(hf_config: dict[str, Any]) -> Llava:
     """Sizes in megatron.core's names of what a LlavaConfig (as a dict) says."""
     if hf_config.get("model_type") != "llava":
-        raise ValueError(f"model_type is {hf_config.get('model_type')!r}, expected 'llava'")
+        raise ValueError(f"model_type is {short(hf_config.get('model_type'))}, expected 'llava'")
     _check_not_quantized(hf_config)
     for name, allowed in REQUIRED.items():
         if hf_config.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{name} is {hf_config[name]!r}, only {allowed[0]!r} is supported")
+            raise ValueError(f"{name} is {short(hf_config[name])}, only {allowed[0]!r} is supported")
     return Llava(
         language=describe_language_model(checked("text_config", hf_config["text_config"], dict)),
         vision=describe_vision_model(checked("vision_config", hf_config["vision_config"], dict)),
@@ -161,8 +158,8 @@ def describe(hf_config: dict[str, Any]) -> Llava:
 
 def _image_token_id(hf_config: dict[str, Any]) -> int:
     value = hf_config.get("image_token_index", hf_config.get("image_token_id", 32000))
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"image_token_index is {value!r}; expected a token's id")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SIZE:
+        raise ValueError(f"image_token_index is {short(value)}; expected a token's id")
     return value
 
 
@@ -205,10 +202,12 @@ def _rope_factor(rope: dict[str, Any]) -> float | None:
     if kind == "default":
         return None
     if kind != "llama3":
-        raise ValueError(f"rope_type {kind!r}: megatron.core has 'default' and 'llama3'; use a model with one of them")
+        raise ValueError(
+            f"rope_type {short(kind)}: megatron.core has 'default' and 'llama3'; use a model with one of them"
+        )
     for name, value in LLAMA3_ROPE.items():
         if rope[name] != value:
-            raise ValueError(f"{name} of rope_type 'llama3' is {rope[name]}; megatron.core has {value} fixed")
+            raise ValueError(f"{name} of rope_type 'llama3' is {short(rope[name])}; megatron.core has {value} fixed")
     return float(checked("factor of rope_type 'llama3'", rope["factor"], float))
 
 
@@ -241,5 +240,5 @@ def _language_family(language: LanguageModel) -> Family:
 def _family(known: dict[str, Family], hf_config: dict[str, Any], what: str) -> Family:
     model_type = hf_config.get("model_type")
     if not isinstance(model_type, str) or model_type not in known:
-        raise ValueError(f"{what}: model_type {model_type!r} is not supported, only {', '.join(known)}")
+        raise ValueError(f"{what}: model_type {short(model_type)} is not supported, only {', '.join(known)}")
     return known[model_type]

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from megatron_patch import parallel
 from megatron_patch.config import Config
-from megatron_patch.data.image import normalize, read_image_settings
+from megatron_patch.data.image import normalize
 from megatron_patch.data.loader import valid_loader
 from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
 from megatron_patch.data.tokenize import IGNORE
 from megatron_patch.model.llava import DTYPES, find_positions
 from megatron_patch.model.specs import FP8_MULTIPLE
+from megatron_patch.preprocessor import read_image_settings
 from megatron_patch.sizes import Llava
 from megatron_patch.training.batch import cut_text, place_images, to_device
 

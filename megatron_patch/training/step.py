@@ -20,10 +20,11 @@ from torch import Tensor
 
 from megatron_patch import parallel
 from megatron_patch.config import Config
-from megatron_patch.data.image import normalize, read_image_settings
+from megatron_patch.data.image import normalize
 from megatron_patch.data.task_encoder import Batch
 from megatron_patch.model.llava import DTYPES, LlavaModel
 from megatron_patch.model.specs import FP8_MULTIPLE, uses_transformer_engine
+from megatron_patch.preprocessor import read_image_settings
 from megatron_patch.sizes import Llava
 from megatron_patch.training.batch import (
     count,

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_patch.checkpoint import disk
 from tests.canary import Canary
 from tests.end_to_end.scripts import CONVERT_MODEL, ROOT, call, environment
 from toolkits.model_checkpoints_convertor.convert import main
@@ -206,3 +207,20 @@ def test_an_interruption_is_one_line_and_leaves_nothing(tmp_path, mistral, clip,
     assert f"interrupted: {tmp_path / 'target'} was not written" in said
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["llm", "clip"])
+def test_a_source_that_changes_meanwhile(sources, tmp_path, capsys, monkeypatch, where):
+    """After the last byte was read, as late as can be."""
+    path = sources[where] / "config.json"
+    before = path.read_bytes()
+
+    def write_again(point: str) -> None:
+        if point == "tracker written":
+            path.write_bytes(before + b"\n")
+
+    monkeypatch.setattr(disk, "reached", write_again)
+    try:
+        assert f"{path}: changed while it was read" in refused(capsys, tmp_path / "out" / "mcore", sources)
+    finally:
+        path.write_bytes(before)

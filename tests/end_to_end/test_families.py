@@ -18,9 +18,10 @@ from megatron_patch.checkpoint.hf import HfReader
 from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.config import Config, Parallel
-from megatron_patch.data.image import normalize, read_image_settings
+from megatron_patch.data.image import normalize
 from megatron_patch.families.llava import hub_name, parts, read_config
 from megatron_patch.model.llava import find_patches, language_config
+from megatron_patch.preprocessor import read_image_settings
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.optimizer import build_scheduler
 from megatron_patch.training.step import batch_runner, train_step

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_patch"
 
+READ = ("files", "pickles", "preprocessor")
 # Folder or file -> what of this package it may import, besides itself.
 ALLOWED = {
     "checks.py": (),
@@ -19,19 +20,20 @@ ALLOWED = {
     "forking.py": (),
     "terminal.py": (),
     "pickles.py": ("files",),
+    "preprocessor.py": ("files",),
     "parallel_config.py": ("checks", "sizes"),
     "checkpoint_config.py": ("checks",),
     "config.py": ("checks", "checkpoint_config", "files", "parallel_config", "sizes"),
     "arguments.py": (),
-    "conversion.py": ("config", "arguments", "checkpoint", "families", "files", "sizes"),
+    "conversion.py": ("config", "arguments", "checkpoint", "families", "files", "preprocessor", "sizes"),
     "parallel.py": ("config",),
     "estimate": ("checks", "config", "families", "sizes"),
     "launch.py": ("config", "families", "files", "forking", "checkpoint", "estimate", "sizes"),
     "patches": (),
-    "families": ("sizes",),
+    "families": ("files", "sizes"),
     "model": ("config", "patches", "sizes"),
-    "checkpoint": ("checks", "config", "files", "pickles", "sizes", "families", "model"),
-    "data": ("config", "sizes", "files", "pickles"),
+    "checkpoint": ("checks", "config", "sizes", "families", "model", *READ),
+    "data": ("config", "sizes", *READ),
     "training": (
         "config",
         "sizes",
@@ -41,20 +43,14 @@ ALLOWED = {
         "data",
         "parallel",
         "estimate",
-        "files",
         "terminal",
+        *READ,
     ),
     "__init__.py": ("forking", "patches"),
 }
 WITHOUT_MEGATRON_CORE = ("config.py", "sizes.py", "arguments.py", "conversion.py", "launch.py", "families", "data")
-WITHOUT_MEGATRON_CORE += (
-    "parallel_config.py",
-    "checkpoint_config.py",
-    "files.py",
-    "pickles.py",
-    "terminal.py",
-    "estimate",
-)
+WITHOUT_MEGATRON_CORE += ("parallel_config.py", "checkpoint_config.py", "files.py", "pickles.py", "preprocessor.py")
+WITHOUT_MEGATRON_CORE += ("terminal.py", "estimate")
 MEGATRON_CORE_IN_CHECKPOINT = ("resume.py", "saving.py")
 FILES = sorted(PACKAGE.rglob("*.py"))
 

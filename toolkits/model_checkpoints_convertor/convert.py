@@ -22,6 +22,7 @@ try:
     from megatron_patch.arguments import parse
     from megatron_patch.checkpoint import companions
     from megatron_patch.checkpoint.output import check_target, written_aside
+    from megatron_patch.checkpoint.unchanged import Unchanged
     from megatron_patch.config import Parallel
     from megatron_patch.conversion import (
         DTYPES,
@@ -32,6 +33,7 @@ try:
         describe_sources,
         stages_of,
     )
+    from megatron_patch.families import llava_repository
     from megatron_patch.families.llava import describe
     from megatron_patch.files import check_page
     from megatron_patch.sizes import Llava
@@ -84,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def import_hf(conversion: Conversion) -> None:
     """Hugging Face's language model and CLIP, or a whole LLaVA -> Megatron-Core shards."""
     conversion.refuse(NOT_FROM_HF, "a Megatron-Core checkpoint")
+    llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
+    read = Unchanged([llm, clip, conversion.projector])
     config, llava = describe_sources(conversion)
     llava.check_model_size(conversion.model_size)
     stages_of(conversion, llava)
@@ -93,14 +97,17 @@ def import_hf(conversion: Conversion) -> None:
 
     from megatron_patch.checkpoint.convert import open_mcore, to_mcore
     from megatron_patch.checkpoint.hf import save_tensors
+    from megatron_patch.checkpoint.hf_files import passed_over, weight_file
     from megatron_patch.checkpoint.sources import open_sources, with_rows
-    from megatron_patch.data.image import check_crop, read_image_settings
     from megatron_patch.families.llava import rows
+    from megatron_patch.preprocessor import check_crop, has_preprocessor, read_image_settings
 
     dtype = getattr(torch, DTYPES[conversion.precision])
-    llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
-    if ((clip or llm) / companions.PREPROCESSOR).is_file():
+    if has_preprocessor(clip or llm):
         check_crop(clip or llm, read_image_settings(clip or llm), llava.vision.img_size)
+    for folder in filter(None, (llm, clip)):
+        for name in passed_over(folder):
+            print(f"{folder}: {weight_file(folder).name} is the model, as for transformers; {name} is not read")
     sources = open_sources(llava, llm, clip, conversion.projector, conversion.seed)
     num_bytes = _num_bytes(conversion, llava)
     with written_aside(conversion.target_ckpt_path, num_bytes) as folder:
@@ -111,6 +118,7 @@ def import_hf(conversion: Conversion) -> None:
         _write_mcore(conversion, folder, mcore, llava, sources.files)
         if conversion.verifies(num_bytes):
             _verify(conversion, folder, llava, source, open_mcore(folder, llava))
+        read.check()
     print(_wrote(conversion))
 
 
@@ -119,6 +127,7 @@ def reshard(conversion: Conversion) -> None:
     conversion.refuse(NOT_FROM_MCORE, "an import from Hugging Face")
     if conversion.verify == "true":
         raise ValueError("--verify true: is for conversions from and to Hugging Face; a cut is checked by its manifest")
+    read = _weights_of(conversion)
     carriers, _, llava = describe_checkpoint(conversion)
     stages_of(conversion, llava)
     check_target(conversion.target_ckpt_path, conversion.sources)
@@ -136,11 +145,13 @@ def reshard(conversion: Conversion) -> None:
         for source in reversed(carriers):
             companions.copy_companions(source, folder)
         _write_mcore(conversion, folder, mcore, llava, [path for path in files if path is not None])
+        read.check()
     print(_wrote(conversion))
 
 
 def export_hf(conversion: Conversion) -> None:
     """A Megatron-Core checkpoint -> LlavaForConditionalGeneration, as transformers 4.57 and 5 open it."""
+    read = _weights_of(conversion)
     carriers, config, llava = describe_checkpoint(conversion)
     check_target(conversion.target_ckpt_path, conversion.sources)
 
@@ -159,6 +170,7 @@ def export_hf(conversion: Conversion) -> None:
     if conversion.parts == "projector":
         with written_aside(conversion.target_ckpt_path) as folder:
             write_mm_projector(folder, weights)
+            read.check()
         print(f"wrote {conversion.target_ckpt_path}: the projector, {conversion.precision}")
         return
     unused = open_unused(llava, carriers, conversion.source_clip_ckpt_path, check=not conversion.no_check)
@@ -176,7 +188,14 @@ def export_hf(conversion: Conversion) -> None:
             hf = HfReader(folder, partial(hub_name, llava))
             parity = _verify(conversion, folder, llava, hf, mcore)
         _write_card(conversion, folder, llava, carriers, parity)
+        read.check()
     print(f"wrote {conversion.target_ckpt_path}: LlavaForConditionalGeneration, {conversion.precision}")
+
+
+def _weights_of(conversion: Conversion) -> Unchanged:
+    """The files of weights of a Megatron-Core checkpoint. What lies beside them a run may write again."""
+    target = companions.checkpoint_folder(conversion.source_llm_ckpt_path)
+    return Unchanged([target, *target.glob("mp_rank_*"), conversion.source_clip_ckpt_path])
 
 
 def _num_bytes(conversion: Conversion, llava: Llava) -> int:
@@ -216,6 +235,7 @@ def _wrote(conversion: Conversion) -> str:
 def _write_companions(conversion: Conversion, folder: Path, config: dict[str, Any], llava: Llava) -> Llava:
     """Everything beside the shards. Returns the sizes, with the image token's id and rows for new tokens."""
     from megatron_patch.checkpoint.card import versions
+    from megatron_patch.data.prompts import chat_template
     from megatron_patch.data.tokenize import IMAGE, install_tokenizer, source_chat_template
 
     llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
@@ -228,14 +248,23 @@ def _write_companions(conversion: Conversion, folder: Path, config: dict[str, An
     companions.write_json(folder, companions.CONFIG, config)
     companions.copy_companions(llm, folder / companions.SOURCE_TOKENIZER, companions.IN_SOURCE_TOKENIZER)
     companions.copy_companions(llm, folder, (companions.GENERATION_CONFIG,))
-    companions.copy_companions(clip or llm, folder, (companions.PREPROCESSOR,))
+    source = companions.read_json(llm)
+    of_repository = llava_repository.is_repository(source)
+    companions.write_preprocessor(clip or llm, folder)
     companions.complete_processor(folder, llava.vision)
-    template = source_chat_template(llm) if clip is None and conversion.prompt_format == "auto" else None
+    if of_repository and llava_repository.pads(source):
+        companions.write_preprocessor(folder, folder, pad=True)
+    template = None
+    if conversion.prompt_format == "auto" and (of_repository or clip is None):
+        template = source_chat_template(llm)
+        if template is None and of_repository and llava.language.family == "llama":
+            template = chat_template("v1", llm)  # the LLaVA repository's default for what is no Mistral
     _write_chat_template(conversion, folder, llm, llava, template)
+    new = f"new, seed {conversion.seed}"
     record = {
         "language_model": str(llm),
         "vision_tower": str(clip or llm),
-        "projector": str(conversion.projector or (f"new, seed {conversion.seed}" if clip else llm)),
+        "projector": str(conversion.projector or (new if clip and not of_repository else llm)),
         "precision": conversion.precision,
         "added_tokens": conversion.added_tokens,
         "versions": versions(),

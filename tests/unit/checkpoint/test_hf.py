@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from megatron_patch.checkpoint import disk
 from megatron_patch.checkpoint.hf import HfReader, HfWriter, load_safetensors, save_tensors
 from tests.canary import Canary
+from tests.unit.properties import damaged, examples, one_line
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),
@@ -81,13 +84,13 @@ def missing_shard(folder):
 
 
 def absent_tensor(folder):
-    one_safetensors(folder)
-    write_index(folder, "model.safetensors.index.json", dict.fromkeys([*TENSORS, "d"], "model.safetensors"))
+    save_file(TENSORS, folder / "model-1.safetensors")
+    write_index(folder, "model.safetensors.index.json", dict.fromkeys([*TENSORS, "d"], "model-1.safetensors"))
 
 
 def unlisted_tensor(folder):
-    one_safetensors(folder)
-    write_index(folder, "model.safetensors.index.json", dict.fromkeys("ab", "model.safetensors"))
+    save_file(TENSORS, folder / "model-1.safetensors")
+    write_index(folder, "model.safetensors.index.json", dict.fromkeys("ab", "model-1.safetensors"))
 
 
 def bad_index(folder):
@@ -107,6 +110,43 @@ def truncated(folder):
     os.truncate(folder / "model.safetensors", 40)
 
 
+def lfs_pointer(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def safetensors_of(folder, header, length=None):
+    text = json.dumps(header).encode() if not isinstance(header, bytes) else header
+    start = (len(text) if length is None else length).to_bytes(8, "little")
+    (folder / "model.safetensors").write_bytes(start + text + bytes(16))
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+WHOLE = b'{"dtype":"F32","shape":[4],"data_offsets":[0,16]}'
+LIES = {
+    "a length beyond all": ({"a": ENTRY}, 2**63),
+    "a length beyond the file": ({"a": ENTRY}, 90_000_000),
+    "tensors that overlap": ({"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}},),
+    "bytes behind the file": ({"a": {**ENTRY, "data_offsets": [0, 2**40]}},),
+    "a shape beyond its bytes": ({"a": {**ENTRY, "shape": [2**40, 2**40]}},),
+    "a negative shape": ({"a": {**ENTRY, "shape": [-2]}},),
+    "a tensor twice": (b'{"a":' + WHOLE + b',"a":' + WHOLE + b"}",),
+    "deep": (b"[" * 20000 + b"]" * 20000,),
+}
+
+
+@pytest.mark.parametrize("header", LIES.values(), ids=LIES)
+def test_headers_that_lie(tmp_path, header):
+    safetensors_of(tmp_path, *header)
+    message = r"model\.safetensors: (not a readable safetensors file|its header names)"
+    with pytest.raises(ValueError, match=message) as error:
+        HfReader(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def deep_index(folder):
+    (folder / "model.safetensors.index.json").write_text("[" * 20000 + "]" * 20000)
+
+
 def empty(folder):
     (folder / "model.safetensors").touch()
 
@@ -120,11 +160,13 @@ def truncated_bin(folder):
     ("damage", "message"),
     [
         (no_folder, "no such folder; expected a Hugging Face checkpoint"),
-        (lambda folder: None, "holds no weights; expected one of model.safetensors.index.json"),
+        (lambda folder: None, "holds no weights; expected one of model.safetensors, "),
         (missing_shard, "model-00002-of-00002.safetensors: missing; model.safetensors.index.json names it"),
         (absent_tensor, "has no tensor d, which model.safetensors.index.json says is in it"),
         (unlisted_tensor, "holds c, which model.safetensors.index.json does not say"),
         (bad_index, "model.safetensors.index.json: not an index of weights"),
+        (lfs_pointer, "model.safetensors: is a pointer of Git LFS"),
+        (deep_index, "model.safetensors.index.json: .*nested too deep"),
         (empty_index, "model.safetensors.index.json: not an index of weights .*names no tensor"),
         (index_out_of_the_folder, "leads out of the folder"),
         (truncated, "model.safetensors: not a readable safetensors file"),
@@ -291,3 +333,13 @@ def check_written(folder):
     assert set(reader) == set(TENSORS)
     for name, tensor in TENSORS.items():
         assert torch.equal(reader[name], tensor)
+
+
+@examples
+@given(damaged(b'{"a":' + WHOLE + b"}"), st.integers(0, 2**64 - 1) | st.none())
+def test_whatever_a_header_says(tmp_path_factory, header, length):
+    folder = tmp_path_factory.getbasetemp()
+    safetensors_of(folder, header, length)
+    with one_line(folder):
+        reader = HfReader(folder)
+        _ = {name: reader[name] for name in reader}

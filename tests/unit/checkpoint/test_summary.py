@@ -67,8 +67,9 @@ def test_hugging_face(mistral, clip, hf):
 def test_what_is_no_checkpoint(tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
     assert (
-        f"error: {tmp_path}: holds no checkpoint; expected latest_checkpointed_iteration.txt" in capsys.readouterr().err
-    )
+        f"error: {tmp_path}: holds no weights; expected one of model.safetensors, model.safetensors.index.json, "
+        "pytorch_model.bin, pytorch_model.bin.index.json; or of Megatron-Core: latest_checkpointed_iteration.txt"
+    ) in capsys.readouterr().err
     assert main([str(tmp_path / "none")]) == 1
     assert "not a folder" in capsys.readouterr().err
     assert main([]) == 2

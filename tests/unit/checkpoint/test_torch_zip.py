@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import io
+import pickle
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from megatron_patch.checkpoint.crc32 import combine
 from megatron_patch.checkpoint.disk import OutputFile
-from megatron_patch.checkpoint.reader import open_torch_file, stored_view
+from megatron_patch.checkpoint.mm_projector import NAMES, read_mm_projector
+from megatron_patch.checkpoint.reader import load_tensors, open_torch_file, stored_view
 from megatron_patch.checkpoint.stream import Target, copy, read
 from megatron_patch.checkpoint.torch_zip import Stored, TorchArchive, describe
 from megatron_patch.checkpoint.view import View
+from tests.unit.properties import damaged, examples, one_line
 
 TENSORS = {
     "matrix": torch.randn(30, 70),
@@ -110,3 +117,172 @@ def test_an_archive_within_a_file(tmp_path, start):
     stored = describe(io.BytesIO(data[start:]), start)["model"]["matrix"]
     matrix = torch.frombuffer(bytearray(data[stored.offset :][: TENSORS["matrix"].nbytes]), dtype=torch.float32)
     assert torch.equal(matrix.view(stored.shape), TENSORS["matrix"])
+
+
+@given(st.binary(max_size=300), st.binary(max_size=300))
+def test_crcs_of_pieces_are_put_together(first, second):
+    assert combine(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
+
+
+def flip(path: Path, value: float) -> None:
+    """Change the one place in the file that holds `value`."""
+    content = bytearray(path.read_bytes())
+    place = content.index(torch.tensor([value]).numpy().tobytes())
+    content[place + 1] ^= 0x10
+    path.write_bytes(content)
+
+
+def whole_records(path):
+    torch.save({"a": torch.arange(5000.0).reshape(50, 100), "b": torch.full((7,), 0.5)}, path)
+
+
+def one_record(path):
+    """Tensors that are cut out of one storage, as Megatron-LM's parameters are, with bytes between and behind."""
+    flat = torch.arange(6000.0)
+    torch.save({"a": flat[10:5010].view(50, 100), "b": flat[5010:5017], "twin": flat[5010:5017]}, path)
+
+
+def copied(path: Path, names: str, tmp_path: Path) -> None:
+    content = open_torch_file(path)
+    file = OutputFile(tmp_path / "copy")
+    try:
+        views = {name: stored_view(path, name, content[name]) for name in names}
+        copy([Target(name, view, file, 40000 * number) for number, (name, view) in enumerate(views.items())])
+    finally:
+        file.close()
+
+
+@pytest.mark.parametrize("save", [whole_records, one_record])
+def test_what_is_whole_is_copied(tmp_path, save):
+    save(tmp_path / "file.pt")
+    copied(tmp_path / "file.pt", "ab", tmp_path)
+    content = open_torch_file(tmp_path / "file.pt")
+    assert torch.equal(
+        read({"a": stored_view(tmp_path / "file.pt", "a", content["a"])})["a"], torch.load(tmp_path / "file.pt")["a"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("save", "value", "names"),
+    [
+        (whole_records, 4321.0, "ab"),
+        (one_record, 4321.0, "ab"),
+        (one_record, 5012.0, "ab"),
+        (one_record, 5.0, "ab"),  # before the first tensor
+        (one_record, 5900.0, "ab"),  # behind the last one
+        (one_record, 4321.0, "b"),  # in one that nothing needs
+    ],
+)
+def test_a_flipped_bit_contradicts_the_crc(tmp_path, save, value, names):
+    save(tmp_path / "file.pt")
+    flip(tmp_path / "file.pt", value)
+    with pytest.raises(ValueError, match=r"file\.pt: \w( and 1 more)?: not what was written \(CRC-32 differs\)"):
+        copied(tmp_path / "file.pt", names, tmp_path)
+
+
+def test_part_of_a_tensor_is_compared_with_the_rest(tmp_path):
+    whole_records(tmp_path / "file.pt")
+    flip(tmp_path / "file.pt", 4321.0)
+    view = stored_view(tmp_path / "file.pt", "a", open_torch_file(tmp_path / "file.pt")["a"])
+    file = OutputFile(tmp_path / "copy")
+    with pytest.raises(ValueError, match="CRC-32 differs"):
+        copy([Target("a", view.narrow(0, 0, 5), file, 0)])
+    file.close()
+
+
+def test_a_file_without_crcs_is_taken(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        whole_records(tmp_path / "file.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    copied(tmp_path / "file.pt", "ab", tmp_path)
+
+
+def test_a_projector_and_what_torch_has_to_read_are_compared(tmp_path):
+    torch.save({name: torch.full((3,), float(number)) for number, name in enumerate(NAMES, 7)}, tmp_path / "projector")
+    assert len(read_mm_projector(tmp_path / "projector")) == 4
+    flip(tmp_path / "projector", 9.0)
+    with pytest.raises(ValueError, match=r"projector: .*CRC-32 differs"):
+        read_mm_projector(tmp_path / "projector")
+    torch.save({"a": torch.arange(6.0).view(2, 3).t()}, tmp_path / "turned")
+    assert torch.equal(open_torch_file(tmp_path / "turned")["a"], torch.arange(6.0).view(2, 3).t())
+    flip(tmp_path / "turned", 4.0)
+    with pytest.raises(ValueError, match=r"turned: .*CRC-32 differs"):
+        open_torch_file(tmp_path / "turned")
+
+
+def rewritten(path: Path, compression: int = zipfile.ZIP_STORED, twice: str = "", **records: bytes) -> None:
+    """A file of torch.save with other records."""
+    torch.save({"a": torch.zeros(4)}, path)
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in content.items():
+            archive.writestr(name, records.get(name.rpartition("/")[2].replace(".", "_"), data))
+        if twice:
+            archive.writestr(next(name for name in content if name.endswith(twice)), b"")
+
+
+HUGE_MEMO = b"\x80\x02}r\xff\xff\xff\x7f."
+HUGE_MEMO_TEXT = b"\x80\x02}p99999999999\n."
+DEEP_KEY = b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s."
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compression": zipfile.ZIP_DEFLATED}, "is compressed, which torch.save never does"),
+        ({"compression": zipfile.ZIP_DEFLATED, "data_pkl": bytes(50 * 1024**2)}, "is compressed"),
+        ({"twice": "data/0"}, "two records of one name"),
+        ({"data_pkl": HUGE_MEMO}, "a memo index of 2,147,483,647"),
+        ({"data_pkl": HUGE_MEMO_TEXT}, "a memo index of 99,999,999,999"),
+        ({"data_pkl": DEEP_KEY}, "nests tuples deeper than 100"),
+        ({"data_pkl": bytes(9 * 1024**2)}, "has 8,388,609 bytes; expected at most 8,388,608"),
+        ({"data_pkl": b"\x80\x02)q"}, "is damaged"),
+    ],
+)
+@pytest.mark.parametrize("load", [open_torch_file, load_tensors])
+def test_what_takes_memory_out_of_proportion_is_not_read(tmp_path, options, message, load):
+    rewritten(tmp_path / "file.pt", **options)
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path / "file.pt")
+    assert str(tmp_path / "file.pt") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def saved(content: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def opened(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with one_line(path):
+        found = open_torch_file(path, skip=True)
+        if isinstance(found, dict):
+            views = {
+                str(name): stored_view(path, str(name), it) for name, it in found.items() if isinstance(it, Stored)
+            }
+            read(views)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("damaged") / "file.pt"
+
+
+@examples
+@given(damaged(saved({"a": torch.arange(6.0).view(2, 3), "b": {"c": torch.zeros(3)}, "iteration": 5})))
+def test_whatever_bytes_a_file_holds(place, content):
+    opened(place, content)
+
+
+@examples
+@given(damaged(pickle.dumps({"a": [(1, 2.5), OrderedDict(b=None)], ("c",): {"d": "e"}}, protocol=2)))
+def test_whatever_a_structure_says(place, content):
+    rewritten(place, data_pkl=content)
+    opened(place, place.read_bytes())

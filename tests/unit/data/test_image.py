@@ -13,15 +13,9 @@ import torch
 import transformers
 from PIL import Image
 
-from megatron_patch.data.image import (
-    _window,
-    load_pixels,
-    normalize,
-    preprocessor_of,
-    read_image_settings,
-    read_preprocessor,
-)
+from megatron_patch.data.image import _window, load_pixels, normalize
 from megatron_patch.data.processor import write_processor
+from megatron_patch.preprocessor import preprocessor_of, read_image_settings, read_preprocessor
 from tests.unit.data.samples import CLIP, PHOTOS, describe, jpeg, settings
 
 
@@ -200,32 +194,3 @@ def test_bombs_and_broken_files_are_refused_in_one_line(data, why, tmp_path):
     with pytest.raises(ValueError, match=why) as caught:
         load_pixels(data, settings)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"size": {"height": 28, "width": 28}, "do_pad": True},
-        {"do_center_crop": False},
-        {"resample": 2},
-        {"rescale_factor": 1.0},
-        {"size": {"height": 28, "width": 30}},
-        {"size": {"longest_edge": 28}},
-        {"image_mean": [0.5]},
-    ],
-)
-def test_another_transform_is_refused(changed, tmp_path):
-    with pytest.raises(ValueError, match=next(iter(changed))):
-        write_settings(tmp_path, **changed)
-
-
-def test_old_short_forms_of_size_are_read(tmp_path):
-    assert write_settings(tmp_path, size=28, crop_size=28) == write_settings(tmp_path)
-
-
-def test_missing_preprocessor_config_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="missing"):
-        read_image_settings(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"preprocessor_config\.json: expected a json object"):
-        read_image_settings(tmp_path)

@@ -9,6 +9,7 @@ from itertools import chain
 
 import pytest
 import torch
+from hypothesis import given
 from megatron.core.export.trtllm.model_to_trllm_mapping.default_conversion_dict import DEFAULT_CONVERSION_DICT
 from megatron.core.post_training.modelopt.gpt.state_dict_hooks import mcore_gpt_load_te_state_dict_pre_hook
 from transformers import (
@@ -26,6 +27,8 @@ from megatron_patch.families import llava as families
 from megatron_patch.families.layout import hf_shapes
 from megatron_patch.families.transformer_engine import FUSED_NORMS, to_local_name, to_transformer_engine_name
 from tests.tiny import LANGUAGE_SIZES, LLAMA3_ROPE, VISION_SIZES
+from tests.unit import properties
+from tests.unit.properties import damaged, examples, one_line
 
 MISTRAL = {"model_type": "mistral", **LANGUAGE_SIZES, "rope_theta": 1e6, "sliding_window": None}
 CLIP = {"model_type": "clip_vision_model", **VISION_SIZES}
@@ -185,7 +188,7 @@ def test_names_of_a_whole_clip_and_of_transformers_5():
     ("content", "message"),
     [
         (None, "config.json: missing"),
-        ("{", "config.json: Expecting"),
+        ("{", r"config.json: not valid json \(Expecting"),
         ({"model_type": "mistral"}, "model_type is 'mistral', expected 'llava'"),
         ({**LLAVA, "vision_feature_layer": -1}, "vision_feature_layer is -1, only -2 is supported"),
         ({"model_type": "llava"}, "has no 'text_config'"),
@@ -247,3 +250,66 @@ def test_transformer_engine_names():
     for name in chain(fused, ["language_model.decoder.final_layernorm.weight", "vision_model.ln_pre.weight"]):
         assert to_transformer_engine_name(name) == fused.get(name, name)
         assert to_local_name(to_transformer_engine_name(name)) == to_local_name(name) == name
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "message"),
+    [
+        ("text_config", {"num_hidden_layers": 30_000_000}, "num_hidden_layers is 30000000; .*, at most 4,096"),
+        ("vision_config", {"num_hidden_layers": 30_000_000}, "num_hidden_layers is 30000000; .*, at most 4,096"),
+        ("text_config", {"vocab_size": 2**31}, "vocab_size is 2147483648; .*, at most 2,147,483,647"),
+        ("text_config", {"hidden_size": 10**400}, "hidden_size is a number of over 50 digits; .*, at most"),
+        ("text_config", {"rope_theta": 10**400}, "rope_theta is a number of over 50 digits"),
+        ("vision_config", {"image_size": -28}, "image_size is -28"),
+        ("text_config", {"hidden_size": float("nan")}, "hidden_size is nan"),
+        ("text_config", {"model_type": "x" * 5000}, "model_type 'xxx"),
+    ],
+)
+def test_sizes_that_no_model_has(tmp_path, part, setting, message):
+    content = {**LLAVA, part: {**LLAVA[part], **setting}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        families.read_config(tmp_path)
+    assert len(str(error.value)) < 500
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("config")
+
+
+@examples
+@given(properties.changed(LLAVA))
+def test_whatever_a_config_json_says(folder, content):
+    (folder / "config.json").write_text(json.dumps(content))
+    with one_line(folder):
+        llava = families.read_config(folder)
+        assert len(families.rows(llava)) < 2 * 16 * 4096
+        assert llava.language.num_parameters > 0
+
+
+@examples
+@given(damaged(json.dumps(LLAVA).encode()))
+def test_whatever_bytes_a_config_json_holds(folder, content):
+    (folder / "config.json").write_bytes(content)
+    with one_line(folder):
+        families.read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 20000 + "]" * 20000, "nested too deep"),
+        ('{"a":' * 150 + "{}" + "}" * 150, "nested too deep"),
+        ('{"a": "\\ud800"}', "surrogates not allowed"),
+        (json.dumps(LLAVA).encode("utf-16"), "expected text in UTF-8"),
+        (b"\xef\xbb\xbf" + json.dumps(LLAVA).encode(), "BOM"),
+        ("1" * 5000, "not valid json"),
+    ],
+)
+def test_text_that_is_no_config_json(folder, content, message):
+    (folder / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        families.read_config(folder)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
