@@ -11,6 +11,9 @@ TOKENIZER = (
     "vocab.json",
     "merges.txt",
 )
+CHAT_TEMPLATE = "chat_template.jinja"
+MORE_CHAT_TEMPLATES = "additional_chat_templates"
+PROCESSOR = "processor_config.json"
 OLD_CHAT_TEMPLATE = "chat_template.json"  # as processors kept it before transformers 4.52
 COMMON = "common.pt"  # what is no tensor, in a torch_dist checkpoint
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -50,3 +52,15 @@ def damaged(content: bytes) -> st.SearchStrategy[bytes]:
         return bytes(out[:end])
 
     return st.builds(write, places, st.just(len(content)) | st.integers(0, len(content)))
+
+
+def read_or_refused(read: Callable[[], object], named: Path) -> None:
+    """Call `read`: it returns, or raises the house's error, one line that names the file or folder `named`."""
+    try:
+        read()
+    except ValueError as error:
+        message = str(error)
+    else:
+        return
+    assert str(named) in message
+    assert "\n" not in message
