@@ -1,4 +1,4 @@
-"""Files that more than one part of the package reads or writes: their names, how json is read, what is ours to remove."""
+"""Files that more than one part of the package reads or writes: names, how json is read, what may be removed."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ TOKENIZER = (
     "vocab.json",
     "merges.txt",
 )
+CHAT_TEMPLATE = "chat_template.jinja"
+MORE_CHAT_TEMPLATES = "additional_chat_templates"
+PROCESSOR = "processor_config.json"
 OLD_CHAT_TEMPLATE = "chat_template.json"  # as processors kept it before transformers 4.52
 RUN_CONFIG = "run_config.json"  # a run's settings, in each of its checkpoints
 COMMON = "common.pt"  # what is no tensor, in a torch_dist checkpoint

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
+from pathlib import PurePath
 from typing import Any
 
 from megatron_patch.sizes import Llava
@@ -22,9 +24,9 @@ def model_card(llava: Llava, record: dict[str, Any], precision: str, parity: dic
     """
     language, vision = llava.language, llava.vision
     facts = {
-        "Language model": record.get("language_model", "not recorded"),
-        "Vision tower": record.get("vision_tower", "not recorded"),
-        "Projector at the start": record.get("projector", "not recorded"),
+        "Language model": _name(record.get("language_model")),
+        "Vision tower": _name(record.get("vision_tower")),
+        "Projector at the start": _name(record.get("projector")),
         "Sizes of the language model": f"{language.family}, {language.num_parameters / 1e6:,.0f} million parameters, "
         f"{language.num_layers} layers of {language.hidden_size}, {language.num_attention_heads} heads in "
         f"{language.num_query_groups} groups, vocabulary {language.vocab_size}"
@@ -32,7 +34,8 @@ def model_card(llava: Llava, record: dict[str, Any], precision: str, parity: dic
         "Sizes of the tower": f"{vision.family}, {vision.num_layers} layers used, of {vision.hidden_size}, "
         f"{vision.img_size} pixels in patches of {vision.patch_dim}: {vision.num_image_tokens} positions per picture",
         "Image token": f"`<image>`, id {llava.image_token_id}",
-        "Tokens added": ", ".join(f"`{token}`" for token in record.get("added_tokens", ())) or "none but `<image>`",
+        "Tokens added": ", ".join(f"`{_plain(token, '<>|')}`" for token in _list(record.get("added_tokens")))
+        or "none but `<image>`",
         "Precision": precision,
         "Converted with": ", ".join(f"{package} {number}" for package, number in versions().items()),
     }
@@ -64,6 +67,22 @@ print(ask(text=messages, max_new_tokens=64, return_full_text=False))
 
 {_proof(parity)}
 """
+
+
+def _name(source: Any) -> str:
+    """Where weights come from, without the folders of this machine: a card is published."""
+    text = source if isinstance(source, str) and source else "not recorded"
+    return _plain(PurePath(text).name or text)
+
+
+def _plain(text: Any, also: str = "") -> str:
+    """A name from a file as one line of plain words, in which nothing is Markdown or HTML, or moves a cursor."""
+    text = re.sub(rf"[^\w .,:+@()={also}-]", "?", str(text)[:200])
+    return text.replace("|", "\\|")
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _proof(parity: dict[str, Any] | None) -> str:

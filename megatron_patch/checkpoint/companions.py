@@ -16,7 +16,9 @@ from typing import Any
 from megatron_patch import files
 from megatron_patch.families.llava import LANGUAGE_FAMILIES, LLAMA3_ROPE, VISION_FAMILIES, vision_config
 from megatron_patch.files import (
+    CHAT_TEMPLATE,
     CONFIG,
+    MORE_CHAT_TEMPLATES,
     OLD_CHAT_TEMPLATE,
     PREPROCESSOR,
     PROCESSOR,
@@ -36,20 +38,22 @@ from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 
 TRACKER = "latest_checkpointed_iteration.txt"
 GENERATION_CONFIG = "generation_config.json"
-CHAT_TEMPLATE = "chat_template.jinja"
+TEMPLATE = "chat_template"  # a key
+CODE = ("auto_map", "custom_pipelines", "custom_generate")
+"""Keys that name Python files."""
 UNUSED = "unused.safetensors"
 RECORD = "conversion.json"
 PARITY = "parity.json"
 CARD = "README.md"
 # The source's tokenizer as it was, before `<image>` came into it.
 SOURCE_TOKENIZER = "source_tokenizer"
-IN_SOURCE_TOKENIZER = (*TOKENIZER, CHAT_TEMPLATE)
+IN_SOURCE_TOKENIZER = (*TOKENIZER, CHAT_TEMPLATE, OLD_CHAT_TEMPLATE, f"{MORE_CHAT_TEMPLATES}/*.jinja")
 EXPORTED = (CONFIG, GENERATION_CONFIG, PREPROCESSOR, PROCESSOR, CHAT_TEMPLATE, *TOKENIZER)
 FILES = (*EXPORTED, UNUSED, RECORD, *(f"{SOURCE_TOKENIZER}/{name}" for name in IN_SOURCE_TOKENIZER))
 
 
 def copy_companions(source: Path, target: Path, names: tuple[str, ...] = FILES) -> None:
-    """Copy these files, as far as `source` has them, into `target`, which is made where it is missing.
+    """Copy these files (or patterns), as far as `source` has them, into `target`, which is made where it is missing.
 
     Each file is whole or absent at any time; what is the same already is written again. Raises OSError.
     """
@@ -57,13 +61,13 @@ def copy_companions(source: Path, target: Path, names: tuple[str, ...] = FILES) 
     target.mkdir(parents=True, exist_ok=True)
     if source.resolve() == target.resolve():
         return
-    for name in names:
-        if (source / name).is_file():
-            final = target / name
-            final.parent.mkdir(exist_ok=True)
+    for path in (path for name in names for path in sorted(source.glob(name))):
+        if path.is_file():
+            final = target / path.relative_to(source)
+            final.parent.mkdir(parents=True, exist_ok=True)
             aside = beside(final)
             try:
-                shutil.copyfile(source / name, aside)
+                shutil.copyfile(path, aside)
                 os.replace(aside, final)
             finally:
                 aside.unlink(missing_ok=True)
@@ -189,13 +193,21 @@ def vision_settings(model: VisionModel) -> dict[str, Any]:
     return {**settings, "num_hidden_layers": model.num_layers + family.unused_layers}
 
 
-def make_tokenizer_portable(folder: Path) -> None:
-    """Name the tokenizer's class as transformers 4 and 5 both know it: 5 saves a name that 4 does not have."""
-    if not (Path(folder) / TOKENIZER_CONFIG).is_file():
-        return
-    config = read_json(folder, TOKENIZER_CONFIG)
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        write_json(folder, TOKENIZER_CONFIG, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+def without_code(value: Any) -> Any:
+    """Settings, at any depth, without the names of Python files that transformers would load with a folder."""
+    if isinstance(value, dict):
+        return {name: without_code(part) for name, part in value.items() if name not in CODE}
+    return [without_code(part) for part in value] if isinstance(value, list) else value
+
+
+def remove_code(folder: Path) -> None:
+    """Take such names out of a folder's settings, and a chat template that would stand before chat_template.jinja."""
+    for name in (PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG, GENERATION_CONFIG):
+        if (Path(folder) / name).is_file():
+            content = read_json(folder, name)
+            kept = {key: value for key, value in without_code(content).items() if name != PROCESSOR or key != TEMPLATE}
+            if kept != content:
+                write_json(folder, name, kept)
 
 
 def preprocessor_config(model: VisionModel) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_patch.config import Config
 from megatron_patch.data.prompts import chat_template, find_format
+from megatron_patch.data.tokenize import load_tokenizer
 from megatron_patch.files import PREPROCESSOR, beside
 from megatron_patch.preprocessor import preprocessor_of, read_image_settings, read_preprocessor
 
@@ -23,7 +24,8 @@ def write_processor(config: Config, family: str, folder: Path) -> None:
         preprocessor = preprocessor_of(settings, read_preprocessor(description))
         _write(folder / PREPROCESSOR, json.dumps(preprocessor, indent=2) + "\n")
     name = find_format(config.data.prompt_format, description, family)
-    template = chat_template(name, description, use_im_start_end=config.data.use_im_start_end)
+    tokenizer, marked = load_tokenizer(description), config.data.use_im_start_end
+    template = chat_template(name, description, tokenizer, use_im_start_end=marked)
     _write(folder / "chat_template.jinja", template)
 
 

@@ -6,18 +6,17 @@ transformers' processor gives it before it answers.
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_patch.files import OLD_CHAT_TEMPLATE
+from megatron_patch.data.formats import FAMILY_FORMATS, IMAGE, PROMPT_FORMATS, Piece, PromptFormat, Turn, question_text
+from megatron_patch.data.templates import read_template, writer
 
-IMAGE = "<image>"
 MARKED_IMAGE = "<im_start><image><im_end>"
 """`<image>` between NeVA's tokens, as `use_im_start_end` writes it."""
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
@@ -25,94 +24,12 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 TOKENIZER = "tokenizer"
 """The prompt format that is the tokenizer's own chat template."""
 
-Turn = tuple[str, str]
-"""A question and its answer."""
-Piece = tuple[str, bool]
-"""Part of a text, and whether it is learned."""
-
 
 class Prompt(Protocol):
     """What turns a conversation into text."""
 
-    def pieces(self, turns: Sequence[Turn]) -> list[Piece]:
+    def pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
         """The conversation's text, cut where learned and given text meet."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptFormat:
-    """What stands around questions and answers. `{bos}` and `{eos}` are the tokenizer's own."""
-
-    begin: str = "{bos}"
-    """Once, before everything."""
-    question: str
-    """Before each question."""
-    answer: str
-    """After each question; the model goes on from here."""
-    lead: str = " "
-    """Before each answer, learned with it."""
-    end: str = "{eos}"
-    """After each answer, learned with it."""
-    between: str = ""
-    """After an answer that another question follows."""
-    keeps_question: bool = True
-    """False: of a question only its pictures stay, without a line of their own."""
-
-    def pieces(self, turns: Sequence[Turn]) -> list[Piece]:
-        """Of a format that `bound` filled in."""
-        pieces: list[Piece] = []
-        given = self.begin
-        for question, answer in turns:
-            asked = question_text(question) if self.keeps_question else IMAGE * question.count(IMAGE)
-            pieces.append((given + self.question + asked + self.answer, False))
-            pieces.append((self.lead + answer.strip() + self.end, True))
-            given = self.between
-        return pieces
-
-    def bound(self, bos: str, eos: str) -> PromptFormat:
-        """The format in a tokenizer's words."""
-        texts = {field.name: getattr(self, field.name) for field in fields(self) if field.type == "str"}
-        words = {name: text.replace("{bos}", bos).replace("{eos}", eos) for name, text in texts.items()}
-        return replace(self, **words)
-
-
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-PROMPT_FORMATS = {
-    "mistral": PromptFormat(question="[INST] ", answer="[/INST]"),
-    # Llama-2-chat without a system message: every turn begins anew, and a space stands before the end.
-    "llama_2": PromptFormat(begin="", question="{bos}[INST] ", answer=" [/INST]", end=" {eos}"),
-    # Vicuna 1.1, as LLaVA-1.5 uses it.
-    "v1": PromptFormat(begin="{bos}" + VICUNA_SYSTEM + " ", question="USER: ", answer=" ASSISTANT:"),
-    # LLaVA-1.5's pretraining: picture, caption. Its newline at the end is our end-of-sequence, so that a caption ends.
-    "plain": PromptFormat(question="", answer="", lead="", keeps_question=False),
-    "chatml": PromptFormat(
-        begin="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
-        question="<|im_start|>user\n",
-        answer="<|im_end|>\n<|im_start|>assistant\n",
-        lead="",
-        end="<|im_end|>",
-        between="\n",
-    ),
-    # NeMo's NeVA (conv_nvgpt): an answer ends with what the next question begins with.
-    "nvgpt": PromptFormat(
-        begin="{bos}<extra_id_0>System\n" + VICUNA_SYSTEM + "\n\n<extra_id_1>",
-        question="User\n",
-        answer="\n<extra_id_1>Assistant\n",
-        lead="",
-        end="\n<extra_id_1>",
-    ),
-    # Llama-3-Instruct without a system message.
-    "llama_3": PromptFormat(
-        question="<|start_header_id|>user<|end_header_id|>\n\n",
-        answer="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        lead="",
-        end="<|eot_id|>",
-    ),
-}
-FAMILY_FORMATS = {"mistral": "mistral", "llama": "llama_2", "qwen2": "chatml"}
-"""What `auto` means where the checkpoint has no chat template and no mark of another kind."""
 
 
 class ChatTemplate:
@@ -122,7 +39,7 @@ class ChatTemplate:
         """Raises ValueError when the tokenizer has none, or one whose answers have no end that can be learned."""
         if not isinstance(tokenizer.chat_template, str):
             raise ValueError("--prompt-format tokenizer: the tokenizer has no chat template; name a format")
-        self._write = _writer(tokenizer, tokenizer.chat_template)
+        self._write = writer(tokenizer, tokenizer.chat_template)
         _, (answer, _) = self.pieces([("Q1Q", "A1A")])
         last = tokenizer(answer, add_special_tokens=False).input_ids[-1]
         if last not in tokenizer.added_tokens_decoder and last not in tokenizer.all_special_ids:
@@ -131,10 +48,12 @@ class ChatTemplate:
                 f"of its own, so that a model would not learn to stop; name a format"
             )
 
-    def pieces(self, turns: Sequence[Turn]) -> list[Piece]:
-        """Raises ValueError when the template does not write a conversation from left to right."""
+    def pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
+        """Raises ValueError when the template does not write a conversation from left to right.
+
+        Each turn is written with all before it, so whoever needs only the first turns asks for no more.
+        """
         messages: list[tuple[str, str]] = []
-        pieces: list[Piece] = []
         written = ""
         for question, answer in turns:
             messages.append(("user", question_text(question)))
@@ -145,36 +64,9 @@ class ChatTemplate:
                 raise ValueError("the chat template writes earlier turns anew when others follow; name a prompt format")
             # A line that ends behind the answer's end is not part of it.
             learned = whole[len(prompt) :].rstrip()
-            pieces += [(prompt[len(written) :], False), (learned, True)]
+            yield prompt[len(written) :], False
+            yield learned, True
             written = prompt + learned
-        return pieces
-
-
-def _writer(tokenizer: Any, template: str) -> Callable[[Sequence[tuple[str, str]]], str]:
-    """A function from (role, text) messages to the template's text, which goes up to where an answer begins.
-
-    Raises ValueError for a template that does not write what it is given. Some take a content as a string, some as a
-    list.
-    """
-
-    def write(messages: Sequence[tuple[str, str]], wrap: Callable[[str], Any]) -> str:
-        try:
-            return tokenizer.apply_chat_template(
-                [{"role": role, "content": wrap(text)} for role, text in messages],
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=messages[-1][0] == "user",
-            )
-        except Exception as error:  # Jinja's own kinds, and whatever a template raises
-            raise ValueError(f"the chat template refuses a conversation: {error}; name a prompt format") from error
-
-    for wrap in (str, lambda text: [{"type": "text", "text": text}]):
-        try:
-            if all(text in write([("user", "Q1Q"), ("assistant", "A1A")], wrap) for text in ("Q1Q", "A1A")):
-                return functools.partial(write, wrap=wrap)
-        except ValueError:
-            continue
-    raise ValueError("the chat template leaves out what is said; name a prompt format")
 
 
 def pair_turns(messages: Any) -> list[Turn]:
@@ -200,17 +92,13 @@ def pair_turns(messages: Any) -> list[Turn]:
     return list(zip(texts[::2], texts[1::2], strict=False))
 
 
-def question_text(text: str) -> str:
-    """A question as it is asked: its only picture goes first, on a line of its own; several stay where they are."""
-    if text.count(IMAGE) == 1:
-        return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}"
-    return text.strip()
-
-
 def document_pieces(sequence: Sequence[str | bytes], tokenizer: Any) -> list[Piece]:
     """Text and pictures in turn, without questions: all text is learned, as in VILA's stage 2 (arXiv:2312.07533)."""
     parts = [(IMAGE, False) if isinstance(part, bytes) else (part, True) for part in sequence]
-    parts = [(tokenizer.bos_token or "", False), *parts, (tokenizer.eos_token or "", True)]
+    bos, first = tokenizer.bos_token or "", sequence[0] if sequence else b""
+    if isinstance(first, str) and blank_after_bos(tokenizer, first):
+        parts[0] = (" " + first, True)
+    parts = [(bos, False), *parts, (tokenizer.eos_token or "", True)]
     # Texts that follow one another are one, so that tokens may reach over where they meet.
     return [("".join(text for text, _ in run), is_learned) for is_learned, run in groupby(parts, key=itemgetter(1))]
 
@@ -219,13 +107,42 @@ def prompt_format(name: str, tokenizer: Any) -> Prompt:
     """The format of that name in the tokenizer's words. Raises ValueError when its end is not one token there."""
     if name == TOKENIZER:
         return ChatTemplate(tokenizer)
-    style = PROMPT_FORMATS[name].bound(tokenizer.bos_token or "", tokenizer.eos_token or "")
+    style = _begun(name, tokenizer).bound(tokenizer.bos_token or "", tokenizer.eos_token or "")
     end = style.end.strip()
     if len(tokenizer(end, add_special_tokens=False).input_ids) != 1:
         raise ValueError(
             f"--prompt-format {name}: its end {end!r} is not a token of this tokenizer; use another format"
         )
     return style
+
+
+def blank_after_bos(tokenizer: Any, text: str) -> str:
+    """The blank that stands between a beginning of sequence and `text`, as where the tokenizer itself adds the former.
+
+    SentencePiece puts a blank before a text's first word, and `<s>` comes before that: so were Llama and Vicuna
+    trained. Behind a `<s>` that is part of the text, transformers puts none. Empty where nothing changes.
+    """
+    bos = tokenizer.bos_token
+    if not bos or not text:
+        return ""
+    word = "A" if text.startswith(("{system}", "{answer}")) else text[:100]  # any words may stand there
+    alone, plain, spaced = tokenizer([word, bos + word, f"{bos} {word}"], add_special_tokens=False).input_ids
+    wanted = [tokenizer.convert_tokens_to_ids(bos), *alone]
+    return " " if plain != wanted and spaced == wanted else ""
+
+
+def _begun(name: str, tokenizer: Any | None) -> PromptFormat:
+    style = PROMPT_FORMATS[name]
+    return style if tokenizer is None else style.begun(lambda text: blank_after_bos(tokenizer, text))
+
+
+def find_end(name: str, tokenizer: Any) -> int | None:
+    """Id of the token that ends an answer in the format of that name; None where it has none that can be learned."""
+    try:
+        _, (answer, _) = prompt_format(name, tokenizer).pieces([("Q1Q", "A1A")])
+    except ValueError:
+        return tokenizer.eos_token_id
+    return tokenizer(answer, add_special_tokens=False).input_ids[-1]
 
 
 def find_format(given: str, folder: Path, family: str) -> str:
@@ -253,23 +170,16 @@ def find_format(given: str, folder: Path, family: str) -> str:
     return FAMILY_FORMATS[family]
 
 
-def read_template(folder: Path, tokenizer: Any) -> str | None:
-    """A checkpoint's own chat template, wherever it is kept; None: it has none. Raises ValueError for damage."""
-    path = Path(folder) / OLD_CHAT_TEMPLATE
-    try:
-        template = json.loads(path.read_text())["chat_template"] if path.is_file() else tokenizer.chat_template
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: holds no chat_template ({error!r:.100}); copy it again, or remove it") from None
-    return template if isinstance(template, str) else None
-
-
-def chat_template(name: str, folder: Path | None = None, *, use_im_start_end: bool = False) -> str:
+def chat_template(
+    name: str, folder: Path | None = None, tokenizer: Any | None = None, *, use_im_start_end: bool = False
+) -> str:
     """The Jinja chat template of a format, for the exported tokenizer and processor; `folder`'s own for tokenizer.
 
     A message's content is a string, which stands as it is, or a list of `{"type": "image"}` and
     `{"type": "text", "text": ...}`: pictures first, each on a line of its own. The beginning-of-sequence token is part
-    of the text, so the tokenizer must not add its own (see `install_tokenizer`). After the last question stands what
-    precedes an answer, with or without add_generation_prompt.
+    of the text, so the tokenizer must not add its own (see `install_tokenizer`); `tokenizer`: the one that reads it.
+    After the last question stands what precedes an answer, with or without add_generation_prompt. A system message may
+    come first where the format has a place for it.
     """
     image = MARKED_IMAGE if use_im_start_end else IMAGE
     if name == TOKENIZER:
@@ -279,23 +189,41 @@ def chat_template(name: str, folder: Path | None = None, *, use_im_start_end: bo
         if own is None:
             raise ValueError(f"--prompt-format tokenizer: {folder} has no chat template; name a format")
         return _with_pictures(own, image)
-    style = PROMPT_FORMATS[name]
+    style = _begun(name, tokenizer)
     part = {field.name: _jinja(getattr(style, field.name)) for field in fields(style) if field.type == "str"}
     if style.keeps_question:
         picture, words = image + "\n", f"{{{{- text | trim | replace({json.dumps(IMAGE)}, {json.dumps(image)}) -}}}}"
     else:
         picture, words = image, f"{{%- for _ in range(text.count('{IMAGE}')) -%}}{_jinja(image)}{{%- endfor -%}}"
+    begin, within = _system(style, part)
     return (
-        f"{part['begin']}{{%- for message in messages -%}}"
+        f"{begin}{{%- for message in messages -%}}"
         f"{CONTENT}"
         "{%- if message['role'] == 'user' -%}"
-        f"{{%- if not loop.first -%}}{part['between']}{{%- endif -%}}{part['question']}"
+        f"{{%- if not loop.first -%}}{part['between']}{{%- endif -%}}{part['question']}{within}"
         f"{{%- for _ in range(pictures) -%}}{_jinja(picture)}{{%- endfor -%}}{words}{part['answer']}"
         "{%- elif message['role'] == 'assistant' -%}"
         f"{part['lead']}{{{{- text | trim -}}}}{part['end']}"
         "{%- else -%}{{- raise_exception('only the roles user and assistant are supported') -}}{%- endif -%}"
         "{%- endfor -%}"
     )
+
+
+def _system(style: PromptFormat, part: dict[str, str]) -> tuple[str, str]:
+    """What a template begins with, and what it writes before a question's text: a system message's places."""
+    if not style.system:
+        return part["begin"], ""
+    starts = style.system_place == "begin"
+    written, plain = (part["system"], part["begin"]) if starts else ("", "{%- set system = none -%}")
+    begin = (
+        "{%- if messages and messages[0]['role'] == 'system' -%}{%- set message = messages[0] -%}"
+        f"{CONTENT}{{%- set system, messages = text | trim, messages[1:] -%}}{written}"
+        f"{{%- else -%}}{plain}{{%- endif -%}}"
+    )
+    if starts:
+        return begin, ""
+    place = "loop.first" if style.system_place == "first question" else "loop.last"
+    return begin + part["begin"], f"{{%- if system is not none and {place} -%}}{part['system']}{{%- endif -%}}"
 
 
 # A message's text and how many pictures it has besides.
@@ -325,10 +253,11 @@ def _format_of(template: str, tokenizer: Any, likely: str | None) -> str | None:
     """The format that writes a conversation as the template does, from its first question on, blanks apart."""
     names = sorted(PROMPT_FORMATS, key=lambda name: name != likely)
     for name in names:
-        if template in (chat_template(name), chat_template(name, use_im_start_end=True)):
-            return name
+        for reader in (None, tokenizer):
+            if template in (chat_template(name, None, reader, use_im_start_end=marked) for marked in (False, True)):
+                return name
     try:
-        written = _writer(tokenizer, template)([("user", "Q1Q"), ("assistant", "A1A"), ("user", "Q2Q")])
+        written = writer(tokenizer, template)([("user", "Q1Q"), ("assistant", "A1A"), ("user", "Q2Q")])
     except ValueError:
         return None
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
@@ -364,5 +293,7 @@ def _added_tokens(tokenizer: Any) -> list[str]:
 
 def _jinja(text: str) -> str:
     """A Jinja expression that prints `text` exactly, whatever blanks it has."""
-    filled = json.dumps(text).replace("{bos}", '" + bos_token + "').replace("{eos}", '" + eos_token + "')
+    filled = json.dumps(text)
+    for name, variable in (("{bos}", "bos_token"), ("{eos}", "eos_token"), ("{system}", "system")):
+        filled = filled.replace(name, f'" + {variable} + "')
     return "{{- " + filled + " -}}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,7 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
         """Positions of a sample in a packed sequence: with the padding that context- and tensor-parallel ranks need."""
         return _round_up(len(sample.input_ids), self.segment_multiple)
 
-    def _pieces(self, sample: Sample) -> tuple[list[Piece], list[bytes]]:
+    def _pieces(self, sample: Sample) -> tuple[Iterator[Piece], list[bytes]]:
         """A sample's text, cut where learned and given text meet, and its encoded pictures."""
         said = conversation.read(sample)
         if isinstance(said, InterleavedSample):
@@ -218,7 +218,7 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
             pictures = [part for part in said.sequence if isinstance(part, bytes)]
         else:
             pieces, pictures = self.prompt.pieces(said.turns), said.pictures
-        return [(text.replace(IMAGE, self.image_text), is_learned) for text, is_learned in pieces], pictures
+        return ((text.replace(IMAGE, self.image_text), is_learned) for text, is_learned in pieces), pictures
 
     def _check(self, folder: Path) -> None:
         expected = self.tokenizer.convert_tokens_to_ids(IMAGE)

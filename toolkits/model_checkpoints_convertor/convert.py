@@ -180,6 +180,7 @@ def export_hf(conversion: Conversion) -> None:
     with written_aside(conversion.target_ckpt_path, num_bytes * (1 + (conversion.parts == "true"))) as folder:
         for source in reversed(carriers):
             companions.copy_companions(source, folder, companions.EXPORTED)
+        config = companions.without_code(config)
         _write_export(conversion, folder, config, llava, weights)
         if conversion.parts == "true":
             _write_parts(conversion, folder, config, weights, carriers)
@@ -235,15 +236,15 @@ def _wrote(conversion: Conversion) -> str:
 def _write_companions(conversion: Conversion, folder: Path, config: dict[str, Any], llava: Llava) -> Llava:
     """Everything beside the shards. Returns the sizes, with the image token's id and rows for new tokens."""
     from megatron_patch.checkpoint.card import versions
-    from megatron_patch.data.prompts import chat_template
-    from megatron_patch.data.tokenize import IMAGE, install_tokenizer, source_chat_template
+    from megatron_patch.data.prompts import IMAGE
+    from megatron_patch.data.tokenizer_files import install_tokenizer
 
     llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
     ids = install_tokenizer(llm, folder, conversion.added_tokens, llava.language.vocab_size)
     vocab_size = max([llava.language.vocab_size, *(ids[token] + 1 for token in conversion.added_tokens)])
     if vocab_size > llava.language.vocab_size:
         config = {**config, "text_config": {**config["text_config"], "vocab_size": vocab_size}}
-    config = {**config, "image_token_index": ids[IMAGE]}
+    config = companions.without_code({**config, "image_token_index": ids[IMAGE]})
     llava = describe(config)
     companions.write_json(folder, companions.CONFIG, config)
     companions.copy_companions(llm, folder / companions.SOURCE_TOKENIZER, companions.IN_SOURCE_TOKENIZER)
@@ -254,12 +255,14 @@ def _write_companions(conversion: Conversion, folder: Path, config: dict[str, An
     companions.complete_processor(folder, llava.vision)
     if of_repository and llava_repository.pads(source):
         companions.write_preprocessor(folder, folder, pad=True)
-    template = None
-    if conversion.prompt_format == "auto" and (of_repository or clip is None):
-        template = source_chat_template(llm)
-        if template is None and of_repository and llava.language.family == "llama":
-            template = chat_template("v1", llm)  # the LLaVA repository's default for what is no Mistral
-    _write_chat_template(conversion, folder, llm, llava, template)
+    companions.remove_code(folder)
+    companions.remove_code(folder / companions.SOURCE_TOKENIZER)
+    name, own = conversion.prompt_format, False
+    if name == "auto" and (of_repository or clip is None):
+        own = True
+        if of_repository and llava.language.family == "llama":
+            name = "v1"  # the LLaVA repository's default for what is no Mistral
+    _write_chat_template(name, folder, llm, llava, own=own)
     new = f"new, seed {conversion.seed}"
     record = {
         "language_model": str(llm),
@@ -275,16 +278,23 @@ def _write_companions(conversion: Conversion, folder: Path, config: dict[str, An
 
 def _write_export(conversion: Conversion, folder: Path, config: dict[str, Any], llava: Llava, weights: Reader) -> None:
     """The whole LLaVA: config.json and what is beside it, and the weights."""
+    from megatron_patch.checkpoint.generation import write_generation
     from megatron_patch.checkpoint.hf import HfWriter
     from megatron_patch.checkpoint.sources import with_rows
+    from megatron_patch.data.prompts import find_end, find_format
+    from megatron_patch.data.tokenize import load_tokenizer
+    from megatron_patch.data.tokenizer_files import complete_tokenizer
 
     vocab_size = _exported_vocab_size(llava)
-    companions.make_tokenizer_portable(folder)
+    complete_tokenizer(folder, vocab_size)
     config = companions.hf_config(config, llava, vocab_size, DTYPES[conversion.precision])
-    companions.write_json(folder, companions.CONFIG, config)
     companions.complete_processor(folder, llava.vision)
+    companions.remove_code(folder)
     if conversion.prompt_format != "auto" or not (folder / companions.CHAT_TEMPLATE).is_file():
-        _write_chat_template(conversion, folder, folder, llava)
+        _write_chat_template(conversion.prompt_format, folder, folder, llava)
+    tokenizer = load_tokenizer(folder)
+    end = find_end(find_format("auto", folder, llava.language.family), tokenizer)
+    companions.write_json(folder, companions.CONFIG, write_generation(folder, config, tokenizer, end))
     writer = HfWriter(folder, conversion.max_shard_bytes)
     for name, view in with_rows(weights, llava, vocab_size).views.items():
         writer.add(name, view)
@@ -298,7 +308,7 @@ def _write_parts(
     """Language model, vision tower and projector by themselves, the language model with its source's tokenizer."""
     from megatron_patch.checkpoint.mm_projector import write_mm_projector
     from megatron_patch.checkpoint.parts import LANGUAGE_MODEL, write_parts
-    from megatron_patch.data.tokenize import remove_image_token
+    from megatron_patch.data.tokenizer_files import remove_image_token
 
     write_mm_projector(folder, weights)
     write_parts(folder, weights, config, DTYPES[conversion.precision], conversion.max_shard_bytes)
@@ -306,6 +316,7 @@ def _write_parts(
     added = any(_record(path).get("added_tokens") for path in carriers)
     if kept is not None and not added:
         companions.copy_companions(kept, folder / LANGUAGE_MODEL, companions.IN_SOURCE_TOKENIZER)
+        companions.remove_code(folder / LANGUAGE_MODEL)
         return
     companions.copy_companions(folder, folder / LANGUAGE_MODEL, companions.TOKENIZER)
     if not added:  # else <image> has a row among the others
@@ -366,15 +377,12 @@ def _record(folder: Path) -> dict[str, Any]:
     return companions.read_json(folder, companions.RECORD) if (folder / companions.RECORD).is_file() else {}
 
 
-def _write_chat_template(
-    conversion: Conversion, folder: Path, source: Path, llava: Llava, own: str | None = None
-) -> None:
-    """`source`: what says which format `auto` is. `own`: a whole LLaVA's, which stays."""
-    from megatron_patch.data.prompts import chat_template, find_format
+def _write_chat_template(name: str, folder: Path, source: Path, llava: Llava, *, own: bool = False) -> None:
+    """`name`: a prompt format. `source`: what says which one `auto` is. `own`: that has a whole LLaVA's, which stays."""
+    from megatron_patch.data.tokenizer_files import template_for
 
-    if own is None:
-        own = chat_template(find_format(conversion.prompt_format, source, llava.language.family), source)
-    (folder / companions.CHAT_TEMPLATE).write_text(own)
+    template = template_for(name, source, folder, llava.language.family, own=own)
+    (folder / companions.CHAT_TEMPLATE).write_text(template)
 
 
 def _exported_vocab_size(llava: Llava) -> int:

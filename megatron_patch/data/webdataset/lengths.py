@@ -96,7 +96,8 @@ class Measure:
 
 
 def _load(folder: Path, *, is_llava: bool) -> Any:
-    from megatron_patch.data.tokenize import install_tokenizer, load_tokenizer
+    from megatron_patch.data.tokenize import load_tokenizer
+    from megatron_patch.data.tokenizer_files import install_tokenizer
 
     if is_llava:
         return load_tokenizer(folder)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,16 +57,24 @@ def test_exported_config_says_what_versions_would_default_differently():
     assert exported["text_config"]["sliding_window"] is None
 
 
-def test_tokenizer_class_that_only_transformers_5_knows(tmp_path):
-    companions.make_tokenizer_portable(tmp_path)
-    path = tmp_path / "tokenizer_config.json"
-    for name, portable in (
-        ("TokenizersBackend", "PreTrainedTokenizerFast"),
-        ("LlamaTokenizer", "LlamaTokenizer"),
-    ):
-        path.write_text(json.dumps({"tokenizer_class": name, "bos_token": "<s>"}))
-        companions.make_tokenizer_portable(tmp_path)
-        assert json.loads(path.read_text()) == {"tokenizer_class": portable, "bos_token": "<s>"}
+def test_no_code_is_handed_on(tmp_path):
+    auto = {"auto_map": {"AutoModel": "mine.Model"}}
+    config = {**auto, "a": 1, "text_config": {**auto, "layers": [{**auto, "b": 2}]}}
+    assert companions.without_code(config) == {"a": 1, "text_config": {"layers": [{"b": 2}]}}
+    for name in ("preprocessor_config.json", "processor_config.json", "generation_config.json"):
+        companions.write_json(tmp_path, name, {**config, "chat_template": "x"})
+    companions.remove_code(tmp_path)
+    assert "auto_map" not in "".join(path.read_text() for path in tmp_path.iterdir())
+    # A processor's own would be taken in place of chat_template.jinja.
+    assert "chat_template" not in companions.read_json(tmp_path, "processor_config.json")
+
+
+def test_a_tokenizers_folder_of_templates_goes_along(tmp_path):
+    path = tmp_path / "source" / "source_tokenizer" / "additional_chat_templates" / "rag.jinja"
+    path.parent.mkdir(parents=True)
+    path.write_text("x")
+    companions.copy_companions(tmp_path / "source", tmp_path / "target")
+    assert (tmp_path / "target" / path.relative_to(tmp_path / "source")).read_text() == "x"
 
 
 @pytest.mark.parametrize(

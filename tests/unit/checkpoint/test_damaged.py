@@ -77,7 +77,8 @@ def test_manifest(folder, written, data):
 
     def read() -> None:
         for record in (manifest.read(folder) or {}).values():
-            assert isinstance(record.file, str) and isinstance(record.size, int)
+            assert isinstance(record.file, str)
+            assert isinstance(record.size, int)
 
     in_one_line(read, folder)
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from megatron_patch.config import Checkpoint, Config, Data, Model, Optimizer, Training
 from megatron_patch.data.task_encoder import EncodedSample, LlavaTaskEncoder
-from megatron_patch.data.tokenize import install_tokenizer
+from megatron_patch.data.tokenizer_files import install_tokenizer
 from megatron_patch.data.webdataset import ANNOTATIONS, Report, Settings, convert
 from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 from tests.tiny import save_tokenizer

@@ -2,14 +2,23 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlavaProcessor
 
-from megatron_patch.data.prompts import MARKED_IMAGE, PROMPT_FORMATS, chat_template, find_format, prompt_format
-from megatron_patch.data.tokenize import IGNORE, install_tokenizer, load_tokenizer
+from megatron_patch.data.prompts import (
+    MARKED_IMAGE,
+    PROMPT_FORMATS,
+    chat_template,
+    find_end,
+    find_format,
+    prompt_format,
+)
+from megatron_patch.data.tokenize import IGNORE, load_tokenizer
+from megatron_patch.data.tokenizer_files import install_tokenizer
 from tests.unit.data.samples import CLIP
 from tests.unit.data.tokenizers import TOKENS, TURNS, encoded, mistral_v3, tiny
 
@@ -27,7 +36,6 @@ def test_training_prompt_is_what_the_processor_makes(name, source, tmp_path):
     """Token by token, and without a second beginning of sequence: what was learned is what is generated next."""
     install_tokenizer(SOURCES[source](tmp_path / "source"), tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(CLIP))
-    (tmp_path / "chat_template.jinja").write_text(chat_template(name))
     tokenizer = load_tokenizer(tmp_path)
     processor = LlavaProcessor(
         image_processor=_image_processor(tmp_path),
@@ -35,7 +43,7 @@ def test_training_prompt_is_what_the_processor_makes(name, source, tmp_path):
         patch_size=7,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=chat_template(name),
+        chat_template=chat_template(name, tokenizer=tokenizer),
     )
     input_ids, labels, num_images, _ = encoded(TURNS, tokenizer, name)
     assert num_images == 1
@@ -236,7 +244,7 @@ def test_the_tokenizers_own_template(source, tmp_path):
     (tmp_path / "llava" / "chat_template.jinja").write_text(template)
     assert chat_template("tokenizer", tmp_path / "llava") == template
     tokenizer = load_tokenizer(tmp_path / "llava")
-    pieces = prompt_format("tokenizer", tokenizer).pieces(TURNS)
+    pieces = list(prompt_format("tokenizer", tokenizer).pieces(TURNS))
     assert pieces == [
         ("<|user|>\n<image>\nWhat  is it?</s>\n<|assistant|>\n", False),
         ("a red circle</s>", True),
@@ -258,7 +266,7 @@ def test_templates_mark_pictures_as_training_does(name, source, tmp_path):
     (llm / "chat_template.jinja").write_text(chat_template("tokenizer", llm))
     template = chat_template(name, llm, use_im_start_end=True)
     tokenizer = AutoTokenizer.from_pretrained(llm)
-    pieces = prompt_format(name, tokenizer).pieces(TURNS[:1])
+    pieces = list(prompt_format(name, tokenizer).pieces(TURNS[:1]))
     asked = [{"type": "image"}, {"type": "text", "text": "What  is it?"}]
     for content in (asked, TURNS[0][0]):
         messages = [{"role": "user", "content": content}]
@@ -282,7 +290,7 @@ def test_a_template_that_cannot_be_learned_from_is_refused(template, why, source
     folder = with_template(source, tmp_path / "llm", template) if template else source
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with pytest.raises(ValueError, match=why) as caught:
-        prompt_format("tokenizer", tokenizer).pieces(TURNS)
+        list(prompt_format("tokenizer", tokenizer).pieces(TURNS))
     assert "\n" not in str(caught.value)
 
 
@@ -291,3 +299,94 @@ def test_a_format_whose_end_is_no_token_is_refused(tmp_path):
     for name in ("chatml", "nvgpt", "llama_3"):
         with pytest.raises(ValueError, match=f"--prompt-format {name}: its end .* is not a token of this tokenizer"):
             prompt_format(name, tokenizer)
+
+
+# What a prompt is with the system message "Be brief.", then one question, and in a second turn. As published: Mistral's
+# of version 3 (in the last question), Meta's of Llama 2 and 3, Vicuna's, ChatML, NeVA's.
+WITH_SYSTEM = {
+    "mistral": ("<s>[INST] Be brief.\n\nQ[/INST]", "<s>[INST] Q[/INST] A</s>[INST] Be brief.\n\nR[/INST]"),
+    "llama_2": (
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nQ [/INST]",
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nQ [/INST] A </s><s>[INST] R [/INST]",
+    ),
+    "v1": ("<s>Be brief. USER: Q ASSISTANT:", "<s>Be brief. USER: Q ASSISTANT: A</s>USER: R ASSISTANT:"),
+    "chatml": (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+        "<|im_start|>user\nR<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "nvgpt": (
+        "<s><extra_id_0>System\nBe brief.\n\n<extra_id_1>User\nQ\n<extra_id_1>Assistant\n",
+        "<s><extra_id_0>System\nBe brief.\n\n<extra_id_1>User\nQ\n<extra_id_1>Assistant\nA\n<extra_id_1>User\nR\n"
+        "<extra_id_1>Assistant\n",
+    ),
+    "llama_3": (
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+        "R<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+}
+
+
+def say(role, text):
+    return {"role": role, "content": text}
+
+
+@pytest.mark.parametrize("name", PROMPT_FORMATS)
+def test_a_system_message_stands_where_the_format_has_a_place_for_it(name, source):
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = chat_template(name, tokenizer=tokenizer)
+
+    def written(*messages):
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+    asked, listed = say("system", " Be brief.\n"), say("system", [{"type": "text", "text": "Be brief."}])
+    if name not in WITH_SYSTEM:
+        with pytest.raises(Exception, match="only the roles user and assistant"):
+            written(asked, say("user", "Q"))
+        return
+    first, second = WITH_SYSTEM[name]
+    for system in (asked, listed):
+        assert written(system, say("user", "Q")) == first
+        assert written(system, say("user", "Q"), say("assistant", "A"), say("user", "R")) == second
+    with pytest.raises(Exception, match="only the roles user and assistant"):
+        written(say("user", "Q"), say("assistant", "A"), asked, say("user", "R"))
+
+
+@pytest.mark.parametrize("model", ["Meta-Llama-3-8B-Instruct", "Qwen2-7B-Instruct"])
+def test_a_system_message_is_written_as_published(model, source):
+    name, template = PUBLISHED[model]
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    messages = [say("system", "Be brief."), say("user", "Q"), say("assistant", "A"), say("user", "R")]
+    mine, theirs = (
+        tokenizer.apply_chat_template(messages, chat_template=one, tokenize=False, add_generation_prompt=True)
+        for one in (chat_template(name, tokenizer=tokenizer), template)
+    )
+    assert mine == theirs
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        *(("mistral", "</s>"), ("llama_2", "</s>"), ("v1", "</s>"), ("plain", "</s>"), ("chatml", "<|im_end|>")),
+        *(("nvgpt", "<extra_id_1>"), ("llama_3", "<|eot_id|>"), ("tokenizer", "<|im_end|>")),
+    ],
+)
+def test_the_end_of_an_answer(name, end, source):
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = PUBLISHED["Qwen2-7B-Instruct"][1]
+    assert find_end(name, tokenizer) == tokenizer.convert_tokens_to_ids(end)
+    # A template whose answers have none leaves it to the tokenizer's.
+    tokenizer.chat_template = PUBLISHED["llava-1.5-7b-hf"][1]
+    assert find_end("tokenizer", tokenizer) == tokenizer.eos_token_id
+
+
+def test_a_template_of_an_earlier_version_is_still_its_format(source, tmp_path, monkeypatch):
+    """Without a place for a system message."""
+    for name, style in list(PROMPT_FORMATS.items()):
+        with monkeypatch.context() as patch:
+            patch.setitem(PROMPT_FORMATS, name, replace(style, system=""))
+            folder = with_template(source, tmp_path / name, chat_template(name))
+        assert find_format("auto", folder, "qwen9") == name

@@ -11,7 +11,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 from megatron_patch.data.sentence_piece import add_pieces, remove_last_piece
-from megatron_patch.data.tokenize import install_tokenizer, remove_image_token
+from megatron_patch.data.tokenizer_files import install_tokenizer, remove_image_token
 
 MODEL = "data/mistral_instruct_tokenizer_240323.model.v3"  # Mistral-7B-Instruct-v0.3's, 32,768 pieces
 NAMES = ["<image>", "<im_start>", "<im_end>"]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from megatron_patch.config import Parallel
 from megatron_patch.data.task_encoder import LlavaTaskEncoder
-from megatron_patch.data.tokenize import install_tokenizer
+from megatron_patch.data.tokenizer_files import install_tokenizer
 from tests.unit.data.samples import CLIP, QUESTION, describe, encode, jpeg, settings
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from megatron_patch.data.tokenize import IGNORE, install_tokenizer, load_tokenizer
+from megatron_patch.data.prompts import prompt_format
+from megatron_patch.data.tokenize import IGNORE, encode, load_tokenizer
+from megatron_patch.data.tokenizer_files import install_tokenizer
 from tests.tiny import save_tokenizer
 from tests.unit.data.tokenizers import TOKENS, TURNS, encoded, mistral_v3, tiny
 
@@ -26,13 +28,15 @@ def test_install_adds_the_image_token_and_nothing_else(installed):
     assert image_token_id == len(before)
     assert len(after) == len(before) + 1
     assert "<image>" in after.all_special_tokens or after.added_tokens_decoder[image_token_id].special
-    text = "  A photo of [INST] two</s> cats\n\n— naïve 😀 "
+    text = "A photo of [INST] two</s> cats\n\n— naïve 😀 "
     assert after(text).input_ids == before(text, add_special_tokens=False).input_ids
     assert after("x<image><image>y").input_ids.count(image_token_id) == 2
     assert after.chat_template is None
     # Of transformers 5's own words none is written: 4.57 opens the copy too.
     config = json.loads((target / "tokenizer_config.json").read_text())
-    assert config["tokenizer_class"] in ("LlamaTokenizer", "PreTrainedTokenizerFast")
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+    assert config["padding_side"] == "left"
     assert "extra_special_tokens" not in config
 
 
@@ -45,7 +49,7 @@ def test_install_again_keeps_the_id(installed, tmp_path):
 def test_install_leaves_nothing_of_another_tokenizer(tmp_path):
     source, target = mistral_v3(tmp_path / "source"), tiny(tmp_path / "target")
     assert install_tokenizer(source, target) == {"<image>": 32768}
-    assert {path.name for path in target.iterdir()} == {"tokenizer.model", "tokenizer_config.json"}
+    assert {path.name for path in target.iterdir()} == {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
     with pytest.raises(ValueError, match="is the source itself"):
         install_tokenizer(target, target)
 
@@ -113,7 +117,7 @@ def test_truncation_never_cuts_a_picture(installed):
         cut = encoded(turns, tokenizer, "mistral", limit)
         assert torch.equal(cut.input_ids, whole.input_ids[:length])
         assert torch.equal(cut.labels, whole.labels[:length])
-        assert (cut.num_images, cut.num_cut) == (1 if length == second else 2, size - length)
+        assert (cut.num_images, cut.num_cut > 0) == (1 if length == second else 2, size > length)
     for limit in (int(pictures[TOKENS - 1]) + 2, TOKENS):
         with pytest.raises(ValueError, match=r"no answer within .* raise --decoder-seq-length"):
             encoded(turns, tokenizer, "mistral", limit)
@@ -133,3 +137,44 @@ def test_a_folder_without_tokenizer_or_image_token_is_named(tmp_path):
         install_tokenizer(tmp_path, tmp_path / "target")
     with pytest.raises(ValueError, match="<image> is not one token"):
         load_tokenizer(tiny(tmp_path / "source"))
+
+
+def by_prefixes(pieces, tokenizer):
+    """Ids, and which of them are learned, from the whole text up to the end of each piece."""
+    ids, learned, text = [], [], ""
+    for piece, is_learned in pieces:
+        text += piece
+        whole = tokenizer(text, add_special_tokens=False).input_ids
+        assert whole[: len(ids)] == ids
+        learned += [is_learned] * (len(whole) - len(ids))
+        ids = whole
+    return ids, learned
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama_2", "v1", "plain"])
+def test_long_conversations_are_cut_as_a_whole_is(name, installed):
+    """Though only what follows the last token that stands apart is cut again for each turn."""
+    tokenizer = load_tokenizer(installed[1])
+    texts = ["one", "  two  words", "a\n\n\tb", "</s> said", "<s>", "日本語 😀", "3.  x", "[INST]", "<unk>", "\n"]
+    turns = [(f"<image>\n{text}" if turn % 3 else text, texts[turn % 7] + text) for turn, text in enumerate(texts * 4)]
+    pieces = list(prompt_format(name, tokenizer).pieces(turns))
+    ids, learned = by_prefixes(pieces, tokenizer)
+    made = encode(pieces, tokenizer, image_token_id=installed[2], num_image_tokens=1, max_length=100_000)
+    assert made.input_ids.tolist() == ids[:-1]
+    assert made.labels.tolist() == [id if one else IGNORE for id, one in zip(ids[1:], learned[1:], strict=True)]
+    assert made.num_cut == 0
+
+
+def test_no_more_is_read_than_there_are_positions(installed):
+    tokenizer = load_tokenizer(installed[1])
+    asked = []
+
+    def pieces():
+        for turn in range(10**9):
+            asked.append(turn)
+            yield f"[INST] question {turn}[/INST]", False
+            yield f" answer {turn}</s>", True
+
+    made = encode(pieces(), tokenizer, image_token_id=installed[2], num_image_tokens=TOKENS, max_length=200)
+    assert (len(made.input_ids), made.num_cut > 0) == (200, True)
+    assert len(asked) < 30
