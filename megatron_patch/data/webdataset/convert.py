@@ -155,9 +155,13 @@ def _stop(job: Job, rejected: list[tuple[int, str, str]], settings: Settings) ->
 
 def _finish(output: LocalOutput | ObjectOutput, report: Report, plan: dict[str, Any], *, prepare: bool) -> None:
     counts = {record.shard: record.written for record in report.records if record.written}
-    if len(counts) < 2:
-        raise ValueError(f"{output.building}: {report.written} usable samples; a train and a val split need at least 2")
     output.list_rejected(_lines(report.rejected))
+    if len(counts) < 2:
+        rejected = report.rejected
+        why = f"; {output.quarantine} says why of {len(rejected)}, the last: {rejected[-1][2]}" if rejected else ""
+        raise ValueError(
+            f"{output.building}: {report.written} usable samples; a train and a val split need at least 2{why}"
+        )
     if prepare:
         prepare_energon(output.building, counts, is_pairs=report.is_pairs)
     output.show(make_manifest(plan, report.records))
