@@ -24,6 +24,7 @@ from megatron.energon.errors import FatalSampleError
 from megatron.energon.metadataset.loader_interface import LoadedDatasetList
 
 from megatron_patch.config import MOCK, Config
+from megatron_patch.data.dataset_code import DatasetCodeError, guarded
 from megatron_patch.data.mock import MockLoader
 from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
 from megatron_patch.data.webdataset.output import MANIFEST
@@ -272,7 +273,7 @@ def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, 
         seed = [config.training.seed, split == "train"]
         options = {"batch_size": data.micro_batch_size, "packs": data.packs, "seed": seed}
         return MockLoader(encoder, fingerprint, rank=rank, world_size=world_size, **options)
-    num_samples, digest = _describe(path, split)
+    num_samples, digest = _describe(path, split, allow_code=data.allow_dataset_code)
     if num_samples < world_size:
         raise ValueError(
             f"{path}: split {split} has {num_samples} samples for {world_size} data-parallel ranks; add more"
@@ -292,6 +293,7 @@ def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, 
     loaded = _open(
         path,
         split,
+        allow_code=data.allow_dataset_code,
         worker_config=worker_config,
         decoder=encoder.decoder,
         max_samples_per_sequence=SAMPLES_PER_SLICE if shuffles else None,
@@ -322,10 +324,10 @@ def batches_ahead(config: Config, world_size: int, num_workers: int) -> int:
     return max(2, math.ceil(config.data.global_batch_size / (config.data.micro_batch_size * world_size * num_workers)))
 
 
-def _describe(path: Path, split: str) -> tuple[int, str]:
+def _describe(path: Path, split: str, *, allow_code: bool) -> tuple[int, str]:
     """How many samples a split has, and a digest of its shards: their names, counts, indices, and recorded CRC-32."""
     worker_config = WorkerConfig(rank=0, world_size=1, num_workers=0)
-    loaded = _open(path, split, worker_config=worker_config)
+    loaded = _open(path, split, allow_code=allow_code, worker_config=worker_config)
     for part in loaded.datasets:
         if part.weight is not None and not part.weight > 0:
             raise ValueError(f"{path}: split {split} has a weight of {part.weight}; expected one above 0")
@@ -362,13 +364,16 @@ def _check_shard(path: EPath) -> int:
     return zlib.crc32(places)
 
 
-def _open(path: Path, split: str, **options: Any) -> LoadedDatasetList:
+def _open(path: Path, split: str, *, allow_code: bool, **options: Any) -> LoadedDatasetList:
     if path.is_dir() and not (path / ".nv-meta" / "dataset.yaml").is_file():
         raise ValueError(f"{path}: not an energon dataset (no .nv-meta/dataset.yaml in it); {PREPARE}")
     if not path.exists():
         raise ValueError(f"{path}: missing; expected an energon dataset; {PREPARE}")
     try:
-        return load_dataset(path).get_datasets(training=True, split_part=split, **options)
+        with guarded(allow_code=allow_code):
+            return load_dataset(path).get_datasets(training=True, split_part=split, **options)
+    except DatasetCodeError:
+        raise
     except Exception as error:
         # Energon answers a missing file, split or shard with exceptions of many kinds, AssertionError included.
         # What is no yaml has an empty one, whose place energon's parser has printed.
