@@ -16,6 +16,7 @@ ALLOWED = {
     "checks.py": (),
     "sizes.py": (),
     "files.py": (),
+    "text.py": (),
     "parallel_config.py": ("checks", "sizes"),
     "config.py": ("checks", "parallel_config", "sizes"),
     "arguments.py": (),
@@ -27,8 +28,8 @@ ALLOWED = {
     "families": ("sizes",),
     "model": ("config", "patches", "sizes"),
     "checkpoint": ("checks", "config", "files", "sizes", "families", "model"),
-    "data": ("config", "sizes", "files"),
-    "training": ("config", "sizes", "families", "model", "checkpoint", "data", "parallel", "estimate", "files"),
+    "data": ("config", "sizes", "files", "text"),
+    "training": ("config", "sizes", "families", "model", "checkpoint", "data", "parallel", "estimate", "files", "text"),
     "__init__.py": ("patches",),
 }
 WITHOUT_MEGATRON_CORE = ("config.py", "sizes.py", "arguments.py", "conversion.py", "launch.py", "families", "data")
