@@ -29,6 +29,7 @@ from megatron_patch.data.mock import MockLoader
 from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
 from megatron_patch.data.webdataset.output import MANIFEST
 from megatron_patch.sizes import Llava
+from megatron_patch.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +70,10 @@ class Failures:
         self._keys.add(key)
         with self._count.get_lock():
             self._count.value += 1
-        reason = " ".join(str(error).split())
+        reason = printable(str(error) or error.__cause__ or type(error).__name__, 400)
         logger.warning("left out sample %s: %s", key, reason)
         if self.count > self.allowed:
-            raise FatalSampleError(f"{self._message}; the log names them; the last: {reason[:400]}")
+            raise FatalSampleError(f"{self._message}; the log names them; the last: {reason}")
 
 
 class Loader(SavableDataLoader[Batch]):
@@ -341,7 +342,7 @@ def _shards(dataset: Any) -> list[list[Any]]:
     try:
         recorded = json.loads((EPath(dataset.path) / MANIFEST).read_bytes())["shards"]
         checksums = {name: shard["crc32"] for name, shard in recorded.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         checksums = {}  # another program's data
     return [[shard.name, shard.count, _check_shard(shard.path), checksums.get(shard.name)] for shard in dataset.shards]
 
@@ -377,7 +378,7 @@ def _open(path: Path, split: str, *, allow_code: bool, **options: Any) -> Loaded
     except Exception as error:
         # Energon answers a missing file, split or shard with exceptions of many kinds, AssertionError included.
         # What is no yaml has an empty one, whose place energon's parser has printed.
-        why = " ".join(str(error).split()) or "no yaml"
+        why = printable(error, 600) or "no yaml"
         advice = PREPARE if path.is_dir() else "expected a metadataset of energon, such as docs/formats.md shows"
         raise ValueError(f"{path}: split {split} cannot be read: {why}; {advice}") from error
 
@@ -393,7 +394,6 @@ def _key(sample: Any) -> str:
     """The key of whatever energon was handling: a raw sample, a typed one, a batch of them."""
     if isinstance(sample, list):
         return ", ".join(map(_key, sample))
-    if isinstance(sample, dict):
-        return str(sample.get("__key__"))
     parts = getattr(sample, "data", None)
-    return str(getattr(sample, "__key__", None) or (_key(parts[0]) if parts else sample))[:200]
+    name = sample.get("__key__") if isinstance(sample, dict) else getattr(sample, "__key__", None)
+    return printable(name or (_key(parts[0]) if parts else sample), 200)

@@ -157,7 +157,7 @@ def _stop(job: Job, rejected: list[tuple[int, str, str]], settings: Settings) ->
     job.output.list_rejected(_lines(rejected))
     raise ValueError(
         f"{where}{len(rejected)} samples rejected, more than --max-rejected-share {settings.max_rejected_share} "
-        f"allows; the last one: {rejected[-1][2]}"
+        f"allows; the last one: {printable(rejected[-1][2])}"
     ) from None
 
 
@@ -166,7 +166,11 @@ def _finish(output: LocalOutput | ObjectOutput, report: Report, plan: dict[str, 
     output.list_rejected(_lines(report.rejected))
     if len(counts) < 2:
         rejected = report.rejected
-        why = f"; {output.quarantine} says why of {len(rejected)}, the last: {rejected[-1][2]}" if rejected else ""
+        why = (
+            f"; {output.quarantine} says why of {len(rejected)}, the last: {printable(rejected[-1][2])}"
+            if rejected
+            else ""
+        )
         raise ValueError(
             f"{output.building}: {report.written} usable samples; a train and a val split need at least 2{why}"
         )

@@ -21,11 +21,14 @@ MANIFEST = "manifest.json"
 META = ".nv-meta"
 LOCK = "lock"
 SHARD = r"[0-9]{5}\.tar"
-TEMPORARY = re.compile(rf"\.?({SHARD}(\.idx)?|{re.escape(MANIFEST)}\..*)(\.tmp)+")
+RANDOM = r"\.[a-z0-9_]{8}"  # as tempfile names what the object stores' client writes
+TEMPORARY = re.compile(rf"\.?({SHARD}(\.idx)?|{re.escape(MANIFEST)}\..*)(\.tmp)+|{RANDOM}")
 """Files that a conversion, or energon in it, leaves only when it is killed."""
 FILES = re.compile(rf"{SHARD}(\.idx)?|{re.escape(MANIFEST)}|{TEMPORARY.pattern}")
 RECORD_FILES = re.compile(rf"({re.escape(PLAN)}|{SHARD}\.json|{LOCK})(\..*)?")
-META_FILES = re.compile(r"\.?(dataset\.yaml|split\.yaml|\.info\.(json|yaml)|index\.(sqlite|uuid)(-.*)?)(\.tmp)*")
+META_FILES = re.compile(
+    rf"\.?(dataset\.yaml|split\.yaml|\.info\.(json|yaml)|index\.(sqlite|uuid)(-.*)?)(\.tmp)*|{RANDOM}"
+)
 REJECTED = re.compile(rb"[0-9]+\t")
 """How a list of rejected samples begins."""
 PATIENCE = 2.0
@@ -114,7 +117,7 @@ def write_whole(path: Path, text: str) -> None:
     """The file is there as a whole or not at all. Raises OSError that names it."""
     aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with aside.open("x") as file:  # never what is there already, nor through a link
+        with aside.open("x", encoding="utf-8") as file:  # never what is there already, nor through a link
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

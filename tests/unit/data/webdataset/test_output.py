@@ -272,7 +272,7 @@ def test_a_conversion_that_another_one_overtook_replaces_nothing(tmp_path, monke
 def test_what_a_killed_conversion_left_is_not_shown(tmp_path):
     write_pretrain(tmp_path, 20)
     convert_folder(tmp_path, part="1/2")
-    put_in(tmp_path / "wds.partial", "00009.tar.tmp", "00000.tar.idx.tmp", "manifest.json.7.tmp")
+    put_in(tmp_path / "wds.partial", "00009.tar.tmp", ".00000.tar.idx.tmp.tmp", "manifest.json.7.tmp", ".qi2m4trb")
     convert_folder(tmp_path)
     names = {path.name for path in (tmp_path / "wds").iterdir()}
     assert names - {f"{index:05d}.tar{end}" for index in range(10) for end in ("", ".idx")} == {
