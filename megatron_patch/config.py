@@ -122,6 +122,9 @@ class Data:
     use_im_start_end: bool = False
     """Put <im_start> and <im_end> around each picture, as NeVA does. The converter adds them: --add-tokens neva."""
 
+    allow_dataset_code: bool = False
+    """Run what a dataset's yaml files name beside energon's own classes, and its Python files."""
+
     def __post_init__(self) -> None:
         require_positive(self, "micro_batch_size", "global_batch_size")
         require_not_negative(self, "num_workers", "shuffle_buffer_size", "packing_buffer_size")
@@ -327,7 +330,6 @@ class Config:
                 "--use-flash-attn false: megatron.core's unfused attention cannot share a sequence; use true with "
                 f"--context-parallel-size {self.parallel.context_parallel_size}"
             )
-
         if self.data.packs and not self.model.use_flash_attn:
             raise ValueError(
                 "--use-flash-attn false: megatron.core's unfused attention cannot tell packed samples apart; use true"
@@ -370,6 +372,4 @@ class Config:
             )
         longest = llava.language.max_position_embeddings
         if length > longest:
-            raise ValueError(
-                f"--decoder-seq-length {length}: the language model knows {longest} positions; use at most that"
-            )
+            raise ValueError(f"--decoder-seq-length {length}: the language model knows {longest} positions; use those")

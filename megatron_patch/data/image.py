@@ -6,7 +6,6 @@ The data side resizes and crops to uint8, a quarter of the bytes; the device nor
 from __future__ import annotations
 
 import functools
-import io
 import math
 
 import numpy as np
@@ -14,22 +13,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_patch.data.webdataset.formats import MAX_PIXELS
+from megatron_patch.data.decode import check_pixels, decode
 from megatron_patch.preprocessor import ImageSettings
 
 
 def load_pixels(data: bytes, settings: ImageSettings) -> Tensor:
-    """Decode, convert to RGB, resize and crop an encoded picture -> uint8 [3, h, w].
+    """Decode, turn upright, convert to RGB, resize and crop an encoded picture -> uint8 [3, h, w].
 
-    Raises ValueError for what is no picture, is cut off, or has more than `MAX_PIXELS`.
+    Raises ValueError for what `decode` refuses, and for what is too large when it is resized.
     """
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            # The header tells the size: refused before anything is decoded.
-            _check_pixels("picture", *picture.size)
-            rgb = _to_rgb(picture)
-    except Exception as error:
-        # Pillow raises OSError, SyntaxError, struct.error and others of its own for broken files.
+        rgb = decode(data)
+    except ValueError as error:
         raise ValueError(f"picture cannot be read: {error}") from error
     rgb = transform(rgb, settings)
     planes = bytearray().join(rgb.tobytes("raw", band) for band in "RGB")
@@ -47,7 +42,7 @@ def transform(rgb: Image.Image, settings: ImageSettings) -> Image.Image:
     # transformers' rounding: down.
     longest = int(settings.size * longest / shortest)
     size = (settings.size, longest) if rgb.width <= rgb.height else (longest, settings.size)
-    _check_pixels(f"picture of {rgb.width} x {rgb.height} resized to shortest edge {settings.size}", *size)
+    check_pixels(f"picture of {rgb.width} x {rgb.height} resized to shortest edge {settings.size}", *size)
     return _resize_and_crop(rgb, size, (width, height))
 
 
@@ -64,25 +59,10 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 
 
-def _check_pixels(what: str, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{what}: {width} x {height} pixels, more than {MAX_PIXELS} are refused")
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    """RGB; what is transparent becomes white, as in transformers 5."""
-    if "A" not in picture.getbands() and picture.info.get("transparency") is None:
-        picture.load()
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
-    picture = picture.convert("RGBA")
-    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, picture).convert("RGB")
-
-
 def _expand_to_square(rgb: Image.Image, mean: tuple[float, ...]) -> Image.Image:
     """The picture in the middle of a square of the mean colour: LLaVA's expand2square."""
     side = max(rgb.size)
-    _check_pixels(f"picture of {rgb.width} x {rgb.height} made square", side, side)
+    check_pixels(f"picture of {rgb.width} x {rgb.height} made square", side, side)
     square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in mean))
     square.paste(rgb, ((side - rgb.width) // 2, (side - rgb.height) // 2))
     return square

@@ -24,10 +24,12 @@ from megatron.energon.metadataset.loader_interface import LoadedDatasetList
 
 from megatron_patch.config import MOCK, Config
 from megatron_patch.data import position
+from megatron_patch.data.dataset_code import DatasetCodeError, guarded
 from megatron_patch.data.mock import MockLoader
 from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
 from megatron_patch.data.webdataset.output import MANIFEST
 from megatron_patch.sizes import Llava
+from megatron_patch.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +70,10 @@ class Failures:
         self._keys.add(key)
         with self._count.get_lock():
             self._count.value += 1
-        reason = " ".join(str(error).split())
+        reason = printable(str(error) or error.__cause__ or type(error).__name__, 400)
         logger.warning("left out sample %s: %s", key, reason)
         if self.count > self.allowed:
-            raise FatalSampleError(f"{self._message}; the log names them; the last: {reason[:400]}")
+            raise FatalSampleError(f"{self._message}; the log names them; the last: {reason}")
 
 
 class Loader(SavableDataLoader[Batch]):
@@ -270,7 +272,7 @@ def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, 
         seed = [config.training.seed, split == "train"]
         options = {"batch_size": data.micro_batch_size, "packs": data.packs, "seed": seed}
         return MockLoader(encoder, fingerprint, rank=rank, world_size=world_size, **options)
-    num_samples, digest = _describe(path, split)
+    num_samples, digest = _describe(path, split, allow_code=data.allow_dataset_code)
     if num_samples < world_size:
         raise ValueError(
             f"{path}: split {split} has {num_samples} samples for {world_size} data-parallel ranks; add more"
@@ -290,6 +292,7 @@ def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, 
     loaded = _open(
         path,
         split,
+        allow_code=data.allow_dataset_code,
         worker_config=worker_config,
         decoder=encoder.decoder,
         max_samples_per_sequence=SAMPLES_PER_SLICE if shuffles else None,
@@ -320,10 +323,10 @@ def batches_ahead(config: Config, world_size: int, num_workers: int) -> int:
     return max(2, math.ceil(config.data.global_batch_size / (config.data.micro_batch_size * world_size * num_workers)))
 
 
-def _describe(path: Path, split: str) -> tuple[int, str]:
+def _describe(path: Path, split: str, *, allow_code: bool) -> tuple[int, str]:
     """How many samples a split has, and a digest of its shards: their names, counts, indices, and recorded CRC-32."""
     worker_config = WorkerConfig(rank=0, world_size=1, num_workers=0)
-    loaded = _open(path, split, worker_config=worker_config)
+    loaded = _open(path, split, allow_code=allow_code, worker_config=worker_config)
     for part in loaded.datasets:
         if part.weight is not None and not part.weight > 0:
             raise ValueError(f"{path}: split {split} has a weight of {part.weight}; expected one above 0")
@@ -337,7 +340,7 @@ def _shards(dataset: Any) -> list[list[Any]]:
     try:
         recorded = json.loads((EPath(dataset.path) / MANIFEST).read_bytes())["shards"]
         checksums = {name: shard["crc32"] for name, shard in recorded.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         checksums = {}  # another program's data
     return [[shard.name, shard.count, _check_shard(shard.path), checksums.get(shard.name)] for shard in dataset.shards]
 
@@ -360,17 +363,20 @@ def _check_shard(path: EPath) -> int:
     return zlib.crc32(places)
 
 
-def _open(path: Path, split: str, **options: Any) -> LoadedDatasetList:
+def _open(path: Path, split: str, *, allow_code: bool, **options: Any) -> LoadedDatasetList:
     if path.is_dir() and not (path / ".nv-meta" / "dataset.yaml").is_file():
         raise ValueError(f"{path}: not an energon dataset (no .nv-meta/dataset.yaml in it); {PREPARE}")
     if not path.exists():
         raise ValueError(f"{path}: missing; expected an energon dataset; {PREPARE}")
     try:
-        return load_dataset(path).get_datasets(training=True, split_part=split, **options)
+        with guarded(allow_code=allow_code):
+            return load_dataset(path).get_datasets(training=True, split_part=split, **options)
+    except DatasetCodeError:
+        raise
     except Exception as error:
         # Energon answers a missing file, split or shard with exceptions of many kinds, AssertionError included.
         # What is no yaml has an empty one, whose place energon's parser has printed.
-        why = " ".join(str(error).split()) or "no yaml"
+        why = printable(error, 600) or "no yaml"
         advice = PREPARE if path.is_dir() else "expected a metadataset of energon, such as docs/formats.md shows"
         raise ValueError(f"{path}: split {split} cannot be read: {why}; {advice}") from error
 
@@ -386,7 +392,6 @@ def _key(sample: Any) -> str:
     """The key of whatever energon was handling: a raw sample, a typed one, a batch of them."""
     if isinstance(sample, list):
         return ", ".join(map(_key, sample))
-    if isinstance(sample, dict):
-        return str(sample.get("__key__"))
     parts = getattr(sample, "data", None)
-    return str(getattr(sample, "__key__", None) or (_key(parts[0]) if parts else sample))[:200]
+    name = sample.get("__key__") if isinstance(sample, dict) else getattr(sample, "__key__", None)
+    return printable(name or (_key(parts[0]) if parts else sample), 200)

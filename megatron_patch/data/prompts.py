@@ -80,7 +80,7 @@ def pair_turns(messages: Any) -> list[Turn]:
     said = []
     for message in messages:
         role, text = message.get("from", message.get("role")), message.get("value", message.get("content"))
-        if role not in ROLES or not isinstance(text, str):
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
             raise ValueError(f"a turn is {message!r:.60}; expected from human or gpt, and a value that is a text")
         said.append((ROLES[role], text))
     if said and said[0][0] == "assistant":

@@ -23,9 +23,12 @@ from megatron_patch.data.prompts import IMAGE, MARKED_IMAGE, Piece, document_pie
 from megatron_patch.data.tokenize import IGNORE, encode, load_tokenizer
 from megatron_patch.preprocessor import check_crop, read_image_settings
 from megatron_patch.sizes import Llava
+from megatron_patch.text import printable
 
 MULTIPLE = 8
 """Batches are padded to a multiple of this many positions."""
+MAX_KEY = 200
+"""Characters of a key that are shown: names of files in a dataset may hold anything."""
 PADDING = 0
 """Id of padding. Any word will do: it stands on the right of causal sequences and is never learned."""
 
@@ -247,7 +250,7 @@ def _batch(samples: list[EncodedSample], lengths: list[int], *, packed: bool) ->
     join = (lambda rows: torch.cat(rows)[None]) if packed else torch.stack
     pairs = list(zip(samples, lengths, strict=True))
     return Batch(
-        keys=[sample.__key__ for sample in samples],
+        keys=[printable(sample.__key__, MAX_KEY) for sample in samples],
         input_ids=join([_pad(sample.input_ids, length, PADDING) for sample, length in pairs]),
         labels=join([_pad(sample.labels, length, IGNORE) for sample, length in pairs]),
         pixels=torch.cat([sample.pixels for sample in samples]),

@@ -147,8 +147,10 @@ def describe(hf_config: dict[str, Any]) -> Llava:
         raise ValueError(f"model_type is {short(hf_config.get('model_type'))}, expected 'llava'")
     _check_not_quantized(hf_config)
     for name, allowed in REQUIRED.items():
-        if hf_config.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{name} is {short(hf_config[name])}, only {allowed[0]!r} is supported")
+        given = hf_config.get(name, allowed[0])
+        # transformers puts the features of several layers side by side: those of one are as they are.
+        if (given[0] if isinstance(given, list) and len(given) == 1 else given) not in allowed:
+            raise ValueError(f"{name} is {short(given)}, only {allowed[0]!r} is supported")
     return Llava(
         language=describe_language_model(checked("text_config", hf_config["text_config"], dict)),
         vision=describe_vision_model(checked("vision_config", hf_config["vision_config"], dict)),

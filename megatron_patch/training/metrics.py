@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_patch.config import Config
 from megatron_patch.estimate.flops import megatron_lm_flops, step_flops
 from megatron_patch.sizes import Llava
+from megatron_patch.text import printable
 from megatron_patch.training.captions import Caption
 from megatron_patch.training.log import logger
 from megatron_patch.training.step import Step, Totals
@@ -100,7 +101,7 @@ class Metrics:
         for caption in captions:
             tag = f"captions/{caption.key}"
             said, reference = (
-                textwrap.shorten(text, 300, placeholder=" ...") for text in (caption.said, caption.reference)
+                printable(textwrap.shorten(text, 300, placeholder=" ...")) for text in (caption.said, caption.reference)
             )
             # Indented: TensorBoard shows markdown, and captions are none.
             self.board.add_text(tag, f"    model:     {said}\n    reference: {reference}", iteration)

@@ -22,7 +22,7 @@ FLAGS = """
 --context-parallel-size --sequence-parallel --env --use-distributed-optimizer
 --overlap-grad-reduce --overlap-param-gather
 --data-path --valid-data-path --micro-batch-size --global-batch-size --num-workers --shuffle-buffer-size
---packing-buffer-size --prompt-format --image-transform --use-im-start-end
+--packing-buffer-size --prompt-format --image-transform --use-im-start-end --allow-dataset-code
 --lr --min-lr --lr-warmup-iters --weight-decay --adam-beta1 --adam-beta2 --adam-eps --clip-grad
 --use-precision-aware-optimizer --exp-avg-dtype --exp-avg-sq-dtype --optimizer-offload
 --train-iters --recompute --recompute-method --recompute-num-layers

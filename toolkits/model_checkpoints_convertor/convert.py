@@ -378,7 +378,7 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _write_chat_template(name: str, folder: Path, source: Path, llava: Llava, *, own: bool = False) -> None:
-    """`name`: a prompt format. `source`: what says which one `auto` is. `own`: that has a whole LLaVA's, which stays."""
+    """`name`: a prompt format. `source`: says which one `auto` is. `own`: that has a whole LLaVA's, which stays."""
     from megatron_patch.data.tokenizer_files import template_for
 
     template = template_for(name, source, folder, llava.language.family, own=own)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 
 from megatron_patch.arguments import parse
 from megatron_patch.data.webdataset import Report, Settings, convert
+from megatron_patch.text import printable
 
 MAX_SHOWN = 10
 """Rejected samples that a dry run prints."""
@@ -16,16 +18,21 @@ def main() -> int:
     """Exit code 0, or 1 with one line on stderr."""
     settings = parse(Settings, sys.argv[1:], positional="dir")
     # As Ctrl-C does: what was begun is left in order, and the processes end.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda number, _: sys.exit(128 + number))
     try:
         report = convert(settings)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print(f"error: {printable(settings.dir)}: out of memory; give more, or fewer --workers", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
-    print(_describe(settings, report))
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it, and the work is done
+        print(_describe(settings, report), flush=True)
     return 0
 
 
@@ -33,7 +40,10 @@ def _describe(settings: Settings, report: Report) -> str:
     """Last the line that counts: given = written + rejected."""
     output = settings.output or f"{settings.dir}/wds"
     if settings.dry_run:
-        where = "".join(f"\n  position {line[0]}, id {line[1]}: {line[2]}" for line in report.rejected[:MAX_SHOWN])
+        where = "".join(
+            f"\n  position {line[0]}, id {printable(line[1])}: {printable(line[2])}"
+            for line in report.rejected[:MAX_SHOWN]
+        )
         output = f"{output} (dry run)"
     else:
         where = f" ({report.quarantine})" if report.rejected and settings.part is None else ""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_patch.arguments import parse
 from megatron_patch.config import Config
+from megatron_patch.text import printable
 
 NUM_BATCHES = "--num-batches"
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         _write(config, Path(page), int(count))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -49,6 +50,7 @@ def _write(config: Config, page: Path, count: int) -> None:
     from megatron_patch.data.inspect import HEAD, write_page
     from megatron_patch.data.loader import train_loader
     from megatron_patch.data.tokenize import load_tokenizer
+    from megatron_patch.data.webdataset.own import write_whole
     from megatron_patch.families.llava import read_config
     from megatron_patch.files import check_page
 
@@ -57,7 +59,7 @@ def _write(config: Config, page: Path, count: int) -> None:
     config.check(llava)
     loader = train_loader(config, llava, rank=0, world_size=1)
     tokenizer = load_tokenizer(config.model.description)
-    page.write_text(write_page(islice(loader, count), tokenizer, llava.image_token_id), encoding="utf-8")
+    write_whole(page, write_page(islice(loader, count), tokenizer, llava.image_token_id))
     print(f"wrote {page}: {count} batches of {config.data.data_path}")
 
 

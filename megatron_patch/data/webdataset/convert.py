@@ -10,6 +10,7 @@ from typing import Any
 from megatron_patch.data.webdataset.lengths import Lengths, Measure
 from megatron_patch.data.webdataset.objects import is_url
 from megatron_patch.data.webdataset.output import LocalOutput, ObjectOutput, Record, make_manifest, open_output
+from megatron_patch.data.webdataset.own import check_apart
 from megatron_patch.data.webdataset.pictures import Pictures, open_roots
 from megatron_patch.data.webdataset.prepare import prepare_energon
 from megatron_patch.data.webdataset.progress import Progress
@@ -17,6 +18,7 @@ from megatron_patch.data.webdataset.samples import read_samples
 from megatron_patch.data.webdataset.settings import Settings
 from megatron_patch.data.webdataset.shards import Job, TooManyRejected
 from megatron_patch.data.webdataset.workers import Tell, run
+from megatron_patch.text import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,10 @@ def convert(settings: Settings) -> Report:
     measure = Measure(settings.tokenizer) if settings.tokenizer else None
     samples = read_samples(settings.dir, settings.annotations)
     pictures = Pictures(open_roots(_roots(settings)), settings.validate)
-    output = open_output(settings.output or f"{settings.dir.rstrip('/') or '/'}/wds", dry_run=settings.dry_run)
+    place = settings.output or f"{settings.dir.rstrip('/') or '/'}/wds"
+    output = open_output(place, dry_run=settings.dry_run)
+    if isinstance(output, LocalOutput):
+        check_apart(place, settings.dir, [samples.place, *_roots(settings)])
     index, count = settings.share_of_shards
     job = Job(samples, pictures, output, int(settings.max_rejected_share * len(samples)))
     plan = {
@@ -73,19 +78,22 @@ def convert(settings: Settings) -> Report:
         "images": _plan_of_images(settings),
         "validate": settings.validate,
     }
-    output.begin(plan, settings.overwrite)
-    shards = range(index, job.num_shards, count)
-    records = _write_shards(job, shards, settings)
-    report = Report(
-        records=records,
-        num_shards=job.num_shards,
-        is_pairs=samples.is_pairs,
-        quarantine=output.quarantine,
-        lengths=_measure(measure, job, records, settings) if measure else None,
-    )
-    if not settings.dry_run and settings.part is None:
-        _finish(output, report, plan, prepare=not settings.no_prepare)
-    return report
+    try:
+        output.begin(plan, settings.overwrite, shared=settings.part is not None)
+        shards = range(index, job.num_shards, count)
+        records = _write_shards(job, shards, settings)
+        report = Report(
+            records=records,
+            num_shards=job.num_shards,
+            is_pairs=samples.is_pairs,
+            quarantine=output.quarantine,
+            lengths=_measure(measure, job, records, settings) if measure else None,
+        )
+        if not settings.dry_run and settings.part is None:
+            _finish(output, report, plan, prepare=not settings.no_prepare)
+        return report
+    finally:
+        output.end()
 
 
 def _roots(settings: Settings) -> list[str]:
@@ -149,19 +157,27 @@ def _stop(job: Job, rejected: list[tuple[int, str, str]], settings: Settings) ->
     job.output.list_rejected(_lines(rejected))
     raise ValueError(
         f"{where}{len(rejected)} samples rejected, more than --max-rejected-share {settings.max_rejected_share} "
-        f"allows; the last one: {rejected[-1][2]}"
+        f"allows; the last one: {printable(rejected[-1][2])}"
     ) from None
 
 
 def _finish(output: LocalOutput | ObjectOutput, report: Report, plan: dict[str, Any], *, prepare: bool) -> None:
     counts = {record.shard: record.written for record in report.records if record.written}
-    if len(counts) < 2:
-        raise ValueError(f"{output.building}: {report.written} usable samples; a train and a val split need at least 2")
     output.list_rejected(_lines(report.rejected))
+    if len(counts) < 2:
+        rejected = report.rejected
+        why = (
+            f"; {output.quarantine} says why of {len(rejected)}, the last: {printable(rejected[-1][2])}"
+            if rejected
+            else ""
+        )
+        raise ValueError(
+            f"{output.building}: {report.written} usable samples; a train and a val split need at least 2{why}"
+        )
     if prepare:
         prepare_energon(output.building, counts, is_pairs=report.is_pairs)
     output.show(make_manifest(plan, report.records))
 
 
 def _lines(rejected: list[tuple[int, str, str]]) -> list[str]:
-    return [f"{position}\t{name}\t{why}\n" for position, name, why in rejected]
+    return [f"{position}\t{printable(name)}\t{printable(why)}\n" for position, name, why in rejected]

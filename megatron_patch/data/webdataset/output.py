@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import secrets
 import shutil
 import tempfile
@@ -20,11 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.data.webdataset.objects import Objects, is_url
+from megatron_patch.data.webdataset.own import (
+    LOCK,
+    MANIFEST,
+    PLAN,
+    RECORDS,
+    check_folder,
+    check_list,
+    lock,
+    remove_temporary,
+    write_whole,
+)
 
 PIECE = 1024**2
-RECORDS = ".records"
-PLAN = "plan.json"
-MANIFEST = "manifest.json"
 
 
 @dataclass(kw_only=True)
@@ -57,31 +64,63 @@ class LocalOutput:
         """The list of rejected samples."""
         self.building = str(self.partial.absolute())
         """Where the shards are until they are shown, as energon takes it."""
+        self._lock: int | None = None
 
-    def begin(self, plan: dict[str, Any], overwrite: bool) -> None:
-        """Make room, or go on with what the same plan began. Raises ValueError for what is in the way."""
-        if self.path.exists():
-            if not overwrite:
-                raise ValueError(f"{self.path}: exists; remove it or give --overwrite")
-            _check_only_shards(self.path)
-        if overwrite and self.partial.exists() and _read_json(self._records / PLAN) != plan:
-            _check_only_shards(self.partial)
-            shutil.rmtree(self.partial)
-        if not self.partial.exists():
+    def begin(self, plan: dict[str, Any], overwrite: bool, *, shared: bool = False) -> None:
+        """Make room, or go on with what the same plan began, to the exclusion of other conversions until `end`.
+
+        `shared`: those of other parts of the same job apart. Raises ValueError for what is in the way.
+        """
+        self._check_free(overwrite)
+        check_list(Path(self.quarantine))
+        if not os.path.lexists(self.partial):
             self._make_partial(plan)
+        self._take(shared=shared)
+        if overwrite and _read_json(self._records / PLAN) != plan:
+            replaced = self._aside("replaced")
+            self.partial.rename(replaced)
+            shutil.rmtree(replaced, ignore_errors=True)
+            self._make_partial(plan)
+            self._take(shared=shared)
         begun = _read_json(self._records / PLAN)
         if begun != plan:
             raise ValueError(
                 f"{self.partial}: begun with another {_differing(begun, plan)}; finish it with the same, or give "
                 f"--overwrite, or remove it"
             )
+        self._check_free(overwrite)  # another conversion may have ended meanwhile
+        if not shared:
+            remove_temporary(self.partial)
+
+    def end(self) -> None:
+        """Others may begin."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _check_free(self, overwrite: bool) -> None:
+        if os.path.lexists(self.path):
+            if not overwrite:
+                raise ValueError(f"{self.path}: exists; remove it or give --overwrite")
+            check_folder(self.path, MANIFEST)
+            if os.listdir(self.path) and "shards" not in (_read_json(self.path / MANIFEST) or ()):
+                raise ValueError(f"{self.path}: its {MANIFEST} is no conversion's; move it away")
+
+    def _take(self, *, shared: bool) -> None:
+        self.end()
+        check_folder(self.partial, f"{RECORDS}/{PLAN}")
+        self._lock = lock(self._records / LOCK, shared=shared)
+
+    def _aside(self, what: str) -> Path:
+        """A name that nothing else has."""
+        return self.path.with_name(f".{self.path.name}.{what}.{secrets.token_hex(8)}")
 
     def _make_partial(self, plan: dict[str, Any]) -> None:
         """With the plan in it from the first: parts of a job may begin at once, and only one of them makes it."""
-        aside = self.path.with_name(f".{self.partial.name}.{secrets.token_hex(8)}")
+        aside = self._aside("partial")
         try:
             (aside / RECORDS).mkdir(parents=True)
-            _write_whole(aside / RECORDS / PLAN, _to_json(plan))
+            write_whole(aside / RECORDS / PLAN, _to_json(plan))
             aside.rename(self.partial)
         except NotADirectoryError:
             raise ValueError(f"{self.path}: no folder can be made in what is a file; give another --output") from None
@@ -102,7 +141,7 @@ class LocalOutput:
     def new_shard(self, shard: str, record: Record) -> Iterator[int]:
         """A descriptor to write the shard to. At the end the shard is there, then its record; on an error neither."""
         aside = self.partial / f"{shard}.tmp"
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             _lock(descriptor, aside)
             with _removed_on_error(aside):
@@ -113,21 +152,21 @@ class LocalOutput:
                     aside.rename(self.partial / shard)
                 else:
                     aside.unlink()
-            _write_whole(self._records / f"{shard}.json", _to_json(asdict(record)))
+            write_whole(self._records / f"{shard}.json", _to_json(asdict(record)))
         finally:
             os.close(descriptor)
 
     def list_rejected(self, lines: list[str]) -> None:
         """Write the list; no file when there is none."""
         if lines:
-            _write_whole(Path(self.quarantine), "".join(lines))
+            write_whole(Path(self.quarantine), "".join(lines))
         else:
             Path(self.quarantine).unlink(missing_ok=True)
 
     def show(self, manifest: dict[str, Any]) -> None:
         """Put the folder in its place, that of an older one if need be."""
-        _write_whole(self.partial / MANIFEST, _to_json(manifest))
-        replaced = self.path.with_name(f".{self.path.name}.replaced.{os.getpid()}")
+        write_whole(self.partial / MANIFEST, _to_json(manifest))
+        replaced = self._aside("replaced")
         if self.path.exists():
             self.path.rename(replaced)
         try:
@@ -149,7 +188,7 @@ class ObjectOutput:
         self.quarantine = f"{self._objects.url}.rejected.tsv"
         self.building = self._objects.msc_url()
 
-    def begin(self, plan: dict[str, Any], overwrite: bool) -> None:
+    def begin(self, plan: dict[str, Any], overwrite: bool, *, shared: bool = False) -> None:
         """Go on with what the same plan began. Raises ValueError for what is in the way: nothing is removed there."""
         url = self._objects.url
         if overwrite:
@@ -162,6 +201,9 @@ class ObjectOutput:
                 f"{url}: begun with another {_differing(begun, plan)}; finish it with the same, or remove it"
             )
         self._objects.write(f"{RECORDS}/{PLAN}", _to_json(plan).encode())
+
+    def end(self) -> None:
+        """A store has no locks."""
 
     def read_record(self, shard: str) -> Record | None:
         """The record of a shard that is there in its size, else None."""
@@ -200,8 +242,11 @@ class NoOutput:
     def __init__(self, place: str) -> None:
         self.quarantine = place
 
-    def begin(self, plan: dict[str, Any], overwrite: bool) -> None:
+    def begin(self, plan: dict[str, Any], overwrite: bool, *, shared: bool = False) -> None:
         """Nothing is in the way."""
+
+    def end(self) -> None:
+        """Nothing was begun."""
 
     def read_record(self, shard: str) -> None:
         """Nothing is there."""
@@ -264,13 +309,6 @@ def _lock(descriptor: int, path: Path) -> None:
         raise ValueError(f"{path}: another conversion is writing it; wait for it, or end it")
 
 
-def _check_only_shards(folder: Path) -> None:
-    """Raises ValueError for a folder that holds what no conversion wrote: it must not be removed."""
-    for path in folder.iterdir():
-        if not re.fullmatch(r"[0-9]{5}\.tar(\.idx|\.tmp)?|\.nv-meta|\.records|manifest\.json(\..*)?", path.name):
-            raise ValueError(f"{path}: not made by a conversion, so --overwrite does not remove it; remove it yourself")
-
-
 def _named(place: str) -> Path:
     """A folder's path with a name at its end. Raises ValueError for the root."""
     path = Path(place)
@@ -308,15 +346,5 @@ def _read_json(path: Path) -> Any:
 def _parse_json(data: bytes | None) -> Any:
     try:
         return None if data is None else json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """The file is there as a whole or not at all."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)

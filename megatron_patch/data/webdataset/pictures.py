@@ -12,7 +12,8 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, takewhile
 from typing import NamedTuple, Protocol
 
 from megatron_patch.data.webdataset.formats import check_decodes, check_header, check_present
@@ -46,7 +47,7 @@ class Pictures:
     def read(self, name: str) -> bytes:
         """A picture as it is. Raises Rejected when it is missing, damaged, or outside of the roots; StoreError."""
         try:
-            data = self._find(name)
+            data = self._find(_plain(name) if "./" in name or "//" in name else name)
             self._check(data)
         except StoreError:
             raise  # the next ones would fail as well
@@ -104,15 +105,18 @@ class FolderRoot:
 
     def _resolve(self, name: str, parent: str) -> str | None:
         """The real folder, with a slash at its end, of a name's part before the last slash; None: there is none."""
-        if name.startswith("/") or ".." in parent.split("/"):
+        if ".." in parent.split("/"):
             raise Rejected("leads out of the folder")
-        path = os.path.join(self._path, parent)
-        return os.path.join(self._follow(path), "") if os.path.isdir(path) else None
+        # Of an absolute name, as in LLaVA's training, nothing is put before it.
+        is_absolute = name.startswith("/")
+        path = os.path.join(self._path, parent or "/" * is_absolute)
+        real = self._follow(path, "an absolute name" if is_absolute else "a link")
+        return os.path.join(real, "") if os.path.isdir(real) else None
 
-    def _follow(self, path: str) -> str:
+    def _follow(self, path: str, what: str = "a link") -> str:
         real = os.path.realpath(path)
         if not os.path.join(real, "").startswith(self._allowed):
-            raise Rejected("a link that leads out of the folder; name its target with --images if it is meant")
+            raise Rejected(f"{what} that leads out of the folder; name its target with --images if it is meant")
         return real
 
 
@@ -153,10 +157,11 @@ class ZipRoot:
 
     def __init__(self, place: str) -> None:
         self._file = ObjectFile(place) if is_url(place) else LocalFile(place)
+        self._folders = () if is_url(place) else _folders_of(place)
         try:
             with zipfile.ZipFile(self._file) as archive:
                 self._members = {
-                    info.filename: _Member(
+                    _plain(info.filename): _Member(
                         info.header_offset,
                         info.compress_size,
                         info.file_size,
@@ -165,13 +170,15 @@ class ZipRoot:
                         bool(info.flag_bits & 1),
                     )
                     for info in archive.infolist()
+                    if not info.is_dir()
                 }
         except (zipfile.BadZipFile, NotImplementedError) as error:
             raise ValueError(f"{place}: not a whole zip archive: {error}; download it again") from None
+        self._prefixes = _common_folders(self._members)
 
     def read(self, name: str) -> bytes | None:
         """See `Root`."""
-        member = self._members.get(name)
+        member = self._members.get(name) or self._find(name)
         if member is None:
             return None
         if member.is_encrypted or member.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -188,6 +195,15 @@ class ZipRoot:
             raise Rejected("damaged in the archive: wrong CRC-32")
         return data
 
+    def _find(self, name: str) -> _Member | None:
+        """Of an archive that was made of the folder itself, or of a name that begins at the root."""
+        for folder in self._folders:
+            if name.startswith(folder):
+                name = name[len(folder) :]
+                break
+        names = (name, *(prefix + name for prefix in self._prefixes))
+        return next((self._members[name] for name in names if name in self._members), None)
+
     def _read_stored(self, name: str, member: _Member) -> bytes:
         """The member's bytes as they lie there, behind its own header, whose length is only written in itself."""
         guess = 30 + len(name.encode()) + 64
@@ -198,6 +214,27 @@ class ZipRoot:
         if begin <= guess:
             return data[begin : begin + member.stored]
         return self._file.pread(member.stored, member.offset + begin)
+
+
+def _plain(name: str) -> str:
+    """A name without the steps that lead nowhere: "./a//b" -> "a/b"."""
+    return ("/" if name.startswith("/") else "") + "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _folders_of(place: str) -> tuple[str, ...]:
+    """The folder in which a file lies, as absolute names may begin, with a slash at its end."""
+    path = os.path.abspath(place)
+    return tuple(
+        os.path.join(folder, "") for folder in (os.path.dirname(path), os.path.realpath(os.path.dirname(path)))
+    )
+
+
+def _common_folders(names: Iterable[str]) -> list[str]:
+    """The folders that all names lie in, outermost first: "a/b/1", "a/b/2" -> "a/", "a/b/"; what macOS adds apart."""
+    counted = [name for name in names if not name.startswith("__MACOSX/") and not name.endswith("/.DS_Store")]
+    first, last = (name.split("/")[:-1] for name in (min(counted, default=""), max(counted, default="")))
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return list(accumulate(f"{folder}/" for folder, _ in pairs))
 
 
 def _short(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -34,4 +35,5 @@ class Progress:
         layout = "{n_fmt}/{total_fmt} samples, {rate_noinv_fmt}, {remaining} left"
         line = tqdm.format_meter(self._done, self._total, seconds, bar_format=layout)
         begin, end = ("\r", "") if self._is_terminal else ("", "\n")
-        print(f"{begin}{line}", end=end, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(f"{begin}{line}", end=end, file=sys.stderr, flush=True)

@@ -19,8 +19,11 @@ from megatron_patch.data.webdataset.objects import Objects, is_url
 ANNOTATIONS = "blip_laion_cc_sbu_558k.json"
 # A dot in a key breaks a sample without a word; 90 characters fit a plain tar header.
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
-HEAD = 64 * 1024
-"""Bytes at the beginning of a json that tell whether it is a list of conversations."""
+JSON_LINES = (".jsonl", ".ndjson")
+"""Ends of names of files with an object on each line."""
+PIECE = 1024**2
+"""Bytes that are looked through at once for what tells that a json holds conversations."""
+CONVERSATIONS = re.compile(rb'"(conversations|messages)"')
 
 
 class Rejected(ValueError):
@@ -60,12 +63,18 @@ class Samples:
     def name(self, position: int) -> str:
         """An entry's id for the list of rejected samples, as in json, so that a line stays a line."""
         entry = self._entries[position]
-        return json.dumps(entry.get("id") if isinstance(entry, dict) else entry)[:200]
+        try:
+            return json.dumps(entry.get("id") if isinstance(entry, dict) else entry)[:200]
+        except RecursionError:
+            return "nested too deeply"
 
     def get(self, position: int) -> Sample:
         """The sample at `position` of the json. Raises Rejected when it cannot be used."""
         entry = self._entries[position]
-        turns, images = check(entry)
+        try:
+            turns, images = check(entry)
+        except RecursionError:
+            raise Rejected("nested too deeply") from None
         return Sample(str(entry["id"]) if self.has_id_keys else f"{position:09d}", turns, images)
 
 
@@ -94,7 +103,10 @@ def _find_annotations(folder: Path) -> Path:
         raise ValueError(f"{folder}: no such folder; expected LLaVA's json and the images in it")
     if (folder / ANNOTATIONS).is_file():
         return folder / ANNOTATIONS
-    found = [path for path in sorted(folder.glob("*.json")) if path.is_file() and _holds_conversations(path)]
+    given = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", *JSON_LINES) and path.is_file()]
+    # Most tell it at their beginning; some have much else before it.
+    found = [path for path in given if _holds_conversations(path, PIECE)]
+    found = found or [path for path in given if _holds_conversations(path, None)]
     if not found:
         raise ValueError(
             f"{folder / ANNOTATIONS}: missing, and no other json with conversations beside it; give --annotations"
@@ -106,11 +118,14 @@ def _find_annotations(folder: Path) -> Path:
 
 
 def check(entry: Any) -> tuple[list[Turn], list[str]]:
-    """The turns and the picture names of an entry. Raises Rejected."""
+    """The turns and the picture names of an entry: `conversations` and `image`, or `messages` and `images`.
+
+    Raises Rejected.
+    """
     if not isinstance(entry, dict):
         raise Rejected("not a json object")
     try:
-        turns = pair_turns(entry.get("conversations"))
+        turns = _turns(entry)
         "".join(chain.from_iterable(turns)).encode()
     except UnicodeEncodeError:
         raise Rejected("a turn is no text: it has half of a surrogate pair") from None
@@ -122,7 +137,7 @@ def check(entry: Any) -> tuple[list[Turn], list[str]]:
         raise Rejected("an answer is empty")
     if any(IMAGE in answer for _, answer in turns):
         raise Rejected(f"an answer has an {IMAGE}")
-    given = entry.get("image")
+    given = entry.get("images") if entry.get("image") is None else entry["image"]
     images = given if isinstance(given, list) else [] if given is None else [given]
     if not all(isinstance(image, str) for image in images):
         raise Rejected("image is not a name")
@@ -130,6 +145,21 @@ def check(entry: Any) -> tuple[list[Turn], list[str]]:
     if asked != len(images):
         raise Rejected(f"the questions have {asked} {IMAGE} for {len(images)} pictures")
     return turns, images
+
+
+def _turns(entry: dict[str, Any]) -> list[Turn]:
+    """Raises ValueError. What the system says is put before the first question, as Mistral's and Llama 2's do."""
+    given = entry.get("messages") if entry.get("conversations") is None else entry["conversations"]
+    first = given[0] if isinstance(given, list) and given else None
+    if not isinstance(first, dict) or first.get("from", first.get("role")) != "system":
+        return pair_turns(given)
+    said = first.get("value", first.get("content"))
+    turns = pair_turns(given[1:])
+    if not isinstance(said, str) or IMAGE in said:
+        raise ValueError(f"the system's turn is {first!r:.60}; expected a text without {IMAGE}")
+    if turns and said.strip():
+        turns[0] = (f"{said.strip()}\n\n{turns[0][0]}", turns[0][1])
+    return turns
 
 
 def _looks_like_pair(entry: Any) -> bool:
@@ -155,10 +185,21 @@ def _have_good_ids(entries: list[Any]) -> bool:
     return len(keys) == len(entries) and all(map(KEY.fullmatch, keys)) and all(map(operator.ne, keys, keys[1:]))
 
 
-def _holds_conversations(path: Path) -> bool:
+def _holds_conversations(path: Path, limit: int | None) -> bool:
+    """Whether it begins as a list of objects, or as objects on lines, and has a word for conversations in `limit`."""
+    begin = rb"\s*(\[\s*)?\{" if path.suffix in JSON_LINES else rb"\s*\[\s*\{"
     with path.open("rb") as file:
-        head = file.read(HEAD).removeprefix(codecs.BOM_UTF8)
-    return bool(re.match(rb"\s*\[\s*\{", head)) and b'"conversations"' in head
+        piece = file.read(PIECE).removeprefix(codecs.BOM_UTF8)
+        if not re.match(begin, piece):
+            return False
+        while piece:
+            if CONVERSATIONS.search(piece):
+                return True
+            if limit is not None:
+                return False
+            more = file.read(PIECE)
+            piece = piece[-20:] + more if more else b""  # a word that lies across two
+    return False
 
 
 def _decode(place: str, data: bytes) -> str:
@@ -177,7 +218,7 @@ def _parse_list(place: str, text: str) -> list[Any]:
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        entries = json.loads(text)
+        entries = _parse_lines(place, text) if _has_lines(place, text) else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _not_json(place, error) from None
     finally:
@@ -185,4 +226,21 @@ def _parse_list(place: str, text: str) -> list[Any]:
             gc.enable()
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{place}: expected a list of samples")
+    return entries
+
+
+def _has_lines(place: str, text: str) -> bool:
+    """Whether it is JSON Lines: by its name, or by an object behind the first one."""
+    return bool(re.match(r"\s*\{", text) and (place.endswith(JSON_LINES) or re.search(r"\}\s*\{", text)))
+
+
+def _parse_lines(place: str, text: str) -> list[Any]:
+    """An object on each line; empty lines count for nothing."""
+    entries = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line and not line.isspace():
+            try:
+                entries.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number}, as one of JSON Lines: {error}") from None
     return entries

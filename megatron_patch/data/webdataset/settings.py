@@ -24,7 +24,7 @@ class Settings:
     """Folder with the json and the pictures; a URL's json is LLaVA-Pretrain's, or --annotations."""
 
     annotations: str | None = None
-    """The json; none: the one in DIR that holds conversations."""
+    """The json (or JSON Lines); none: the one in DIR that holds conversations."""
 
     images: str | None = None
     """Where the json's picture names begin: folders and zip archives, separated by commas, asked in this order; none:

@@ -1,4 +1,4 @@
-"""Forked processes that share the parsed json and take shards one after another."""
+"""Forked processes that share the parsed json and take shards one after another; each one's end is noticed."""
 
 from __future__ import annotations
 
@@ -28,11 +28,17 @@ def run(task: Callable[[int, Tell], T], shards: Sequence[int], num_workers: int)
     context = multiprocessing.get_context("fork")
     pipes, processes = [], []
     try:
-        for _ in range(min(num_workers, len(shards))):
+        for number in range(min(num_workers, len(shards))):
             here, there = context.Pipe()
             pipes.append(here)
-            processes.append(context.Process(target=_serve, args=(task, there, pipes), daemon=True))
-            processes[-1].start()
+            process = context.Process(target=_serve, args=(task, there, pipes), daemon=True)
+            try:
+                process.start()
+            except OSError as error:  # a container's limit, or memory
+                raise ValueError(
+                    f"process {number + 1} of {num_workers} cannot be started: {error.strerror}; use fewer --workers"
+                ) from None
+            processes.append(process)
             there.close()
         yield from _hand_out(shards[::-1], pipes)
     finally:
@@ -61,7 +67,9 @@ def _hand_out(left: list[int], pipes: list[Any]) -> Iterator[Any]:
             try:
                 answer = pipe.recv()
             except (EOFError, OSError):
-                raise ValueError("a process that writes shards was killed (out of memory?); start again") from None
+                raise ValueError(
+                    "a process of the conversion was killed (out of memory?); the same command goes on"
+                ) from None
             if isinstance(answer, BaseException):
                 raise answer
             if not isinstance(answer, int):

@@ -73,7 +73,7 @@ def blend(dataset, tmp_path_factory):
 
 
 def test_blends_of_all_kinds_keep_their_weights(model, blend):
-    loader = build(model, blend, micro_batch_size=1)
+    loader = build(model, blend, micro_batch_size=1, allow_dataset_code=True)
     batches = take(loader, 240)
     assert loader.failures.count == 0
     counts = [sum(key.startswith(kind) for key in flat(batches)) for kind in ("0", "talk", "own")]
@@ -87,6 +87,7 @@ def test_blends_of_all_kinds_keep_their_weights(model, blend):
 def test_a_restored_blend_goes_on_exactly(num_workers, packing_buffer_size, model, blend):
     """With samples waiting to be packed too."""
     options = {"num_workers": num_workers, "packing_buffer_size": packing_buffer_size, "micro_batch_size": 1}
+    options["allow_dataset_code"] = True
     loader = build(model, blend, **options)
     batches = iter(loader)
     for _ in range(30):

@@ -42,12 +42,6 @@ def write_transform(folder, transform, size=28):
 
 
 def encoded(mode, size, file_format, **options):
-    if mode == "I;16":
-        noise = np.random.default_rng(0).integers(0, 2**16, (size[1], size[0]), dtype=np.uint16)
-        picture = Image.fromarray(noise)
-        file = io.BytesIO()
-        picture.save(file, file_format)
-        return file.getvalue()
     bands = len(Image.new(mode, (1, 1)).getbands())
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], bands), dtype=np.uint8)
     if mode == "P":
@@ -79,7 +73,6 @@ TRANSFORMS = ["clip", "pad", "square"]
         ("RGBA", (33, 50), "PNG", {}),
         ("LA", (33, 50), "PNG", {}),
         ("P", (33, 50), "PNG", {"transparency": 3}),
-        ("I;16", (33, 50), "PNG", {}),
         ("P", (33, 50), "GIF", {"save_all": True, "append_images": [Image.new("L", (33, 50), 9)]}),
         ("RGB", (61, 47), "WEBP", {}),
         ("RGB", (1, 1), "PNG", {}),

@@ -81,6 +81,32 @@ def test_the_command_writes_a_page_or_says_why_not(mcore, tmp_path, capsys):
     assert page.read_text().count("<h2>mock ") > 4
 
 
+@pytest.mark.parametrize("kind", ["a text", "another page", "a folder", "a link", "a link to nothing"])
+def test_a_page_replaces_nothing_but_a_page(kind, mcore, tmp_path, capsys):
+    page, other = tmp_path / "page.html", tmp_path / "other"
+    other.write_text("theirs")
+    if kind == "a folder":
+        page.mkdir()
+    elif "link" in kind:
+        page.symlink_to(other if kind == "a link" else tmp_path / "nowhere")
+    else:
+        page.write_text("theirs" if kind == "a text" else "<!DOCTYPE html>\n<html><title>Others</title>")
+    before = page.read_bytes() if page.is_file() else None
+    assert main([str(mcore), "mock", str(page)]) == 1
+    assert "page.html: not a page of samples, so it is not replaced; give another name" in capsys.readouterr().err
+    assert (page.read_bytes() if page.is_file() else None) == before
+    assert other.read_text() == "theirs"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_page_is_replaced_by_a_newer_one(mcore, tmp_path):
+    page = tmp_path / "page.html"
+    for count in ("1", "2"):
+        assert main([str(mcore), "mock", str(page), "--num-batches", count, "--micro-batch-size", "1"]) == 0
+        assert page.read_text().count("<h2>mock ") == int(count)
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_a_browser_shows_what_the_page_says(tmp_path):
     llava = describe(tmp_path)

@@ -167,6 +167,10 @@ def test_a_llava_of_the_hub_leaves_most_to_defaults():
     assert families.describe_vision_model({**tower, "image_size": 224}).num_image_tokens == 256
 
 
+def test_a_list_of_one_layer_is_that_layer():
+    assert families.describe({**LLAVA, "vision_feature_layer": [-2]}) == families.describe(LLAVA)
+
+
 def test_vision_half_of_a_whole_clip():
     whole = CLIPConfig(vision_config=VISION_SIZES).to_dict()
     sizes = families.describe_vision_model(whole)
@@ -191,6 +195,8 @@ def test_names_of_a_whole_clip_and_of_transformers_5():
         ("{", r"config.json: not valid json \(Expecting"),
         ({"model_type": "mistral"}, "model_type is 'mistral', expected 'llava'"),
         ({**LLAVA, "vision_feature_layer": -1}, "vision_feature_layer is -1, only -2 is supported"),
+        ({**LLAVA, "vision_feature_layer": [-2, -2]}, r"vision_feature_layer is \[-2, -2\], only -2 is supported"),
+        ({**LLAVA, "vision_feature_layer": []}, r"vision_feature_layer is \[\], only -2 is supported"),
         ({"model_type": "llava"}, "has no 'text_config'"),
     ],
 )

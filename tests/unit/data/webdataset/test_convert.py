@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 from megatron.energon import Cooker, DefaultTaskEncoder, WorkerConfig, get_loader, get_train_dataset, stateless
+from PIL import Image
 
 from tests.unit.data.samples import QUESTION, convert_folder, entry, jpeg, write_annotations, write_pretrain
 from tests.unit.data.webdataset.shards import read_shards, rejects, shards
@@ -172,6 +173,15 @@ def test_too_few_samples_to_split(tmp_path):
     with pytest.raises(ValueError, match="1 usable samples; a train and a val split need at least 2"):
         convert_folder(tmp_path)
     assert not (tmp_path / "wds").exists()
+
+
+def test_where_nothing_is_usable_the_reasons_are_listed(tmp_path):
+    samples = write_pretrain(tmp_path, 10)
+    for sample in samples:
+        Image.new("I;16", (6, 6), 700).save(tmp_path / sample["image"], "PNG")
+    with pytest.raises(ValueError, match=r"0 usable samples; .*wds\.rejected\.tsv says why of 10, .*: gray of 16 bits"):
+        convert_folder(tmp_path, max_rejected_share=1)
+    assert len((tmp_path / "wds.rejected.tsv").read_text().splitlines()) == 10
 
 
 @pytest.mark.parametrize("cut", [{"workers": 2}, {"parts": 3}, {"parts": 20}])

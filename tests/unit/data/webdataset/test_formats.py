@@ -2,11 +2,13 @@
 
 import io
 import struct
+import time
 import zlib
 
 import pytest
 from PIL import Image
 
+from megatron_patch.data.decode import decode
 from megatron_patch.data.webdataset.formats import FORMATS, check_decodes, check_header
 from megatron_patch.data.webdataset.samples import Rejected
 
@@ -25,7 +27,6 @@ WHOLE = {
     "cmyk jpeg": encode("JPEG", "CMYK"),
     "jpeg with exif": encode("JPEG", exif=b"Exif\0\0" + bytes(40)),
     "png": encode("PNG"),
-    "16 bit png": encode("PNG", "I;16"),
     "palette png": encode("PNG", "P"),
     "gif": encode("GIF"),
     "animated gif": encode("GIF", "L", save_all=True, append_images=frames),
@@ -43,10 +44,49 @@ def test_whole_pictures_of_every_kind(name):
     for check in (check_header, check_decodes):
         check(data)
         check(data + bytes(10))
+        check(data + b"film " * 1000)  # as telephones append
     for part in (0, 1, 13, len(data) // 2, len(data) - 12):
         for check in (check_header, check_decodes):
             with pytest.raises(Rejected):
                 check(data[:part])
+
+
+def test_the_end_of_a_thumbnail_is_not_the_pictures():
+    thumbnail = encode("JPEG", size=(9, 9))
+    data = encode("JPEG", size=(200, 200), exif=b"Exif\0\0" + thumbnail)
+    assert data.count(b"\xff\xd9") == 2
+    check_header(data + bytes(5000))
+    with pytest.raises(Rejected, match="cut off"):
+        check_header(data[:-2] + bytes(5000))
+
+
+def with_scans(count, size, *, progressive=True):
+    """The last scan again and again: 24 bytes each, or a component's own of a baseline JPEG."""
+    file = io.BytesIO()
+    Image.new("RGB", size, (10, 20, 30)).save(file, "JPEG", progressive=progressive, quality=10)
+    data = file.getvalue()
+    begin = data.rfind(b"\xff\xda")
+    scan = data[begin:-2] if progressive else b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" + bytes(2)
+    return (data[:-2] if progressive else data[:begin]) + scan * count + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("progressive", [True, False])
+def test_hundreds_of_scans_of_a_large_picture_are_refused(progressive):
+    data = with_scans(400, (3000, 3000), progressive=progressive)
+    assert len(data) < 200_000
+    begin = time.monotonic()
+    for check in (check_header, check_decodes, decode):
+        with pytest.raises(ValueError, match="scans of 9000000 pixels each, more than"):
+            check(data)
+    assert time.monotonic() - begin < 1
+    check_decodes(with_scans(20, (300, 300)))
+
+
+def test_a_jpeg_of_12_bits_is_refused():
+    data = WHOLE["jpeg"]
+    place = data.index(b"\xff\xc0") + 4
+    with pytest.raises(Rejected, match="12 bits a value; 8 are read"):
+        check_header(data[:place] + bytes([12]) + data[place + 1 :])
 
 
 @pytest.mark.parametrize("check", [check_header, check_decodes])
@@ -70,7 +110,7 @@ def test_400_megapixels_are_refused_by_their_header(check, monkeypatch):
         + chunk(b"IEND", b"")
     )
     assert len(bomb) < 100_000
-    monkeypatch.setattr(Image, "open", lambda file: pytest.fail("decoded"))
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(Rejected, match="20000 x 20000 pixels"):
         check(bomb)
 

@@ -2,16 +2,20 @@
 
 import errno
 import fcntl
+import json
 import os
 import signal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from megatron_patch.data.webdataset import output
+from megatron_patch.data.webdataset import output, own
 from megatron_patch.data.webdataset.output import LocalOutput
 from megatron_patch.data.webdataset.tar import TarWriter
 from tests.unit.data.samples import convert_folder, write_annotations, write_pretrain
 from tests.unit.data.webdataset.shards import read_shards, rejects, shards
+from tests.unit.properties import examples, json_values
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -100,24 +104,24 @@ def test_a_second_conversion_of_the_same_shards_is_refused(tmp_path):
         file.write("hers")
         file.flush()
         with pytest.raises(ValueError, match=r"00000\.tar\.tmp: another conversion is writing it"):
-            convert_folder(tmp_path)
+            convert_folder(tmp_path, part="1/2")
         assert (tmp_path / "wds.partial" / "00000.tar.tmp").read_text() == "hers"
 
 
 def test_parts_that_begin_at_once(tmp_path, monkeypatch):
     """Both find no folder yet; one makes it, with its plan, and both go on."""
-    wait = output._write_whole
+    wait = output.write_whole
 
     def meanwhile(path, text):
         monkeypatch.undo()
-        LocalOutput(str(tmp_path / "wds")).begin({"samples": 5}, overwrite=False)
+        LocalOutput(str(tmp_path / "wds")).begin({"samples": 5}, overwrite=False, shared=True)
         wait(path, text)
 
-    monkeypatch.setattr(output, "_write_whole", meanwhile)
-    LocalOutput(str(tmp_path / "wds")).begin({"samples": 5}, overwrite=False)
+    monkeypatch.setattr(output, "write_whole", meanwhile)
+    LocalOutput(str(tmp_path / "wds")).begin({"samples": 5}, overwrite=False, shared=True)
     assert [path.name for path in tmp_path.iterdir()] == ["wds.partial"]
     with pytest.raises(ValueError, match="begun with another samples"):
-        LocalOutput(str(tmp_path / "wds")).begin({"samples": 6}, overwrite=False)
+        LocalOutput(str(tmp_path / "wds")).begin({"samples": 6}, overwrite=False, shared=True)
 
 
 @pytest.mark.parametrize("damage", [b"{", b"{}", b"7", b"[1]", b'{"rejected": 5}', b'{"rejected": [], "given": "2"}'])
@@ -140,7 +144,7 @@ def test_where_the_output_may_be(tmp_path, monkeypatch):
     assert report.quarantine == f"{tmp_path}/out.rejected.tsv"
     monkeypatch.chdir(tmp_path)
     for place, why in [
-        (".", f"{tmp_path}: exists; remove it"),
+        (".", "--output .: lies in what is read, or holds it"),
         ("/", "--output /: expected a folder"),
         ("blip_laion_cc_sbu_558k.json/x", "no folder can be made in what is a file"),
     ]:
@@ -161,8 +165,152 @@ def test_other_input_or_settings_do_not_go_on(tmp_path):
     assert convert_folder(tmp_path, overwrite=True, no_prepare=True).written == 19
 
 
-def test_overwrite_removes_nothing_but_shards(tmp_path):
+def put_in(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("theirs")
+
+
+def theirs(root):
+    """Every file of a user's, as it was."""
+    return sorted(path for path in root.rglob("*") if path.is_file() and path.read_bytes() == b"theirs")
+
+
+def a_link(path, target):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+MARK = "wds.partial/.records/plan.json"
+IN_THE_WAY = {
+    "a data set of another program": lambda data: put_in(data / "wds", "00000.tar", ".nv-meta/dataset.yaml"),
+    "a file": lambda data: put_in(data, "wds"),
+    "a link": lambda data: a_link(data / "wds", data.parent / "theirs"),
+    "a link to nothing": lambda data: a_link(data / "wds", data / "nowhere"),
+    "their file in a data set": lambda data: put_in(data / "wds", "manifest.json", "notes.txt"),
+    "their file beside the index": lambda data: put_in(data / "wds", "manifest.json", ".nv-meta/sample_loader.py"),
+    "their folder in a data set": lambda data: put_in(data / "wds", "manifest.json", "00000.tar/x"),
+    "their manifest": lambda data: put_in(data / "wds", "manifest.json", "00000.tar"),
+    "partial of another program": lambda data: put_in(data / "wds.partial", "00000.tar"),
+    "partial is a file": lambda data: put_in(data, "wds.partial"),
+    "partial is a link": lambda data: a_link(data / "wds.partial", data.parent / "theirs"),
+    "a link in partial": lambda data: (put_in(data, MARK), a_link(data / "wds.partial/00000.tar.tmp", data / "x")),
+    "records are a link": lambda data: a_link(data / "wds.partial/.records", data.parent / "theirs"),
+    "the index is a link": lambda data: (
+        put_in(data, MARK),
+        a_link(data / "wds.partial/.nv-meta", data.parent / "theirs"),
+    ),
+    "their file in partial": lambda data: put_in(data, MARK, "wds.partial/notes.txt"),
+    "their list": lambda data: put_in(data, "wds.rejected.tsv"),
+    "a folder in place of the list": lambda data: (data / "wds.rejected.tsv").mkdir(),
+    "a link in place of the list": lambda data: a_link(data / "wds.rejected.tsv", data.parent / "theirs/x"),
+}
+
+
+@pytest.mark.parametrize("kind", IN_THE_WAY)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_not_a_conversions_own_is_neither_removed_nor_followed(kind, overwrite, tmp_path):
+    data = tmp_path / "data"
+    write_pretrain(data, 20)
+    put_in(tmp_path / "theirs", "x", "manifest.json", "plan.json", "index.sqlite")
+    IN_THE_WAY[kind](data)
+    before = theirs(tmp_path)
+    with pytest.raises((ValueError, OSError), match=r"wds[^ ]*: ") as caught:
+        convert_folder(data, overwrite=overwrite)
+    assert "\n" not in str(caught.value)
+    assert theirs(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", ["data", ".", "data/images/wds", "pictures/wds", "data/blip_laion_cc_sbu_558k.json"])
+def test_an_output_among_the_sources_is_refused(place, tmp_path):
     write_pretrain(tmp_path / "data", 20)
-    with pytest.raises(ValueError, match="not made by a conversion, so --overwrite does not remove it"):
-        convert_folder(tmp_path / "data", output=str(tmp_path / "data"), overwrite=True)
-    assert (tmp_path / "data" / "00000" / "000000.jpg").exists()
+    (tmp_path / "pictures").symlink_to("data/images")
+    (tmp_path / "data" / "00000").rename(tmp_path / "data" / "images")
+    (tmp_path / "data" / "images" / "00000").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"--output .*: lies in what is read, or holds it"):
+        convert_folder(
+            tmp_path / "data", output=str(tmp_path / place), overwrite=True, images=f"{tmp_path}/data/images"
+        )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_whole_conversions_exclude_each_other_and_parts_a_whole_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(own, "PATIENCE", 0)
+    write_pretrain(tmp_path, 20)
+    place = str(tmp_path / "wds")
+    convert_folder(tmp_path, part="1/2")
+    plan = json.loads((tmp_path / MARK).read_bytes())
+    for shared in (False, True):
+        first = LocalOutput(place)
+        first.begin(plan, overwrite=False, shared=shared)
+        for settings in ({}, {"overwrite": True}, *([{"part": "2/2"}] if not shared else [])):
+            with pytest.raises(ValueError, match=r"wds\.partial: another conversion is writing it; wait for it"):
+                convert_folder(tmp_path, **settings)
+        if shared:
+            convert_folder(tmp_path, part="2/2")
+        first.end()
+    assert convert_folder(tmp_path, no_prepare=True).written == 20
+
+
+def test_a_conversion_that_another_one_overtook_replaces_nothing(tmp_path, monkeypatch):
+    """It saw no output, then the other one ended; its own folder is a new one."""
+    write_pretrain(tmp_path, 20)
+    make = LocalOutput._make_partial
+
+    def meanwhile(self, plan):
+        monkeypatch.undo()
+        convert_folder(tmp_path, no_prepare=True)
+        make(self, plan)
+
+    monkeypatch.setattr(LocalOutput, "_make_partial", meanwhile)
+    with pytest.raises(ValueError, match="wds: exists; remove it or give --overwrite"):
+        convert_folder(tmp_path, no_prepare=True)
+
+
+def test_what_a_killed_conversion_left_is_not_shown(tmp_path):
+    write_pretrain(tmp_path, 20)
+    convert_folder(tmp_path, part="1/2")
+    put_in(tmp_path / "wds.partial", "00009.tar.tmp", ".00000.tar.idx.tmp.tmp", "manifest.json.7.tmp", ".qi2m4trb")
+    convert_folder(tmp_path)
+    names = {path.name for path in (tmp_path / "wds").iterdir()}
+    assert names - {f"{index:05d}.tar{end}" for index in range(10) for end in ("", ".idx")} == {
+        ".nv-meta",
+        "manifest.json",
+    }
+    assert convert_folder(tmp_path, overwrite=True).written == 20
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    write_pretrain(tmp_path, 20)
+    monkeypatch.setattr(own.fcntl, "flock", none)
+    LocalOutput(str(tmp_path / "wds")).begin({"samples": 5}, overwrite=False)
+    assert "no locks on this file system; do not start a second conversion" in capsys.readouterr().err
+
+
+@examples
+@given(st.binary(max_size=40) | json_values.map(lambda value: json.dumps(value).encode()))
+def test_any_plan_and_record_is_read_or_one_line(tmp_path, content):
+    place = tmp_path / "wds"
+    records = tmp_path / "wds.partial" / ".records"
+    records.mkdir(parents=True, exist_ok=True)
+    (records / "plan.json").write_bytes(content)
+    (records / "00000.tar.json").write_bytes(content)
+    output = LocalOutput(str(place))
+    assert output.read_record("00000.tar") is None
+    try:
+        with pytest.raises(ValueError, match=r"wds\.partial: begun with another samples"):
+            output.begin({"samples": 5}, overwrite=False)
+    finally:
+        output.end()
+
+
+def test_a_plan_nested_deep_is_one_line(tmp_path):
+    put_in(tmp_path, MARK)
+    (tmp_path / MARK).write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match=r"wds\.partial: begun with another samples"):
+        LocalOutput(str(tmp_path / "wds")).begin({"samples": 5}, overwrite=False)

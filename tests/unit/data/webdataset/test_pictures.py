@@ -78,3 +78,52 @@ def test_damage_in_an_archive(method, tmp_path):
     path.write_bytes(whole[:-30])
     with pytest.raises(ValueError, match=r"images\.zip: not a whole zip archive: .*; download it again"):
         open_roots([str(path)])
+
+
+NAMES = ["00000/a.jpg", "./00000/a.jpg", ".//00000/./a.jpg", "00000//a.jpg"]
+
+
+def zipped(path, prefix="", *, others=()):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in (f"{prefix}00000/a.jpg", f"{prefix}00001/b.jpg", *others):
+            archive.writestr(name, PICTURE)
+    return Pictures(open_roots([str(path)]), "header")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_that_lead_nowhere_are_left_out(name, tmp_path):
+    (tmp_path / "00000").mkdir()
+    (tmp_path / "00000" / "a.jpg").write_bytes(PICTURE)
+    assert Pictures(open_roots([str(tmp_path)]), "header").read(name) == PICTURE
+    assert zipped(tmp_path / "images.zip").read(name) == PICTURE
+    assert zipped(tmp_path / "dotted.zip", "./").read(name) == PICTURE
+
+
+@pytest.mark.parametrize("prefix", ["LLaVA-Pretrain/", "data/LLaVA/", "./images/"])
+@pytest.mark.parametrize("others", [(), ("__MACOSX/._a.jpg",)])
+def test_an_archive_of_the_folder_itself(prefix, others, tmp_path):
+    pictures = zipped(tmp_path / "images.zip", prefix, others=others)
+    for name in (*NAMES, f"{prefix}00000/a.jpg", f"{tmp_path}/00000/a.jpg", f"{tmp_path}/{prefix}00000/a.jpg"):
+        assert pictures.read(name) == PICTURE
+    with pytest.raises(Rejected, match="missing"):
+        pictures.read("a.jpg")
+
+
+def test_absolute_names_within_the_folder(tmp_path):
+    for folder in ("data/00000", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.jpg").write_bytes(PICTURE)
+    (tmp_path / "link").symlink_to("data")
+    (tmp_path / "data" / "out.jpg").symlink_to(tmp_path / "elsewhere" / "a.jpg")
+    for root in ("data", "link"):
+        pictures = Pictures(open_roots([str(tmp_path / root)]), "header")
+        for name in ("data/00000/a.jpg", "link/00000/a.jpg", "./data/00000//a.jpg"):
+            assert pictures.read(f"{tmp_path}/{name}") == PICTURE
+        for name in ("elsewhere/a.jpg", "data/../elsewhere/a.jpg", "data/out.jpg", "data2/a.jpg"):
+            with pytest.raises(Rejected, match="leads out of the folder"):
+                pictures.read(f"{tmp_path}/{name}")
+        with pytest.raises(Rejected, match="missing"):
+            pictures.read(f"{tmp_path}/data/00000/none.jpg")
+        for name in ("/", "/etc/passwd", "/passwd", "//etc/passwd"):
+            with pytest.raises(Rejected):
+                pictures.read(name)

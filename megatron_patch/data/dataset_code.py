@@ -1,0 +1,81 @@
+"""A dataset is data: what its yaml files name is not run, unless the user says so.
+
+Energon imports and calls whatever a metadataset or a dataset.yaml names (`__module__` with `__class__` or
+`__function__`, at any depth), and runs Python files that lie in the dataset (`sample_loader`, `part_filter`). All of
+it goes through two methods of energon's, which are guarded here, so that no yaml is overlooked, however it is reached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import megatron.energon
+from megatron.energon import BaseCoreDatasetFactory, DatasetLoaderInterface, Sample
+from megatron.energon.epathlib import EPath
+from megatron.energon.module_loader import ModuleLoader
+from megatron.energon.typed_converter import JsonParser
+
+from megatron_patch.data.conversation import Conversation
+
+ENERGON = "megatron.energon"
+KINDS = (Sample, BaseCoreDatasetFactory, DatasetLoaderInterface)
+"""Energon's classes of these kinds may be named: types of samples, datasets, metadatasets."""
+
+
+class DatasetCodeError(ValueError):
+    """A dataset would run code that the user did not allow."""
+
+
+@contextlib.contextmanager
+def guarded(*, allow_code: bool) -> Iterator[None]:
+    """While datasets are opened: raises DatasetCodeError for whatever one names that is not energon's own kind."""
+    if allow_code:
+        yield
+        return
+    read: list[str] = []  # the yaml files, the last being the one whose names are looked up
+    originals = JsonParser._resolve_object, ModuleLoader._load_module, EPath.open
+
+    def resolve(parser: JsonParser, module_name: str, object_name: str, *_: Any, **__: Any) -> type:
+        found = _allowed(module_name, object_name)
+        if found is None:
+            raise _refused(read, f"{module_name}.{object_name}")
+        return found
+
+    def load_module(loader: ModuleLoader, path: EPath | str) -> None:
+        raise _refused(read, str(path))
+
+    def opened(path: EPath, *args: Any, **kwargs: Any) -> Any:
+        if path.name.endswith((".yaml", ".yml")):
+            read.append(str(path))
+        return originals[2](path, *args, **kwargs)
+
+    JsonParser._resolve_object, ModuleLoader._load_module, EPath.open = resolve, load_module, opened
+    # Modules that were allowed to an earlier dataset of this process are kept there.
+    kept, ModuleLoader._modules = ModuleLoader._modules, {}
+    try:
+        yield
+    finally:
+        JsonParser._resolve_object, ModuleLoader._load_module, EPath.open = originals
+        ModuleLoader._modules = kept
+
+
+def _allowed(module_name: Any, object_name: Any) -> type | None:
+    if (module_name, object_name) == (Conversation.__module__, Conversation.__name__):
+        return Conversation
+    if not isinstance(module_name, str) or not isinstance(object_name, str):
+        return None
+    if module_name != ENERGON and not module_name.startswith(f"{ENERGON}."):
+        return None
+    # Older releases had them in other modules: the name counts, and no module is imported for it.
+    found = getattr(megatron.energon, object_name, None)
+    return found if isinstance(found, type) and issubclass(found, KINDS) else None
+
+
+def _refused(read: list[str], what: str) -> DatasetCodeError:
+    where = f"{read[-1]}: " if read else ""
+    return DatasetCodeError(
+        f"{where}names {' '.join(what.split())[:200]!r}, which would run code that the dataset brings or names; look "
+        f"at it, and give --allow-dataset-code true if you trust it"
+    )
