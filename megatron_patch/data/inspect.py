@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 from collections.abc import Iterable, Iterator
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -34,15 +32,6 @@ span { border-radius: 3px; padding: 1px 2px; margin-right: 1px; white-space: pre
 &mdash; the title of a token is its position and its id. The last learned token of a sample is a label alone: the model
 never sees it.</p>
 """
-
-
-def check_page(path: Path) -> None:
-    """Raises ValueError for what is there and is no page of samples: it is not replaced."""
-    if not os.path.lexists(path):
-        return
-    begin = path.open("rb").read(len(HEAD)) if path.is_file() and not path.is_symlink() else b""
-    if not begin.startswith(HEAD[: HEAD.index("<style>")].encode()):
-        raise ValueError(f"{path}: not a page of samples, so it is not replaced; give another name")
 
 
 def write_page(batches: Iterable[Batch], tokenizer: Any, image_token_id: int) -> str:
