@@ -72,10 +72,10 @@ def written_aside(target: Path, num_bytes: int = 0) -> Iterator[Path]:
         sync_tree(partial)
         disk.reached("synced")
         os.rename(partial, target)  # takes the place of an empty folder
-        disk.reached("renamed")
         files.release(target)
-        sync(target)
+        disk.reached("renamed")
         sync(target.parent)
+        sync(target)
     except BaseException:
         if is_ours:
             shutil.rmtree(partial, ignore_errors=True)

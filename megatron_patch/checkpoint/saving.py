@@ -138,10 +138,10 @@ class Saver:
         disk.reached("synced")
         _make_room(self.target)
         self.partial.rename(self.target)
-        disk.reached("renamed")
         release(self.target)
-        disk.sync(self.target)
+        disk.reached("renamed")
         disk.sync(self.target.parent)
+        disk.sync(self.target)
         tracker = self.target.parent / TRACKER
         temporary = beside(tracker)
         temporary.write_text(str(int(self.target.name.removeprefix("iter_"))))

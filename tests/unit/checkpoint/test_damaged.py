@@ -12,10 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_patch.checkpoint import companions, manifest, mp_rank, resume, torch_dist
+from megatron_patch.checkpoint import manifest, mp_rank, resume, torch_dist
 from megatron_patch.checkpoint.resume import CONFIG
 from megatron_patch.checkpoint.torch_dist import model_tensors, read_metadata
-from megatron_patch.families.llava import read_config
 from megatron_patch.files import COMMON
 from tests import tiny_runs
 from tests.tiny_dist import metadata_bytes
@@ -65,7 +64,10 @@ def test_metadata_with_parts_of_other_types(folder):
 
 @pytest.fixture(scope="module")
 def written(mcore) -> dict:
-    return json.loads((mcore / "release" / manifest.FILE).read_text())
+    """With two of its tensors: as large as a search needs."""
+    content = json.loads((mcore / "release" / manifest.FILE).read_text())
+    (name, rank), *_ = content["ranks"].items()
+    return {**content, "ranks": {name: {**rank, "tensors": dict(list(rank["tensors"].items())[:2])}}}
 
 
 @examples
@@ -99,6 +101,7 @@ def settings(mcore, folder):
 @given(data=st.data())
 def test_a_runs_settings(folder, settings, data):
     content = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    content = {part: content[part] for part in ("model", "parallel")}  # what is read of them
     (folder / CONFIG).write_text(json.dumps(data.draw(changed(content) | json_values)))
     in_one_line(lambda: resume._check_same_training(settings, folder), folder)
 
@@ -108,9 +111,6 @@ def test_settings_that_are_none(folder, settings, content):
     (folder / CONFIG).write_bytes(content)
     with pytest.raises(ValueError, match=CONFIG):
         resume._check_same_training(settings, folder)
-    (folder / companions.CONFIG).write_bytes(content)
-    with pytest.raises(ValueError, match=companions.CONFIG):
-        read_config(folder)
 
 
 @examples
