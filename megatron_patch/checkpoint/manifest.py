@@ -21,6 +21,7 @@ import torch
 from megatron_patch.checkpoint.digest import RunDigest
 from megatron_patch.checkpoint.stream import Target
 from megatron_patch.checkpoint.torch_zip import frame
+from megatron_patch.files import parse_json
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -103,11 +104,14 @@ def read(folder: Path) -> dict[str, RankRecord] | None:
     if content is None:
         return None
     try:
-        return {
+        records = {
             name: RankRecord(**{**rank, "tensors": {n: TensorRecord(**of) for n, of in rank["tensors"].items()}})
             for name, rank in content["ranks"].items()
         }
-    except (KeyError, TypeError, AttributeError) as error:
+        for record in records.values():
+            _check_types(record)
+        return records
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder, error) from None
 
 
@@ -117,20 +121,38 @@ def load(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes().decode(), "it is")
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']}, this version knows {FORMAT}")
         if content.pop("sha256") != _digest(content):
             raise ValueError("its own sha256 differs")
+        named = [source["file"] for source in content["source"]]
+        if not all(isinstance(value, str) for value in (*named, *content["tools"].values())):
+            raise ValueError("it names sources or tools by something else than text")
     except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
         raise _damaged(folder, error) from None
     return content
 
 
+def _check_types(record: RankRecord) -> None:
+    """Raise ValueError where a sum that was made again hides values that nobody wrote so."""
+    texts, numbers = [record.file, record.frame_sha256], [record.size]
+    for name, tensor in record.tensors.items():
+        texts += [name, tensor.dtype, tensor.whole, *tensor.sha256]
+        numbers += [*tensor.shape, *tensor.rows, *(edge for part in tensor.ranges for edge in part)]
+        if len(tensor.rows) != len(tensor.sha256) or tensor.axis not in (None, 0, 1):
+            raise ValueError(f"{name[:200]}: its runs, their sums or its axis do not belong together")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a name or a sum is no text")
+    if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
+        raise ValueError("a size is no whole number of 0 or more")
+
+
 def _damaged(folder: Path, error: Exception) -> ValueError:
+    what = " ".join(str(error).split())[:300]
     return ValueError(
-        f"{Path(folder) / FILE}: damaged or changed ({error}); copy the checkpoint again, or read it with --no-check "
-        "true"
+        f"{Path(folder) / FILE}: damaged or changed ({what}); copy the checkpoint again, or read it with "
+        "--no-check true"
     )
 
 
