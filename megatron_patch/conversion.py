@@ -13,10 +13,11 @@ from typing import Any, Literal, TypeVar
 
 from megatron_patch.arguments import flag
 from megatron_patch.checkpoint import companions
-from megatron_patch.checkpoint.hf_files import refuse_adapter
+from megatron_patch.checkpoint.hf_files import check_indices, refuse_adapter
 from megatron_patch.checkpoint.stages import Stage, pipeline_stages, stage_lengths
 from megatron_patch.config import Parallel, Precision, PromptFormat
 from megatron_patch.families import llava_repository
+from megatron_patch.families.family import short
 from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
 from megatron_patch.files import model_folder
 from megatron_patch.sizes import Llava
@@ -178,6 +179,7 @@ def describe_sources(conversion: Conversion) -> tuple[dict[str, Any], Llava]:
         if folder is not None:
             refuse_adapter(folder)
             companions.check_json(folder)
+            check_indices(folder)
     text = companions.read_json(llm)
     of_repository = llava_repository.is_repository(text)
     is_whole = text.get("model_type") == "llava" and not of_repository
@@ -202,6 +204,20 @@ def describe_sources(conversion: Conversion) -> tuple[dict[str, Any], Llava]:
     return config, describe(config)
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """What the import wrote about itself; {} where there is nothing. Raises ValueError for what it did not write."""
+    if not (folder / companions.RECORD).is_file():
+        return {}
+    record = companions.read_json(folder, companions.RECORD)
+    for name in ("language_model", "vision_tower", "projector", "precision"):
+        if not isinstance(record.get(name, ""), str):
+            raise ValueError(f"{folder / companions.RECORD}: {name} is {short(record[name])}; expected text")
+    added = record.get("added_tokens", [])
+    if not isinstance(added, list) or not all(isinstance(token, str) for token in added):
+        raise ValueError(f"{folder / companions.RECORD}: added_tokens is {short(added)}; expected a list of tokens")
+    return record
+
+
 def describe_checkpoint(conversion: Conversion) -> tuple[list[Path], dict[str, Any], Llava]:
     """Folders that carry what lies beside a Megatron-Core checkpoint's weights, its config.json, and what that says."""
     checkpoint = conversion.source_llm_ckpt_path
@@ -216,6 +232,7 @@ def describe_checkpoint(conversion: Conversion) -> tuple[list[Path], dict[str, A
         raise FileNotFoundError(f"{checkpoint}: has no config.json; give --hf-ckpt-path, a LLaVA folder that has one")
     for folder in carriers:
         companions.check_json(folder)
+        read_record(folder)
     config = companions.read_json(carrier)
     llava = _described(describe, config, carrier)
     llava.check_model_size(conversion.model_size)

@@ -49,6 +49,13 @@ def passed_over(folder: Path) -> list[str]:
     return [name for name in ORDER if name != chosen and (Path(folder) / name).is_file()]
 
 
+def check_indices(folder: Path) -> None:
+    """Raise ValueError, one line that names the file, for an index that is no json, also one that is passed over."""
+    for name in ORDER:
+        if name.endswith(".json") and (Path(folder) / name).is_file():
+            read_json(Path(folder) / name)
+
+
 def refuse_adapter(folder: Path) -> None:
     """Raise ValueError, which says what to do, where a LoRA adapter lies in `folder`: peft would add it to the model.
 

@@ -21,6 +21,7 @@ import torch
 from megatron_patch.checkpoint.digest import RunDigest
 from megatron_patch.checkpoint.stream import Target
 from megatron_patch.checkpoint.torch_zip import frame
+from megatron_patch.files import parse_json
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -120,38 +121,41 @@ def load(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes().decode(), "it is")
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']}, this version knows {FORMAT}")
         if content.pop("sha256") != _digest(content):
             raise ValueError("its own sha256 differs")
-        if not isinstance(content["source"], list) or not isinstance(content["tools"], dict):
-            raise ValueError("it does not say what it was made of, or by what")
-        [source["file"] for source in content["source"]]
+        named = [source["file"] for source in content["source"]]
+        if not all(isinstance(value, str) for value in (*named, *content["tools"].values())):
+            raise ValueError("it names sources or tools by something else than text")
     except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError, RecursionError) as error:
         raise _damaged(folder, error) from None
     return content
 
 
 def _check_record(record: RankRecord) -> None:
-    """Raise ValueError for values of other types than a record has."""
+    """Raise ValueError where a sum that was made again hides values that nobody wrote so."""
     parts = Path(str(record.file)).parts
-    if not isinstance(record.file, str) or not 1 <= len(parts) <= 2 or ".." in parts or Path(record.file).is_absolute():
+    if not 1 <= len(parts) <= 2 or ".." in parts or Path(str(record.file)).is_absolute():
         raise ValueError(f"it names the file {record.file!r}")
-    if not isinstance(record.size, int) or not isinstance(record.frame_sha256, str):
-        raise ValueError(f"{record.file} has no size or no sum")
+    texts, numbers = [record.file, record.frame_sha256], [record.size]
     for name, tensor in record.tensors.items():
-        counts = (*tensor.shape, *tensor.rows)
-        if not all(isinstance(count, int) and 0 <= count < 2**62 for count in counts):
-            raise ValueError(f"{name} has the shape {tensor.shape} and runs of {tensor.rows}")
-        if len(tensor.rows) != len(tensor.sha256) or not all(isinstance(text, str) for text in tensor.sha256):
-            raise ValueError(f"{name} has other sums than runs")
+        texts += [name, tensor.dtype, tensor.whole, *tensor.sha256]
+        numbers += [*tensor.shape, *tensor.rows, *(edge for part in tensor.ranges for edge in part)]
+        if len(tensor.rows) != len(tensor.sha256) or tensor.axis not in (None, 0, 1):
+            raise ValueError(f"{name[:200]}: its runs, their sums or its axis do not belong together")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a name or a sum is no text")
+    if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
+        raise ValueError("a size is no whole number of 0 or more")
 
 
 def _damaged(folder: Path, error: Exception) -> ValueError:
+    what = " ".join(str(error).split())[:300]
     return ValueError(
-        f"{Path(folder) / FILE}: damaged or changed ({error}); copy the checkpoint again, or read it with --no-check "
-        "true"
+        f"{Path(folder) / FILE}: damaged or changed ({what}); copy the checkpoint again, or read it with "
+        "--no-check true"
     )
 
 

@@ -31,6 +31,7 @@ try:
         Conversion,
         describe_checkpoint,
         describe_sources,
+        read_record,
         stages_of,
     )
     from megatron_patch.families import llava_repository
@@ -240,7 +241,13 @@ def _write_companions(conversion: Conversion, folder: Path, config: dict[str, An
     from megatron_patch.data.tokenizer_files import install_tokenizer
 
     llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
-    ids = install_tokenizer(llm, folder, conversion.added_tokens, llava.language.vocab_size)
+    try:
+        ids = install_tokenizer(llm, folder, conversion.added_tokens, llava.language.vocab_size)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # transformers reads settings of other types, and stumbles when it tokenizes
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{llm}: its tokenizer cannot be used ({why}); copy its files again") from None
     vocab_size = max([llava.language.vocab_size, *(ids[token] + 1 for token in conversion.added_tokens)])
     if vocab_size > llava.language.vocab_size:
         config = {**config, "text_config": {**config["text_config"], "vocab_size": vocab_size}}
@@ -313,7 +320,7 @@ def _write_parts(
     write_mm_projector(folder, weights)
     write_parts(folder, weights, config, DTYPES[conversion.precision], conversion.max_shard_bytes)
     kept = next((f for f in (path / companions.SOURCE_TOKENIZER for path in carriers) if f.is_dir()), None)
-    added = any(_record(path).get("added_tokens") for path in carriers)
+    added = any(read_record(path).get("added_tokens") for path in carriers)
     if kept is not None and not added:
         companions.copy_companions(kept, folder / LANGUAGE_MODEL, companions.IN_SOURCE_TOKENIZER)
         companions.remove_code(folder / LANGUAGE_MODEL)
@@ -368,13 +375,8 @@ def _write_card(
 ) -> None:
     from megatron_patch.checkpoint.card import model_card
 
-    record = next((record for record in map(_record, carriers) if record), {})
+    record = next((record for record in map(read_record, carriers) if record), {})
     (folder / companions.CARD).write_text(model_card(llava, record, conversion.precision, parity))
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    """What the import wrote about itself; {} where there is nothing."""
-    return companions.read_json(folder, companions.RECORD) if (folder / companions.RECORD).is_file() else {}
 
 
 def _write_chat_template(name: str, folder: Path, source: Path, llava: Llava, *, own: bool = False) -> None:
