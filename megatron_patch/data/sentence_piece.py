@@ -61,7 +61,7 @@ def tokenizer_json(path: Path, *, legacy: bool) -> dict[str, Any] | None:
         steps = [normal.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
     except Exception as error:  # of tokenizers: plain ones
         raise ValueError(
-            f"{path}: SentencePiece's model cannot be used ({error!s:.150}); give a tokenizer.json"
+            f"{path}: SentencePiece's model cannot be used ({_line(error)}); give a tokenizer.json"
         ) from None
     if rules.remove_extra_whitespaces:
         steps += [normal.Strip(left=True, right=True), normal.Replace(Regex(" {2,}"), " ")]
@@ -100,7 +100,7 @@ def _compare(path: Path, tokenizer: Tokenizer) -> None:
     try:
         judge = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path}: SentencePiece does not read it ({error!s:.150}); copy it again") from None
+        raise ValueError(f"{path}: SentencePiece does not read it ({_line(error)}); copy it again") from None
     for text in PROBES:
         if tokenizer.encode(text, add_special_tokens=False).ids != judge.encode(text):
             raise ValueError(
@@ -136,6 +136,10 @@ def remove_last_piece(path: Path, token: str) -> None:
         del model.pieces[-1]
         model.trainer_spec.vocab_size = len(model.pieces)
         path.write_bytes(model.SerializeToString())
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:150]
 
 
 def _read(path: Path) -> ModelProto | None:

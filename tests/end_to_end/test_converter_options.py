@@ -164,11 +164,16 @@ def test_added_tokens_get_mean_rows(tmp_path, clip, kind):
     assert read_config(again).language.vocab_size == 311
 
 
-def test_pipeline_runs_on_an_export(hf):
-    ask = pipeline("image-text-to-text", model=str(hf))
-    content = [{"type": "image", "image": Image.new("RGB", (40, 30), "red")}, {"type": "text", "text": "What is it?"}]
-    (answer,) = ask(text=[{"role": "user", "content": content}], max_new_tokens=3, return_full_text=False)
-    assert isinstance(answer["generated_text"], str)
+def test_pipeline_answers_a_batch_as_each_prompt_alone(hf):
+    ask = pipeline("image-text-to-text", model=str(hf), dtype="float32")
+    image = {"type": "image", "image": Image.new("RGB", (40, 30), "red")}
+    questions = [
+        [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+        for text in ("Hi", "What is it that you see in this picture?")
+    ]
+    options = {"max_new_tokens": 4, "return_full_text": False}
+    together = [answer[0]["generated_text"] for answer in ask(text=questions, batch_size=2, **options)]
+    assert together == [ask(text=question, **options)[0]["generated_text"] for question in questions]
 
 
 @pytest.mark.skipif("TRANSFORMERS_4" not in os.environ, reason="TRANSFORMERS_4 names no folder with transformers 4.57")
@@ -189,10 +194,19 @@ def test_transformers_4_opens_an_export(hf):
 def test_model_card(hf, mistral, clip):
     card = (hf / "README.md").read_text()
     parity = read_json(hf, "parity.json")
-    facts = [str(mistral), str(clip), "new, seed 1234", "id 300", "fp32", "4 layers of 96", "transformers 5"]
+    facts = [
+        f"| {mistral.name} |",
+        f"| {clip.name} |",
+        "new, seed 1234",
+        "id 300",
+        "fp32",
+        "4 layers of 96",
+        "transformers 5",
+    ]
     facts += ["100.00% of the positions", f"{parity['logits_max_abs_difference']:.3g}"]
     for fact in facts:
         assert fact in card, fact
+    assert str(mistral.parent) not in card
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n")
 
 

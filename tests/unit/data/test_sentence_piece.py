@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from sentencepiece import SentencePieceProcessor
+from hypothesis import given
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer
 
-from megatron_patch.data.sentence_piece import add_pieces, remove_last_piece
+from megatron_patch.data.sentence_piece import add_pieces, remove_last_piece, tokenizer_json
 from megatron_patch.data.tokenizer_files import install_tokenizer, remove_image_token
+from tests.unit.properties import damaged, examples, read_or_refused
 
 MODEL = "data/mistral_instruct_tokenizer_240323.model.v3"  # Mistral-7B-Instruct-v0.3's, 32,768 pieces
 NAMES = ["<image>", "<im_start>", "<im_end>"]
@@ -84,3 +89,38 @@ def test_a_model_of_other_ids_stays(source):
     before = (source / "tokenizer.model").read_bytes()
     assert not add_pieces(source / "tokenizer.model", {"other": 5, "<image>": 32768})
     assert (source / "tokenizer.model").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> bytes:
+    """A model of few pieces."""
+    made = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["a few words, and a few more of them", "for x in y: return {1: 2}"] * 5),
+        model_writer=made,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return made.getvalue()
+
+
+@examples
+@given(data=st.data())
+def test_any_tokenizer_model_is_read_or_refused_in_one_line(data, few, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(data.draw(damaged(few) | st.binary(max_size=40)))
+    read_or_refused(lambda: tokenizer_json(path, legacy=False), path)
+
+
+def test_pieces_too_long_to_be_anyones_are_refused(few, tmp_path):
+    model = ModelProto()
+    model.ParseFromString(few)
+    model.pieces.add(piece="x" * 20_000, score=-1.0)
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=r"its pieces are longer than any model's"):
+        tokenizer_json(tmp_path / "tokenizer.model", legacy=False)

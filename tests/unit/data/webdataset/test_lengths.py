@@ -55,7 +55,7 @@ def test_a_language_model_alone_counts_pictures_as_llavas(tmp_path):
         ("config.json", '{"vision_config": 7}', "its config.json is no model's"),
         ("tokenizer.json", "{}", "its tokenizer is not readable"),
         ("tokenizer.json", None, "neither tokenizer.json nor tokenizer.model"),
-        ("chat_template.json", "[]", "chat_template.json: holds no chat_template"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: holds a list"),
     ],
 )
 def test_a_damaged_model_is_refused_before_anything_is_written(name, content, why, tmp_path):
