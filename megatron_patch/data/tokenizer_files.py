@@ -23,8 +23,8 @@ from megatron_patch.files import TOKENIZER, TOKENIZER_CONFIG
 
 BACKEND = "tokenizer.json"
 PIECES = "tokenizer.model"
-KEPT = ("model_max_length", "clean_up_tokenization_spaces")
-"""Of tokenizer_config.json: what neither names a token nor a class, and changes no prompt."""
+KEPT = {"model_max_length": int | float, "clean_up_tokenization_spaces": bool}
+"""Of tokenizer_config.json: what neither names a token nor a class, and changes no prompt; and its types."""
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 PADDING = ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
 """What models call it, where the tokenizer does not say which it is."""
@@ -267,7 +267,7 @@ def _configured(config: dict[str, Any], original: Any, backend: dict[str, Any], 
         [one.get("content") if isinstance(one, dict) else one for one in others] if isinstance(others, list) else []
     )
     return {
-        **{name: config[name] for name in KEPT if name in config},
+        **{name: config[name] for name, kind in KEPT.items() if isinstance(config.get(name), kind)},
         **named,
         **({"pad_token": padding} if padding else {}),
         "additional_special_tokens": [one for one in others if isinstance(one, str) and one in table],

@@ -87,7 +87,17 @@ STATES = {
     ),
     "a post-processor BertProcessing": ({"post_processor": BERT}, {}),
     "split_special_tokens": ({}, {"split_special_tokens": True}),
-    "": ({}, {"add_eos_token": True, "max_length": 9, "truncation": True, "from_slow": True, "stride": 2}),
+    "": (
+        {},
+        {
+            "model_max_length": [],
+            "add_eos_token": True,
+            "max_length": 9,
+            "truncation": True,
+            "from_slow": True,
+            "stride": 2,
+        },
+    ),
 }
 
 
