@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import logging
 import math
 import multiprocessing
+import os
+import signal
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,9 @@ from megatron.energon.errors import FatalSampleError
 from megatron.energon.metadataset.loader_interface import LoadedDatasetList
 
 from megatron_patch.config import MOCK, Config
-from megatron_patch.data import position
+from megatron_patch.data import position, readers
 from megatron_patch.data.dataset_code import DatasetCodeError, guarded
+from megatron_patch.data.failures import Failures
 from megatron_patch.data.mock import MockLoader
 from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
 from megatron_patch.data.webdataset.output import MANIFEST
@@ -33,8 +37,6 @@ from megatron_patch.text import printable
 
 logger = logging.getLogger(__name__)
 
-MAX_UNREADABLE_SHARE = 0.01
-"""Part of a rank's samples that may be left out because they cannot be read; more end the run."""
 SAMPLES_PER_SLICE = 100
 """Neighbours in a shard that are read one after another; slices come in random order."""
 SHARES = ("data-parallel size", "num_workers")
@@ -45,48 +47,31 @@ PREPARE = (
 )
 
 
-class Failures:
-    """Counts samples that cannot be read, over all workers of a loader, and ends the run when they are too many."""
-
-    def __init__(self, dataset: Path, num_samples: int) -> None:
-        """`num_samples`: of this rank, which `MAX_UNREADABLE_SHARE` is taken of."""
-        self.dataset = dataset
-        self.allowed = math.ceil(MAX_UNREADABLE_SHARE * num_samples)
-        self._message = f"{dataset}: more than {self.allowed} of a rank's {num_samples} samples cannot be read"
-        self._count = multiprocessing.get_context("fork").Value("i", 0)
-        # Of this process: each worker has its own part of the samples, and an epoch later they come again.
-        self._keys: set[str] = set()
-
-    @property
-    def count(self) -> int:
-        """Samples that were left out so far."""
-        return self._count.value
-
-    def __call__(self, error: Exception, sample: Any, sources: Any = None) -> None:
-        """Energon's error handler: one log line, or FatalSampleError, which energon hands on."""
-        key = _key(sample)
-        if key in self._keys:
-            return
-        self._keys.add(key)
-        with self._count.get_lock():
-            self._count.value += 1
-        reason = printable(str(error) or error.__cause__ or type(error).__name__, 400)
-        logger.warning("left out sample %s: %s", key, reason)
-        if self.count > self.allowed:
-            raise FatalSampleError(f"{self._message}; the log names them; the last: {reason}")
-
-
 class Loader(SavableDataLoader[Batch]):
     """An endless energon loader that knows what its position means. Its workers live as long as its one iterator."""
 
-    def __init__(self, dataset: Any, failures: Failures, fingerprint: dict[str, Any], ahead: int) -> None:
-        """`ahead`: batches that each of its workers reads before they are asked for."""
+    def __init__(
+        self, dataset: Any, failures: Failures, fingerprint: dict[str, Any], ahead: int, seconds: float, size: int
+    ) -> None:
+        """`ahead`: batches that each of its workers reads before they are asked for; `seconds` that one may take.
+
+        `size`: bytes of a batch's pixels, with a picture in each sample.
+        """
         super().__init__(dataset, checkpoint_every_sec=10, prefetch_factor=ahead)
         self.failures = failures
         self.fingerprint = fingerprint
         self.is_closed = False
-        self._was_killed = False
+        self.shared_memory = (ahead * self.num_workers + 1) * size if self.num_workers else 0
+        """Bytes that what was read ahead, and the batch that is trained, take of it."""
+        self._killed_by: signal.Signals | None = None
         self._begun: Any = None
+        self._seconds = seconds
+        if self.num_workers:
+            self.worker_init_fn = functools.partial(readers.begin, self.worker_init_fn, failures.dataset)
+        self.result_queues = [
+            readers.Answers(answers, self, failures.dataset, number, seconds)
+            for number, answers in enumerate(self.result_queues)
+        ]
         # For its workers' seeds torch draws from this, not from the numbers that a model begins with.
         self.generator = torch.Generator()
         # Energon always pins, which without a device is only a warning.
@@ -94,6 +79,11 @@ class Loader(SavableDataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         """The workers begin to read now, not when the first batch is asked for."""
+        self.begin()
+        return self._batches(super().__iter__())
+
+    def begin(self) -> None:
+        """Start the workers, which begin to read. Raises ValueError where that cannot be."""
         assert not self.is_closed, "its workers ended"
         if self.num_workers and self._iterator is None and self._begun is None:
             try:
@@ -103,7 +93,6 @@ class Loader(SavableDataLoader[Batch]):
                     f"{self.failures.dataset}: a process to read it cannot be started ({error}); use fewer "
                     f"--num-workers"
                 ) from error
-        return self._batches(super().__iter__())
 
     def _get_iterator(self) -> Any:
         begun, self._begun = self._begun, None
@@ -111,7 +100,10 @@ class Loader(SavableDataLoader[Batch]):
 
     def _batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         try:
-            yield from batches
+            while True:
+                with readers.waiting(readers.Wait(self.failures.dataset, "no batch", self._seconds, self._awaited)):
+                    batch = next(batches)
+                yield batch
         except FatalSampleError as error:
             # From a worker it arrives with a traceback before its text.
             raise ValueError(str(error).splitlines()[-1].rpartition("FatalSampleError: ")[2]) from error
@@ -125,19 +117,34 @@ class Loader(SavableDataLoader[Batch]):
 
     def raise_if_killed(self, error: Exception) -> None:
         """Raise ValueError where a signal ended a worker: then `error`, whatever it says, follows from that."""
-        if self._was_killed or (not self.is_closed and any(map(_was_killed, getattr(self._running, "_workers", ())))):
-            raise ValueError(
-                f"{self.failures.dataset}: a process that reads was killed; if memory ran out, use fewer "
-                f"--num-workers, else start the same command again"
-            ) from error
+        if not self.is_closed:
+            self._note_killed(self.workers)
+        if self._killed_by is not None:
+            raise ValueError(readers.of_killed(self.failures.dataset, self._killed_by)) from error
+
+    def _note_killed(self, workers: Iterable[multiprocessing.Process]) -> None:
+        for worker in workers:
+            self._killed_by = self._killed_by or readers.was_killed(worker)
 
     def close(self) -> None:
         """End the workers. Left to the garbage collector, which first ends queues' threads, each takes 5 seconds."""
-        if self.num_workers and self._running is not None:
+        if self.num_workers and self._running is not None and not self.is_closed:
             # Seen before they end: what reads in a thread may close this while the main one looks for the reason.
-            self._was_killed = any((worker.exitcode or 0) < 0 for worker in self._running._workers)
+            self._note_killed(worker for worker in self.workers if (worker.exitcode or 0) < 0)
             self._running._shutdown_workers()
             self.is_closed = True
+
+    def _awaited(self) -> tuple[int, int]:
+        """Number and process id of the reader whose batch is next."""
+        if not self.workers:
+            return 0, os.getpid()
+        number, *_ = self._running._task_info.get(self._running._rcvd_idx, (0,))
+        return number, self.workers[number].pid
+
+    @property
+    def workers(self) -> list[multiprocessing.Process]:
+        """The processes that read; none before they began."""
+        return getattr(self._running, "_workers", [])
 
     @property
     def _running(self) -> Any:
@@ -310,7 +317,15 @@ def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, 
         repeat=True,
     )
     fingerprint |= {"dataset": digest, "num_workers": worker_config.num_workers}
-    return Loader(dataset, failures, fingerprint, batches_ahead(config, world_size, worker_config.num_workers))
+    pictures = config.model.decoder_seq_length // llava.vision.num_image_tokens if data.packs else data.micro_batch_size
+    return Loader(
+        dataset,
+        failures,
+        fingerprint,
+        ahead=batches_ahead(config, world_size, worker_config.num_workers),
+        seconds=60 * config.training.distributed_timeout_minutes * readers.SHARE_OF_TIMEOUT,
+        size=pictures * 3 * math.prod(encoder.image_settings.crop_size),
+    )
 
 
 def batches_ahead(config: Config, world_size: int, num_workers: int) -> int:
@@ -379,19 +394,3 @@ def _open(path: Path, split: str, *, allow_code: bool, **options: Any) -> Loaded
         why = printable(error, 600) or "no yaml"
         advice = PREPARE if path.is_dir() else "expected a metadataset of energon, such as docs/formats.md shows"
         raise ValueError(f"{path}: split {split} cannot be read: {why}; {advice}") from error
-
-
-def _was_killed(process: multiprocessing.Process) -> bool:
-    """Whether a signal ended it. It is noticed in several ways, some of them while it is still ending."""
-    with contextlib.suppress(RuntimeError):  # torch's, out of the signal that the process ended
-        process.join(0.2)
-    return (process.exitcode or 0) < 0
-
-
-def _key(sample: Any) -> str:
-    """The key of whatever energon was handling: a raw sample, a typed one, a batch of them."""
-    if isinstance(sample, list):
-        return ", ".join(map(_key, sample))
-    parts = getattr(sample, "data", None)
-    name = sample.get("__key__") if isinstance(sample, dict) else getattr(sample, "__key__", None)
-    return printable(name or (_key(parts[0]) if parts else sample), 200)

@@ -41,9 +41,13 @@ class MockLoader:
     ) -> None:
         self.fingerprint = fingerprint
         self.is_closed = False
+        self.shared_memory = 0
         self._rank, self._world_size = rank, world_size
         self._encoder, self._batch_size, self._packs, self._seed = encoder, batch_size, packs, seed
         self._taken = 0
+
+    def begin(self) -> None:
+        """As `loader.Loader` has it; there is nobody to start."""
 
     def __iter__(self) -> Iterator[Batch]:
         while True:

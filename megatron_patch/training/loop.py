@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.checkpoint.stages import Stage
 from megatron_patch.config import Config
-from megatron_patch.data import position
+from megatron_patch.data import position, readers
 from megatron_patch.data.loader import Loader, reading, resumed_loader, save_position, train_loader, valid_loader
 from megatron_patch.data.mock import MockLoader
 from megatron_patch.data.processor import write_processor
@@ -46,8 +48,8 @@ def train(config: Config) -> int:
     stop = Stop(config.training.exit_duration_in_mins)
     llava = read_config(config.model.description)
     checkpoint = resume.find(config)
-    loader = resume.agree(open_data, config, llava, checkpoint)
-    with reading(loader) as batches:  # from now on, while the model is built
+    readers.hurry_when(stop.is_asked)
+    with open_data(config, llava, checkpoint) as loader, reading(loader) as batches:  # while the model is built
         chunks, wrapped, optimizer, progress = start_or_resume(config, llava, checkpoint)
         scheduler = build_scheduler(optimizer, config, progress.iteration)
         run_batch, caption = batch_runner(config, llava), captioner(config, llava)
@@ -150,20 +152,43 @@ def load_pretrained(config: Config, llava: Llava, chunk: LlavaModel) -> None:
         raise ValueError(f"{config.model.pretrained_checkpoint}: {wrong[0]} and {len(wrong) - 1} more do not match")
 
 
-def open_data(config: Config, llava: Llava, checkpoint: Path | None) -> Loader | MockLoader | None:
-    """The training data from where `checkpoint` left it; None on the ranks that do not read."""
+@contextlib.contextmanager
+def open_data(config: Config, llava: Llava, checkpoint: Path | None) -> Iterator[Loader | MockLoader | None]:
+    """The training data from where `checkpoint` left it; None on the ranks that do not read. Collective.
+
+    Its readers have begun, before this rank waits for others: a thread that communicates is no good company to a fork.
+    """
+    loaders: list[Loader | MockLoader | None] = []
+    try:
+        resume.agree(lambda: loaders.append(begin_to_read(config, llava, checkpoint)))
+        yield loaders[0]
+    finally:
+        for loader in loaders:
+            if isinstance(loader, Loader):
+                loader.close()
+
+
+def begin_to_read(config: Config, llava: Llava, checkpoint: Path | None) -> Loader | MockLoader | None:
+    """This rank's part of it."""
     if not reads_data(config):
         return None
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    ahead = 0
     if config.validates:
-        valid_loader(config, llava, rank=rank, world_size=size)  # raises now what would stop the first validation
+        # Raises now what would stop the first validation.
+        ahead += valid_loader(config, llava, rank=rank, world_size=size).shared_memory
     if checkpoint is None:
-        return train_loader(config, llava, rank=rank, world_size=size)
+        loader = train_loader(config, llava, rank=rank, world_size=size)
+    else:
 
-    def positions(rank: int) -> dict[str, Any]:
-        return resume.read_position(checkpoint, rank, position.load)
+        def positions(rank: int) -> dict[str, Any]:
+            return resume.read_position(checkpoint, rank, position.load)
 
-    return resumed_loader(config, llava, positions, rank=rank, world_size=size)
+        loader = resumed_loader(config, llava, positions, rank=rank, world_size=size)
+    group = config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
+    readers.check_room(ahead + loader.shared_memory, max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // group))
+    loader.begin()
+    return loader
 
 
 def validate(

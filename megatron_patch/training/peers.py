@@ -16,6 +16,7 @@ from pathlib import Path
 from torch.distributed import DistError, FileStore, Store, TCPStore
 from torch.distributed.elastic.multiprocessing.errors.handlers import get_error_handler
 
+from megatron_patch.data import readers
 from megatron_patch.files import STORE, TRAINING
 
 INTERVAL = 1.0
@@ -101,6 +102,11 @@ def _watch() -> None:
     while True:
         time.sleep(INTERVAL)
         failed = store.read()
+        late = readers.late()
+        if failed is None and late is not None:
+            # The thread that waits for it cannot say so.
+            store.write(own, late)
+            _end(late, told=False)
         for local_rank in [] if failed else _dead(marks):
             failed = first + local_rank, "it was killed or crashed; see its log"
             store.write(*failed)

@@ -50,6 +50,10 @@ class Stop:
             self.reason = f"--exit-duration-in-mins {self.minutes}"
         return bool(number or late)
 
+    def is_asked(self) -> bool:
+        """Whether a signal came to this rank."""
+        return self._noted != 0
+
     @property
     def exit_code(self) -> int:
         """What a shell says of a process that a signal ended: 143 for SIGTERM, 130 for SIGINT, ...; else 0."""

@@ -1,0 +1,173 @@
+"""The processes that read samples: what is said where one is killed, stands still, or finds no room for its batches.
+
+A batch's pixels are handed over in shared memory, which torch allocates in a thread of the reader: what goes wrong
+there is only printed, and the batch is waited for. And nothing limits how long one is waited for, deep in queues and
+sockets: what is waited for stands here, so that another thread can end the process when it is late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import multiprocessing.queues
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.energon.errors import FatalSampleError
+from torch._utils import ExceptionWrapper
+
+logger = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")
+SHARE_OF_TIMEOUT = 0.8
+"""Of --distributed-timeout-minutes, for a batch: its rank is to say what it waits for before the others give up."""
+WHEN_STOPPING = 30.0
+"""Seconds that a batch may take after a signal asked the run to stop."""
+MORE_ROOM = (
+    "shared memory (/dev/shm) is full: give it more (docker's --shm-size), or use a smaller --micro-batch-size or "
+    "fewer --num-workers"
+)
+
+_hurry: list[Callable[[], bool]] = []
+_waits: dict[int, Wait] = {}  # by thread
+
+
+def hurry_when(is_stopping: Callable[[], bool]) -> None:
+    """From now on, a batch may take `WHEN_STOPPING` seconds where this gives true."""
+    _hurry[:] = [is_stopping]
+
+
+def begin(begin_worker: Callable[[int], None], dataset: Path, number: int) -> None:
+    """A reader's first step. What it cannot hand over, it says instead of it. `begin_worker`: energon's own step."""
+    begin_worker(number)
+
+    def hand_over(results: Any, error: Exception, item: Any) -> None:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        advice = MORE_ROOM if "shared memory" in reason else "use fewer --num-workers"
+        fatal = FatalSampleError(f"{dataset}: a process that reads could not hand over a batch ({reason}); {advice}")
+        if isinstance(item, tuple):
+            results.put((item[0], ExceptionWrapper((FatalSampleError, fatal, None), "in a process that reads")))
+
+    # Python's hook for what fails in that thread, of the class: the queues are torch's and energon's.
+    multiprocessing.queues.Queue._on_queue_feeder_error = hand_over
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A thread waits for a reader."""
+
+    dataset: Path
+    what: str
+    """What of it did not come."""
+    seconds: float
+    """How long it may take."""
+    reader: Callable[[], tuple[int, int]]
+    """Number and process id of the one that is waited for."""
+    begun: float = field(default_factory=time.monotonic)
+
+
+@contextlib.contextmanager
+def waiting(wait: Wait) -> Iterator[None]:
+    """Within this context, `late` knows of it."""
+    thread = threading.get_ident()
+    _waits[thread] = wait
+    try:
+        yield
+    finally:
+        del _waits[thread]
+
+
+def late() -> str | None:
+    """What is said of the first reader that is waited for too long; None where there is none. For another thread."""
+    is_stopping = any(asks() for asks in _hurry)
+    for wait in list(_waits.values()):
+        waited = time.monotonic() - wait.begun
+        if waited >= (min(wait.seconds, WHEN_STOPPING) if is_stopping else wait.seconds):
+            number, pid = wait.reader()
+            asked = ", though the run was asked to stop" if is_stopping else ""
+            return (
+                f"{wait.dataset}: {wait.what} came from reading process {number} (pid {pid}, {_state(pid)}, in "
+                f"{_shards(pid)}) for {waited:.0f} seconds{asked}; look at that process and at the file system, and "
+                f"start the same command again: it goes on from the save before"
+            )
+    return None
+
+
+class Answers:
+    """What one reader says of its place in the data: its queue, of which `late` knows."""
+
+    def __init__(self, answers: Any, loader: Any, dataset: Path, number: int, seconds: float) -> None:
+        # No cycle, which would leave the loader, and its readers, to the garbage collector.
+        self._answers, self._loader = answers, weakref.ref(loader)
+        self._dataset, self._number, self._seconds = dataset, number, seconds
+
+    def get(self) -> Any:
+        """The next one."""
+        loader, number = self._loader(), self._number
+        reader = lambda: (number, loader.workers[number].pid)  # noqa: E731
+        with waiting(Wait(self._dataset, "no answer", self._seconds, reader)):
+            return self._answers.get()
+
+
+def was_killed(process: multiprocessing.Process) -> signal.Signals | None:
+    """The signal that ended it, if one did. It is noticed in several ways, some of them while it is still ending."""
+    with contextlib.suppress(RuntimeError):  # torch's, out of the signal that the process ended
+        process.join(0.2)
+    code = process.exitcode or 0
+    return signal.Signals(-code) if code < 0 else None
+
+
+def of_killed(dataset: Path, number: signal.Signals) -> str:
+    """What is said of a reader that this signal ended."""
+    if number == signal.SIGBUS:
+        return f"{dataset}: a process that reads was killed by SIGBUS; {MORE_ROOM}"
+    return (
+        f"{dataset}: a process that reads was killed; if memory ran out, use fewer --num-workers, else start the same "
+        f"command again"
+    )
+
+
+def check_room(size: int, count: int) -> None:
+    """Say so where `count` ranks of this machine, that read `size` bytes ahead each, may fill shared memory.
+
+    It is no error: samples may have no pictures.
+    """
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return
+    free = status.f_bavail * status.f_frsize
+    if count * size > free:
+        logger.warning(
+            f"reading ahead may take {count * size / 2**20:.1f} MB of shared memory ({SHARED_MEMORY}), which has "
+            f"{free / 2**20:.1f} MB free: give it more (docker's --shm-size), or use a smaller --micro-batch-size or "
+            f"fewer --num-workers"
+        )
+
+
+def _state(pid: int) -> str:
+    """What the kernel says of a process, in words."""
+    words = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk", "Z": "ended"}
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "gone"
+    return words.get(state, "alive")
+
+
+def _shards(pid: int) -> str:
+    """The tar files that a process has open."""
+    names = set()
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                names.add(os.readlink(link))
+    return ", ".join(sorted(Path(name).name for name in names if name.endswith(".tar"))[:3]) or "no shard"
