@@ -260,9 +260,13 @@ def _torchrun(arguments: list[str], log: Path, first_rank: int, is_alone: bool =
 
 
 def _signals() -> str:
-    """Names of the signals that torchrun is to hand on to the ranks: not those that nohup had this process ignore."""
+    """Names of the signals that torchrun is to hand on to the ranks: no SIGHUP that nohup had this process ignore.
+
+    A SIGINT counts also where a shell had it ignored, as it does for what it starts with `&`: somebody sent it by name.
+    """
+    ignores = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     wanted = (*SIGNALS, signal.SIGQUIT)
-    return ",".join(number.name for number in wanted if signal.getsignal(number) != signal.SIG_IGN)
+    return ",".join(number.name for number in wanted if number != signal.SIGHUP or not ignores)
 
 
 def _not_saved(folder: Path, log: Path, first_rank: int) -> str | None:

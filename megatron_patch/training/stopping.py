@@ -31,7 +31,8 @@ class Stop:
         self._noted = 0  # by the handler alone: it may run at any moment, in `due` too
         self.end = None if minutes is None else time.monotonic() + 60 * minutes
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's way to outlive a terminal
+            # nohup has SIGHUP ignored to outlive a terminal.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._note)
         # torchrun hands the signal to the processes that read data too, without which the place in the data cannot be
         # saved. They end with the trainer instead.

@@ -23,7 +23,9 @@ def _handlers():
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("number", stopping.SIGNALS)
-def test_a_signal_stops_after_the_step(number):
+@pytest.mark.parametrize("is_ignored", [False, True], ids=["", "of what a shell started with &"])
+def test_a_signal_stops_after_the_step(number, is_ignored):
+    signal.signal(number, signal.SIG_IGN if is_ignored and number != signal.SIGHUP else signal.SIG_DFL)
     stop = Stop(None)
     assert not stop.due()
     os.kill(os.getpid(), number)
@@ -43,6 +45,8 @@ def test_nohup_is_obeyed():
 
 def test_the_launcher_hands_on_what_ranks_save_after():
     assert launch.SIGNALS == stopping.SIGNALS
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     assert launch._signals() == "SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGQUIT"
 
 
