@@ -47,7 +47,7 @@ class MpRankReader(Reader):
         self.compared: set[str] = set()
         records = manifest.read(folder) if check else None
         files = rank_files(Path(folder), records)
-        loaded = [[_chunks(path, records) for path in paths] for paths in files]
+        loaded = [[_chunks(path, records, check) for path in paths] for paths in files]
         count = _num_chunks(files, loaded)
         # Virtual stages take turns: the first of every pipeline rank, then the second of every one.
         first_layer = 0
@@ -299,7 +299,7 @@ def model_parts(path: Path, content: Any) -> dict[str, dict[str, Any]]:
     return {key: found[key] for key in expected}
 
 
-def _chunks(path: Path, records: dict[str, manifest.RankRecord] | None) -> list[dict[str, View]]:
+def _chunks(path: Path, records: dict[str, manifest.RankRecord] | None, check: bool) -> list[dict[str, View]]:
     """The tensors of each (virtual) stage in a rank's file, by the local spec's names; `_extra_state` is left out."""
     parts = {
         key: {name: value for name, value in part.items() if not name.endswith("._extra_state")}
@@ -315,6 +315,8 @@ def _chunks(path: Path, records: dict[str, manifest.RankRecord] | None) -> list[
         manifest.check_rank(path, record, {name: _found(path, name, value) for name, value in values.items()})
         digests = {name: list(zip(tensor.rows, tensor.sha256, strict=True)) for name, tensor in record.tensors.items()}
     views = {name: stored_view(path, name, value, digests.get(name, ())) for name, value in values.items()}
+    if not check:
+        views = {name: view.unchecked() for name, view in views.items()}
     return [{to_local_name(name): views[_prefix(key) + name] for name in part} for key, part in parts.items()]
 
 

@@ -66,6 +66,7 @@ class TorchDistReader(Reader):
         self.folder = Path(folder)
         self.source = str(folder)
         self.rows = {weight.mcore: weight for weight in rows}
+        self.check = check
         # A run's has sums, which may have been lost on the way.
         if check and any((self.folder / name).exists() for name in (checksums.FILE, RUN_CONFIG)):
             checksums.check(self.folder)
@@ -157,7 +158,8 @@ class TorchDistReader(Reader):
         path, stored = self._stored(key, offsets, sizes)
         if is_stacked:
             stored = replace(stored, shape=(sizes[0] * sizes[1], *sizes[2:]))
-        return stored_view(path, f"{key} at {list(offsets)}", stored, self.digests.get((key, offsets), ()))
+        view = stored_view(path, f"{key} at {list(offsets)}", stored, self.digests.get((key, offsets), ()))
+        return view if self.check else view.unchecked()
 
     def _stored(self, key: str, offsets: torch.Size, sizes: torch.Size) -> tuple[Path, Stored]:
         """Where one block lies."""

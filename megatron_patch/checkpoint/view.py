@@ -145,7 +145,7 @@ class View:
         return View(self.shape, dtype or self.dtype, self.strips)
 
     def unchecked(self) -> View:
-        """The same values, read without comparing them with a manifest: for what is read a second time."""
+        """The same values, read without comparing them with a manifest or a CRC-32: for what is read a second time."""
         plain = {source: replace(source, digests=(), record=None) for source in self.sources}
         strips = (
             Strip(strip.rows, tuple(part._replace(source=plain.get(part.source)) for part in strip.parts))

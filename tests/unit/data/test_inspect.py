@@ -93,7 +93,8 @@ def test_a_page_replaces_nothing_but_a_page(kind, mcore, tmp_path, capsys):
         page.write_text("theirs" if kind == "a text" else "<!DOCTYPE html>\n<html><title>Others</title>")
     before = page.read_bytes() if page.is_file() else None
     assert main([str(mcore), "mock", str(page)]) == 1
-    assert "page.html: not a page of samples, so it is not replaced; give another name" in capsys.readouterr().err
+    assert "page.html: is" in (said := capsys.readouterr().err)
+    assert "give the name of a new file" in said
     assert (page.read_bytes() if page.is_file() else None) == before
     assert other.read_text() == "theirs"
     assert not (tmp_path / "nowhere").exists()

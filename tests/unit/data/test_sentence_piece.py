@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from megatron_patch.data.sentence_piece import add_pieces, remove_last_piece, tokenizer_json
 from megatron_patch.data.tokenizer_files import install_tokenizer, remove_image_token
-from tests.unit.properties import damaged, examples, read_or_refused
+from tests.unit.properties import damaged, examples, in_one_line
 
 MODEL = "data/mistral_instruct_tokenizer_240323.model.v3"  # Mistral-7B-Instruct-v0.3's, 32,768 pieces
 NAMES = ["<image>", "<im_start>", "<im_end>"]
@@ -111,10 +111,10 @@ def few(tmp_path_factory) -> bytes:
 
 @examples
 @given(data=st.data())
-def test_any_tokenizer_model_is_read_or_refused_in_one_line(data, few, tmp_path):
+def test_any_tokenizer_model_is_in_one_line_in_one_line(data, few, tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(data.draw(damaged(few) | st.binary(max_size=40)))
-    read_or_refused(lambda: tokenizer_json(path, legacy=False), path)
+    in_one_line(lambda: tokenizer_json(path, legacy=False), path)
 
 
 def test_pieces_too_long_to_be_anyones_are_refused(few, tmp_path):

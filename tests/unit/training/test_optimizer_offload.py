@@ -94,7 +94,7 @@ def test_another_model_of_the_same_shapes_is_refused(mcore, tmp_path, one_proces
     for file, old, new, said in (
         ("config.json", '"rope_theta": 500000.0', '"rope_theta": 1e4', "rotary_base of the language model is 10000.0"),
         ("tokenizer.json", "<unused_0>", "<unused_x>", "the tokenizer's sha256 is {'tokenizer.json': "),
-        ("preprocessor_config.json", '"image_mean": [0.4', '"image_mean": [0.5', "image_mean is [0.58"),
+        ("preprocessor_config.json", "0.48145466", "0.58145466", "image_mean is [0.58"),
     ):
         other = shutil.copytree(mcore, tmp_path / file)
         text = (other / file).read_text()

@@ -14,7 +14,9 @@ from megatron_patch.training.stopping import Stop, lock
 
 
 @pytest.fixture(autouse=True)
-def _handlers():
+def _handlers(monkeypatch):
+    """This process' signals as they were afterwards, also in what it forks later."""
+    monkeypatch.setattr(os, "register_at_fork", lambda **hooks: None)
     before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
     yield
     for number, handler in before.items():
