@@ -34,7 +34,7 @@ def watch(timeout_minutes: float) -> None:
     """Start the thread that ends this process, with exit code 1, after another rank has failed.
 
     So it does, a while before the others give up after `timeout_minutes`, for a process on which this one depends and
-    that stands still: one that reads, a stopped rank of this node, a stopped process that this one forked.
+    that stands still: one that reads and does not answer, or a stopped one, of this node's ranks or forked here.
     It ends whatever waits in C without Python's global lock, as collectives do. A forked process has no such thread,
     nor any lock that it held: it logs nothing, imports nothing and has a connection of its own.
     """
