@@ -31,6 +31,8 @@ SHARE_OF_TIMEOUT = 0.8
 """Of --distributed-timeout-minutes, for a batch: its rank is to say what it waits for before the others give up."""
 WHEN_STOPPING = 30.0
 """Seconds that a batch may take after a signal asked the run to stop."""
+STOPPED = "stopped"
+"""A process's state."""
 MORE_ROOM = (
     "shared memory (/dev/shm) is full: give it more (docker's --shm-size), or use a smaller --micro-batch-size or "
     "fewer --num-workers"
@@ -60,7 +62,12 @@ def begin(begin_worker: Callable[[int], None], dataset: Path, number: int) -> No
     multiprocessing.queues.Queue._on_queue_feeder_error = hand_over
 
 
-@dataclass(frozen=True)
+def is_hurried() -> bool:
+    """Whether a signal asked the run to stop, as far as this process knows."""
+    return any(asks() for asks in _hurry)
+
+
+@dataclass
 class Wait:
     """A thread waits for a reader."""
 
@@ -85,9 +92,15 @@ def waiting(wait: Wait) -> Iterator[None]:
         del _waits[thread]
 
 
+def forgive(seconds: float) -> None:
+    """Leave out of every wait the seconds in which this process was stopped itself, perhaps its readers with it."""
+    for wait in list(_waits.values()):
+        wait.begun = min(wait.begun + seconds, time.monotonic())
+
+
 def late() -> str | None:
     """What is said of the first reader that is waited for too long; None where there is none. For another thread."""
-    is_stopping = any(asks() for asks in _hurry)
+    is_stopping = is_hurried()
     for wait in list(_waits.values()):
         waited = time.monotonic() - wait.begun
         if waited >= (min(wait.seconds, WHEN_STOPPING) if is_stopping else wait.seconds):
@@ -153,9 +166,14 @@ def check_room(size: int, count: int) -> None:
         )
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process stands where SIGSTOP, a debugger or a cluster's suspend stopped it."""
+    return _state(pid).startswith(STOPPED)
+
+
 def _state(pid: int) -> str:
     """What the kernel says of a process, in words."""
-    words = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk", "Z": "ended"}
+    words = {"T": STOPPED, "t": f"{STOPPED} by a debugger", "D": "waiting for a disk", "Z": "ended"}
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

@@ -7,14 +7,17 @@ runs meanwhile. So a thread of each rank looks for a failure once a second, and 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.process
 import os
+import signal
 import threading
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 
 from torch.distributed import DistError, FileStore, Store, TCPStore
-from torch.distributed.elastic.multiprocessing.errors.handlers import get_error_handler
+from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
 
 from megatron_patch.data import readers
 from megatron_patch.files import STORE, TRAINING
@@ -27,13 +30,15 @@ KEY = f"megatron_patch/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
 """In the store, of this start of the ranks: the rank that failed first, a space, and why."""
 
 
-def watch() -> None:
+def watch(timeout_minutes: float) -> None:
     """Start the thread that ends this process, with exit code 1, after another rank has failed.
 
+    So it does, a while before the others give up after `timeout_minutes`, for a process on which this one depends and
+    that stands still: one that reads and does not answer, or a stopped one, of this node's ranks or forked here.
     It ends whatever waits in C without Python's global lock, as collectives do. A forked process has no such thread,
     nor any lock that it held: it logs nothing, imports nothing and has a connection of its own.
     """
-    threading.Thread(target=_watch, name="peers", daemon=True).start()
+    threading.Thread(target=_watch, args=(timeout_minutes,), name="peers", daemon=True).start()
 
 
 def tell(line: str) -> None:
@@ -93,20 +98,51 @@ class _Store:
                 self.store = None
 
 
-def _watch() -> None:
+class _Stopped:
+    """How long other processes have stood stopped, by SIGSTOP, a debugger or a cluster's suspend.
+
+    That is counted in looks: a job that is suspended as a whole takes none meanwhile, and goes on once continued.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        """`seconds`: how long one may."""
+        self.seconds = seconds
+        self._looks: dict[int, int] = {}  # by process id
+        self._was_hurried = False
+
+    def look(self, pids: Iterable[int]) -> tuple[int, str] | None:
+        """Take a look, `INTERVAL` after the one before: the first that stood too long, and what is said of it."""
+        is_hurried = readers.is_hurried()
+        if is_hurried and not self._was_hurried:
+            self._looks.clear()  # a signal that ends a suspended job finds all of it stopped
+        self._was_hurried = is_hurried
+        self._looks = {pid: self._looks.get(pid, 0) + 1 for pid in pids if readers.is_stopped(pid)}
+        seconds = min(self.seconds, readers.WHEN_STOPPING) if is_hurried else self.seconds
+        for pid, looks in self._looks.items():
+            if looks * INTERVAL >= seconds:
+                asked = ", though the run was asked to stop" if is_hurried else ""
+                return pid, (
+                    f"pid {pid} was {readers.STOPPED} for {looks * INTERVAL:.0f} seconds{asked} (by SIGSTOP, a "
+                    f"debugger or a cluster's suspend), and is killed; start the same command again: it goes on from "
+                    f"the save before"
+                )
+        return None
+
+
+def _watch(timeout_minutes: float) -> None:
     store, own = _Store(), int(os.environ["RANK"])
     local_size = int(os.environ["LOCAL_WORLD_SIZE"])
     first = own - own % local_size  # of this node
-    folder = mark_path().parents[1]
-    marks = [folder / str(local_rank) / TRAINING for local_rank in range(local_size)]
+    marks = [_beside(TRAINING, local_rank) for local_rank in range(local_size)]
+    stopped, now = _Stopped(60 * timeout_minutes * readers.SHARE_OF_TIMEOUT), time.monotonic()
     while True:
         time.sleep(INTERVAL)
+        before, now = now, time.monotonic()
+        if now - before > 10 * INTERVAL:
+            readers.forgive(now - before)
         failed = store.read()
-        late = readers.late()
-        if failed is None and late is not None:
-            # The thread that waits for it cannot say so.
-            store.write(own, late)
-            _end(late, told=False)
+        if failed is None:
+            _end_if_late(store, own, stopped, marks)
         for local_rank in [] if failed else _dead(marks):
             failed = first + local_rank, "it was killed or crashed; see its log"
             store.write(*failed)
@@ -114,6 +150,43 @@ def _watch() -> None:
             rank, line = failed
             time.sleep(GRACE)
             _end(f"ended by rank {rank}: {line}", told=first <= rank < first + local_size)
+
+
+def _end_if_late(store: _Store, own: int, stopped: _Stopped, marks: list[Path]) -> None:
+    """End this process where one on which it depends stands still. The thread that waits for it cannot say so."""
+    line = readers.late()
+    if line is not None:
+        store.write(own, line)
+        _end(line, told=False)
+    ranks = {_marked(mark): local_rank for local_rank, mark in enumerate(marks)}
+    for pid in (0, os.getpid()):
+        ranks.pop(pid, None)
+    # Python has no public list of them that does not reap those that ended, which is their users' to do.
+    forked = {process.pid: process.name for process in list(multiprocessing.process._children) if process.pid}
+    found = stopped.look([*ranks, *forked])
+    if found is None:
+        return
+    pid, line = found
+    if pid in forked:
+        line = f"{forked[pid]} of this rank, which reads or saves for it, {line}"
+        store.write(own, line)
+        _end(line, told=False, kill=pid)
+    # It is told for that rank, of which the launcher may hear first when it is killed.
+    rank = own - own % len(marks) + ranks[pid]
+    store.write(rank, line)
+    with contextlib.suppress(OSError):
+        _tell_launcher(line, ranks[pid])
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    _end(f"ended by rank {rank}: {line}", told=True)
+
+
+def _marked(mark: Path) -> int:
+    """The process id of a rank that trains; 0 where it does not yet, or no more."""
+    try:
+        return int(mark.read_bytes())
+    except (OSError, ValueError):
+        return 0
 
 
 def _dead(marks: list[Path]) -> list[int]:
@@ -129,12 +202,40 @@ def _dead(marks: list[Path]) -> list[int]:
     return dead
 
 
-def _end(line: str, told: bool) -> None:
-    """End this process with a line in its log, and for the launcher if it was not `told` on this node."""
+def _beside(name: str, local_rank: int) -> Path:
+    """The file of that name in which a rank of this node tells the launcher something."""
+    return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / str(local_rank) / name
+
+
+class _Handler(ErrorHandler):
+    """torch's, which writes what the launcher reads, for a given file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def _get_error_file_path(self) -> str:
+        return str(self.path)
+
+
+def _tell_launcher(line: str, local_rank: int) -> None:
+    """Hand the launcher what ends a rank of this node. Several ranks may do so for one: each replaces a whole file."""
+    own = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+    part = own.with_name(f"{own.name}.{local_rank}")
+    _Handler(part).record_exception(RuntimeError(line))
+    part.replace(_beside(own.name, local_rank))
+
+
+def _end(line: str, told: bool, kill: int | None = None) -> None:
+    """End this process with a line in its log, and for the launcher if it was not `told` on this node.
+
+    `kill`: a process that ends with it.
+    """
     try:
         # Not by the logger, whose lock may be held by what waits.
         os.write(2, f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {line}\n".encode())
         if not told:
-            get_error_handler().record_exception(RuntimeError(line))
+            _tell_launcher(line, int(os.environ["LOCAL_RANK"]))
+        if kill is not None:
+            os.kill(kill, signal.SIGKILL)
     finally:
         os._exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 
 from megatron_patch.config import Config
 from megatron_patch.files import STORE
@@ -11,6 +12,9 @@ from megatron_patch.training.log import start_log
 
 EXPECTED = (ValueError, OSError, FloatingPointError)
 """What says in one line what is wrong."""
+TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
+OF_GLOO = re.compile(r"gloo|^Application timeout caused pair closure|^Wait timeout|^Timeout waiting for key")
+"""What gloo and the stores say that raise no DistError."""
 
 
 def run(config: Config) -> int:
@@ -28,7 +32,7 @@ def run(config: Config) -> int:
     from megatron_patch.training.stopping import end_with_parent, lock
 
     end_with_parent()
-    peers.watch()
+    peers.watch(config.training.distributed_timeout_minutes)
     try:
         # Held until this process ends.
         held = lock(config.checkpoint.folder) if rank == 0 else None
@@ -49,27 +53,31 @@ def run(config: Config) -> int:
             held.close()
     except Exception as error:
         logging.getLogger().error("stopped", exc_info=True)
-        if not _others_are_gone(error):
-            line = _line(error)
+        line = _line(error, config)
+        if line is not None:
             _tell_launcher(line)
             peers.tell(line)
         return 1
     return code
 
 
-def _others_are_gone(error: Exception) -> bool:
-    """Whether this rank only lost the others, of which one knows why."""
+def _line(error: Exception, config: Config) -> str | None:
+    """What ends the run, in one line; None where this rank only lost the others, of which one knows why."""
     from torch.distributed import DistError
 
-    return not isinstance(error, EXPECTED) and (isinstance(error, DistError) or "gloo" in str(error))
-
-
-def _line(error: Exception) -> str:
-    """What ends the run, in one line."""
     line = " ".join(str(error).split())
-    if not isinstance(error, EXPECTED):
-        line = f"{type(error).__name__}: {line[:300]}; its traceback is in the rank's log"
-    return line
+    if isinstance(error, EXPECTED):
+        return line
+    if isinstance(error, DistError) or (isinstance(error, RuntimeError) and OF_GLOO.search(line)):
+        if TIMED_OUT.search(line) is None:
+            return None
+        minutes = config.training.distributed_timeout_minutes
+        return (
+            f"waited {minutes} minutes (--distributed-timeout-minutes) for another rank, which hangs, is slower than "
+            f"that, or was suspended; see the ends of the other ranks' logs in {config.checkpoint.output / 'log'}, and "
+            f"start the same command again: it goes on from the save before"
+        )
+    return f"{type(error).__name__}: {line[:300]}; its traceback is in the rank's log"
 
 
 def _tell_launcher(line: str) -> None:

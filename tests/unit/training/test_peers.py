@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from torch.distributed import TCPStore
 
-from megatron_patch.files import STORE
-from megatron_patch.training.peers import _dead, _Store
+from megatron_patch.data import readers
+from megatron_patch.files import STORE, TRAINING
+from megatron_patch.training import peers
+from megatron_patch.training.peers import _dead, _Stopped, _Store
+
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -65,3 +74,130 @@ def test_only_a_rank_that_ended_while_it_trained_is_dead(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "read_bytes", read_and_end)
     assert _dead(marks) == [marks.index(killed)]
+
+
+@pytest.fixture
+def node(monkeypatch, tmp_path) -> Path:
+    """What torchrun has for a node's two ranks, 2 and 3, of which this one is the first."""
+    for name in ("0", "1"):
+        (tmp_path / name).mkdir()
+    for name, value in {
+        STORE: f"file://{tmp_path}/ranks",
+        "RANK": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "2",
+        "TORCHELASTIC_ERROR_FILE": f"{tmp_path}/0/error.json",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(peers, "INTERVAL", 0.01)
+    monkeypatch.setattr(peers, "GRACE", 0.0)
+    monkeypatch.setattr(readers, "_hurry", [])
+    return tmp_path
+
+
+@pytest.fixture
+def asleep() -> Iterator[subprocess.Popen]:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process
+        process.kill()
+
+
+def watched(before: Callable[[], object], minutes: float) -> None:
+    """Have a process of its own prepare something and watch, till that ends it as it should."""
+
+    def run() -> None:
+        held = before()  # noqa: F841
+        peers._watch(minutes)
+
+    process = FORK.Process(target=run)
+    process.start()
+    process.join(30)
+    process.kill()
+    process.join()
+    assert process.exitcode == 1
+
+
+def told(node: Path, local_rank: int) -> str:
+    return json.loads((node / str(local_rank) / "error.json").read_text())["message"]["message"]
+
+
+def test_a_rank_whose_reader_is_late_ends_and_says_so_to_all(node, capfd):
+    wait = readers.Wait(Path("wds"), "no batch", 0.05, lambda: (3, os.getpid()))
+    watched(lambda: readers._waits.update({0: wait}), minutes=10)
+    line = told(node, 0)
+    assert line.startswith("RuntimeError: wds: no batch came from reading process 3 ")
+    assert _Store().read() == (2, line.partition(": ")[2])
+    assert capfd.readouterr().err.endswith(f"] {_Store().read()[1]}\n")
+
+
+def test_a_stopped_rank_is_killed_and_named(node, asleep, capfd):
+    (node / "1" / TRAINING).write_text(str(asleep.pid))
+    asleep.send_signal(signal.SIGSTOP)
+    watched(lambda: None, minutes=0.2 / 60)
+    assert asleep.wait(10) == -signal.SIGKILL
+    line = told(node, 1)
+    assert line.startswith(f"RuntimeError: pid {asleep.pid} was stopped for 0 seconds (by SIGSTOP, ")
+    assert _Store().read() == (3, line.partition(": ")[2])
+    assert not (node / "0" / "error.json").exists()
+    assert " ended by rank 3: pid " in capfd.readouterr().err
+
+
+def test_a_stopped_process_of_a_rank_is_killed_and_named(node):
+    def start() -> object:
+        process = FORK.Process(target=time.sleep, args=(600,), name="writer")
+        process.start()
+        os.kill(process.pid, signal.SIGSTOP)
+        (node / "pid").write_text(str(process.pid))
+        return process
+
+    watched(start, minutes=0.2 / 60)
+    pid = (node / "pid").read_text()
+    assert told(node, 0).startswith(f"RuntimeError: writer of this rank, which reads or saves for it, pid {pid} was st")
+    assert _Store().read()[0] == 2
+    for _ in range(100):
+        if not Path("/proc", pid).exists() or readers._state(int(pid)) == "ended":
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{pid} lives")
+
+
+def test_a_rank_that_was_suspended_itself_goes_on(node, asleep):
+    """Both are stopped for longer than either may be, with a wait for a reader open; then both go on."""
+    (node / "1" / TRAINING).write_text(str(asleep.pid))
+    wait = readers.Wait(Path("wds"), "no batch", 1.0, lambda: (3, os.getpid()))
+    process = FORK.Process(target=lambda: (readers._waits.update({0: wait}), peers._watch(1 / 48)), daemon=True)
+    process.start()
+    time.sleep(0.2)
+    for number, seconds in ((signal.SIGSTOP, 1.2), (signal.SIGCONT, 0.3)):
+        for pid in (process.pid, asleep.pid):
+            os.kill(pid, number)
+        time.sleep(seconds)
+    assert process.is_alive()
+    process.join(30)  # of the reader, which is late after all
+    assert told(node, 0).startswith("RuntimeError: wds: no batch")
+
+
+@pytest.mark.parametrize(
+    ("looks", "asked_at", "found"),
+    [(479, None, False), (480, None, True), (29, 0, False), (30, 0, True), (129, 100, False), (130, 100, True)],
+)
+def test_how_long_a_process_may_stand_stopped(monkeypatch, looks, asked_at, found):
+    """The process that is stopped is a mock, and so are the seconds."""
+    monkeypatch.setattr(readers, "is_stopped", lambda pid: pid == 7)
+    stopped, look = _Stopped(480), 0
+    monkeypatch.setattr(readers, "_hurry", [lambda: asked_at is not None and look >= asked_at])
+    for look in range(looks):  # noqa: B007
+        last = stopped.look([6, 7])
+    assert (last is not None) == found
+    assert last is None or last[0] == 7
+
+
+def test_a_process_that_went_on_is_counted_from_its_next_stop(monkeypatch):
+    """The process is a mock."""
+    is_stopped = True
+    monkeypatch.setattr(readers, "_hurry", [])
+    monkeypatch.setattr(readers, "is_stopped", lambda pid: is_stopped)
+    stopped = _Stopped(3)
+    for is_stopped in (True, True, False, True, True):  # noqa: B007
+        assert stopped.look([7]) is None
+    assert stopped.look([7]) is not None

@@ -1,23 +1,61 @@
-"""Which of the ranks that an error ends tells the launcher."""
+"""What a rank that an error ends tells the launcher."""
 
 from __future__ import annotations
 
-import pytest
-from torch.distributed import DistBackendError
+import threading
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 
-from megatron_patch.training.worker import _others_are_gone
+import pytest
+import torch
+from torch.distributed import DistBackendError, DistStoreError, FileStore, ProcessGroupGloo
+
+from megatron_patch.training.worker import _line
+
+CONFIG = SimpleNamespace(
+    checkpoint=SimpleNamespace(output=Path("run")), training=SimpleNamespace(distributed_timeout_minutes=10)
+)
+LATE = "waited 10 minutes (--distributed-timeout-minutes) for another rank, which hangs, is slower than that, or was "
 
 
 @pytest.mark.parametrize(
-    ("error", "gone"),
+    ("error", "line"),
     [
-        (DistBackendError("NCCL watchdog"), True),
-        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
-        (OSError("/data/gloomy/a.tar: no such file"), False),
-        (ValueError("gloo"), False),
-        (RuntimeError("out of memory"), False),
+        (DistBackendError("NCCL error: remote process exited"), None),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), None),
+        (OSError("/data/gloomy/a.tar: no such file"), "/data/gloomy/a.tar: no such file"),
+        (ValueError("gloo"), "gloo"),
+        (RuntimeError("out\n of memory"), "RuntimeError: out of memory; its traceback is in the rank's log"),
+        (RuntimeError("DataLoader timed out"), "RuntimeError: DataLoader timed out; its"),
+        (DistBackendError("NCCL: wait timeout"), LATE),
+        (DistStoreError("Timed out after 601 seconds waiting for clients. 1/2 clients joined."), LATE),
+        (RuntimeError("Application timeout caused pair closure"), LATE),
     ],
     ids=str,
 )
-def test_who_only_lost_the_others_is_silent(error, gone):
-    assert _others_are_gone(error) == gone
+def test_who_only_lost_the_others_is_silent(error, line):
+    said = _line(error, CONFIG)
+    assert said is None if line is None else said.startswith(line)
+
+
+def test_who_waited_too_long_for_the_others_says_so(tmp_path):
+    """gloo's own error, and that of the place where its ranks meet."""
+    groups = {}
+
+    def join(rank: int) -> None:
+        groups[rank] = ProcessGroupGloo(FileStore(f"{tmp_path}/store", 2), rank, 2, timedelta(seconds=0.1))
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store = FileStore(f"{tmp_path}/other", 2)
+    store.set_timeout(timedelta(seconds=0.1))
+    for wait in (lambda: groups[0].recv([torch.zeros(1)], 1, 0).wait(), lambda: store.get("never")):
+        with pytest.raises(RuntimeError) as raised:
+            wait()
+        said = _line(raised.value, CONFIG)
+        assert said.startswith(LATE)
+        assert "other ranks' logs in run/log" in said
