@@ -18,8 +18,10 @@ $(STAMP): setup.py constraints.txt
 quickstart: $(STAMP)
 	sh examples/llava_mcore/quickstart.sh
 
-# A file's tests share what they set up, so that they stay together.
+# A file's tests share what they set up, so that they stay together. Hundreds of processes import what is compiled here,
+# also where they may not write it themselves (PYTHONDONTWRITEBYTECODE).
 test: $(STAMP)
+	$(BIN)/python -m compileall -q megatron_patch tests toolkits
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(STAMP)
