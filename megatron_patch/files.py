@@ -30,7 +30,6 @@ TOKENIZER = (
 )
 CHAT_TEMPLATE = "chat_template.jinja"
 MORE_CHAT_TEMPLATES = "additional_chat_templates"
-PROCESSOR = "processor_config.json"
 OLD_CHAT_TEMPLATE = "chat_template.json"  # as processors kept it before transformers 4.52
 RUN_CONFIG = "run_config.json"  # a run's settings, in each of its checkpoints
 COMMON = "common.pt"  # what is no tensor, in a torch_dist checkpoint
@@ -94,7 +93,10 @@ def claim(folder: Path, is_locked: bool = True) -> None:
     folder.mkdir(exist_ok=True)
     entries = os.listdir(folder)
     if entries and not is_ours(folder):
-        raise ValueError(f"{folder}: holds {min(entries)!r}, which was not written here by this toolkit; move it away")
+        raise ValueError(
+            f"{folder}: holds {min(entries)!r} and no mark of this toolkit, so that nothing is removed (an earlier "
+            "version, killed while it wrote, left none); move it away"
+        )
     if entries and not is_locked and _lives((folder / MARK).read_text(errors="replace")):
         raise ValueError(f"{folder}: another process is writing it; wait for that, or remove what it left")
     mark = os.open(folder / MARK, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)

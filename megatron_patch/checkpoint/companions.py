@@ -138,7 +138,7 @@ def check_json(folder: Path) -> None:
 
 def write_json(folder: Path, name: str, content: dict[str, Any]) -> None:
     """Write a json file in Hugging Face's style."""
-    (Path(folder) / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    (Path(folder) / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def llava_config(text: dict[str, Any], tower: dict[str, Any], image_token_index: int = 0) -> dict[str, Any]:

@@ -136,9 +136,11 @@ class Saver:
         )
         disk.sync_tree(self.partial)
         disk.reached("synced")
-        _make_room(self.target)
+        former = _make_room(self.target)
         self.partial.rename(self.target)
         release(self.target)
+        if former is not None:
+            shutil.rmtree(former, ignore_errors=True)
         disk.reached("renamed")
         disk.sync(self.target.parent)
         disk.sync(self.target)
@@ -228,17 +230,19 @@ def _make_empty(folder: Path) -> None:
     claim(folder)
 
 
-def _make_room(target: Path) -> None:
-    """Have nothing at the name of an iteration, which the tracker does not name: a run was killed just before that.
+def _make_room(target: Path) -> Path | None:
+    """Have nothing at the name of an iteration: a run was killed just before the tracker, or was set back.
 
-    What no run wrote, and a link, gets another name.
+    Returns where a run's is now, to be removed when the new one has its name; the tracker may name it. What no run
+    wrote, and a link, stays under another name.
     """
     if not target.is_symlink() and (target / CONFIG).is_file():
-        shutil.rmtree(target, ignore_errors=True)
+        return target.rename(beside(target))
     if target.is_symlink() or target.exists():
         kept = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
         target.rename(kept)
-        logger.warning(f"{target}: was there, and no run wrote it or it cannot be removed; it is {kept.name} now")
+        logger.warning(f"{target}: was there, and no run wrote it; it is {kept.name} now")
+    return None
 
 
 def _remove_old(checkpoint: Path) -> None:

@@ -32,5 +32,5 @@ def write_processor(config: Config, family: str, folder: Path) -> None:
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
     aside = beside(path)
-    aside.write_text(text)
+    aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)

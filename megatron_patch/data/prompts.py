@@ -282,7 +282,7 @@ def _tail(text: str, ignored: Sequence[str]) -> str:
 def _model_names(folder: Path) -> str:
     """What config.json calls the language model; Vicuna is a Llama by every other mark."""
     path = Path(folder) / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     text = config.get("text_config") or {}
     return f"{config.get('_name_or_path', '')} {text.get('_name_or_path', '')} {folder.name}"
 

@@ -85,11 +85,15 @@ class Wait:
 def waiting(wait: Wait) -> Iterator[None]:
     """Within this context, `late` knows of it."""
     thread = threading.get_ident()
+    outer = _waits.get(thread)
     _waits[thread] = wait
     try:
         yield
     finally:
-        del _waits[thread]
+        if outer is None:
+            del _waits[thread]
+        else:
+            _waits[thread] = outer
 
 
 def forgive(seconds: float) -> None:

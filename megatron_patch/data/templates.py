@@ -59,7 +59,7 @@ def read_template(folder: Path, tokenizer: Any) -> str | None:
 def _is_llava(folder: Path) -> bool:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text()) if path.is_file() else {}
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid json ({error!s:.100}); copy it again") from None
     return isinstance(config, dict) and config.get("model_type") == "llava"
@@ -68,7 +68,7 @@ def _is_llava(folder: Path) -> bool:
 def _key(path: Path, *, needed: bool) -> Any:
     """`chat_template` of a json file. Raises ValueError where the file is damaged, or lacks what is `needed`."""
     try:
-        content = json.loads(path.read_text()) if path.is_file() else {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return content["chat_template"] if needed else content.get("chat_template")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: holds no chat_template ({error!r:.100}); copy it again, or remove it") from None

@@ -23,7 +23,7 @@ from megatron_patch.files import TOKENIZER, TOKENIZER_CONFIG
 
 BACKEND = "tokenizer.json"
 PIECES = "tokenizer.model"
-KEPT = {"model_max_length": int | float, "clean_up_tokenization_spaces": bool}
+KEPT = {"model_max_length": (int | float, "a number"), "clean_up_tokenization_spaces": (bool, "true or false")}
 """Of tokenizer_config.json: what neither names a token nor a class, and changes no prompt; and its types."""
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 PADDING = ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
@@ -60,6 +60,10 @@ def _install(
         if name in files:
             shutil.copyfile(source / name, target / name)
     config = _object(source, TOKENIZER_CONFIG) if TOKENIZER_CONFIG in files else {}
+    for name, (kind, expected) in KEPT.items():
+        if not isinstance(config.get(name), kind | None):
+            given = json.dumps(config[name])[:60]
+            raise ValueError(f"{source / TOKENIZER_CONFIG}: {name} is {given}; expected {expected}")
     config = {name: value for name, value in config.items() if name not in ("auto_map", "chat_template")}
     _write(target / TOKENIZER_CONFIG, config)
     if BACKEND not in files:
@@ -267,7 +271,7 @@ def _configured(config: dict[str, Any], original: Any, backend: dict[str, Any], 
         [one.get("content") if isinstance(one, dict) else one for one in others] if isinstance(others, list) else []
     )
     return {
-        **{name: config[name] for name, kind in KEPT.items() if isinstance(config.get(name), kind)},
+        **{name: config[name] for name, (kind, _) in KEPT.items() if isinstance(config.get(name), kind)},
         **named,
         **({"pad_token": padding} if padding else {}),
         "additional_special_tokens": [one for one in others if isinstance(one, str) and one in table],

@@ -376,7 +376,7 @@ def _write_card(
     from megatron_patch.checkpoint.card import model_card
 
     record = next((record for record in map(read_record, carriers) if record), {})
-    (folder / companions.CARD).write_text(model_card(llava, record, conversion.precision, parity))
+    (folder / companions.CARD).write_text(model_card(llava, record, conversion.precision, parity), encoding="utf-8")
 
 
 def _write_chat_template(name: str, folder: Path, source: Path, llava: Llava, *, own: bool = False) -> None:
@@ -384,7 +384,7 @@ def _write_chat_template(name: str, folder: Path, source: Path, llava: Llava, *,
     from megatron_patch.data.tokenizer_files import template_for
 
     template = template_for(name, source, folder, llava.language.family, own=own)
-    (folder / companions.CHAT_TEMPLATE).write_text(template)
+    (folder / companions.CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def _exported_vocab_size(llava: Llava) -> int:

@@ -89,10 +89,6 @@ def _check_size(width: int, height: int) -> None:
         raise Rejected(f"{width} x {height} pixels, more than {MAX_PIXELS} when the shortest edge becomes {EDGE}")
 
 
-def _ends_with(end: bytes) -> Callable[[bytes], bool]:
-    return lambda data: data.rfind(end, -TAIL) >= 0
-
-
 def _is_whole_jpeg(data: bytes) -> bool:
     """Whether its end is there: near the bytes' end, else behind its scans, with a film or settings appended."""
     if data.rfind(b"\xff\xd9", -TAIL) >= 0:

@@ -90,7 +90,7 @@ STATES = {
     "": (
         {},
         {
-            "model_max_length": [],
+            "model_max_length": None,
             "add_eos_token": True,
             "max_length": 9,
             "truncation": True,
@@ -220,3 +220,12 @@ def test_any_tokenizer_json_is_in_one_line_in_one_line(data, small, tmp_path):
         changed(whole).map(lambda value: json.dumps(value).encode()) | damaged(json.dumps(whole).encode())
     )
     _damage(tmp_path / "damaged", "tokenizer.json", content, small)
+
+
+@pytest.mark.parametrize("name", ["model_max_length", "clean_up_tokenization_spaces"])
+def test_a_setting_of_another_type_is_refused(name, small, tmp_path):
+    source = shutil.copytree(small, tmp_path / "source")
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**config, name: "long"}))
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json: {name} is \"long\"; expected "):
+        install_tokenizer(source, tmp_path / "copy")
