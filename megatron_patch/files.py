@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -82,10 +83,28 @@ def is_ours(folder: Path) -> bool:
         return False
 
 
-def claim(folder: Path, is_locked: bool = True) -> None:
+def claim(folder: Path, mark: int | None = None) -> None:
     """Have an empty `folder` to write aside into: a new one, or what a killed process of ours left, which is cleared.
 
-    `release` it when it has its name. `is_locked`: no other process writes it; else the mark says whether one does.
+    `release` it when it has its name, or `discard` it. `mark`: what `open_mark` gave, where it is not locked and says
+    whether another process writes; None: nobody else does. Raises ValueError, and touches nothing, where another does,
+    or as `open_mark`.
+    """
+    descriptor = open_mark(folder) if mark is None else mark
+    try:
+        if mark is not None and _lives(os.pread(mark, 200, 0).decode(errors="replace")):
+            raise ValueError(f"{folder}: another process is writing it; wait for that, or remove what it left")
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{platform.node()} {os.getpid()}\n".encode(), 0)
+    finally:
+        if mark is None:
+            os.close(descriptor)
+    _clear(folder)
+
+
+def open_mark(folder: Path) -> int:
+    """The mark of a folder to write aside into, open, which is made where there is none.
+
     Raises ValueError, and touches nothing, for a link, a file, or a folder with anything that is not ours.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -97,19 +116,27 @@ def claim(folder: Path, is_locked: bool = True) -> None:
             f"{folder}: holds {min(entries)!r} and no mark of this toolkit, so that nothing is removed (an earlier "
             "version, killed while it wrote, left none); move it away"
         )
-    if entries and not is_locked and _lives((folder / MARK).read_text(errors="replace")):
-        raise ValueError(f"{folder}: another process is writing it; wait for that, or remove what it left")
-    mark = os.open(folder / MARK, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
-    os.write(mark, f"{platform.node()} {os.getpid()}\n".encode())
-    os.close(mark)
-    for entry in entries:
-        if entry != MARK:
-            remove(folder / entry)
+    # Open for writing, without which NFS locks nothing.
+    return os.open(folder / MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
 def release(folder: Path) -> None:
     """Take the mark from a folder that is whole."""
     (folder / MARK).unlink(missing_ok=True)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder that `claim` made, as far as that is possible: its mark last, so that the rest can be cleared."""
+    with contextlib.suppress(OSError):
+        _clear(folder)
+        release(folder)
+        folder.rmdir()
+
+
+def _clear(folder: Path) -> None:
+    for entry in os.listdir(folder):
+        if entry != MARK:
+            remove(folder / entry)
 
 
 def remove(path: Path) -> None:
@@ -121,7 +148,7 @@ def remove(path: Path) -> None:
 
 
 def lock(descriptor: int) -> bool:
-    """Lock an open file or folder for this process. False on a file system that has no locks, as Lustre may.
+    """Lock an open file for this process. False on a file system that has no locks, as Lustre may.
 
     Raises BlockingIOError where another process has it.
     """
@@ -151,6 +178,8 @@ def check_page(path: Path, beginning: str) -> None:
 def _lives(mark: str) -> bool:
     """Whether the process that wrote a mark may still be there."""
     node, _, pid = mark.strip().partition(" ")
+    if not node:
+        return False  # just made
     if node != platform.node() or not pid.isdecimal():
         return True  # nobody here can tell
     return int(pid) != os.getpid() and Path(f"/proc/{pid}").exists()

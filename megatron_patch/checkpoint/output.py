@@ -60,10 +60,10 @@ def written_aside(target: Path, num_bytes: int = 0) -> Iterator[Path]:
     target = Path(target).resolve()  # of a link, the folder that it leads to
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(target)
-    descriptor, is_locked = _lock(partial, target)
+    mark, is_locked = _lock(partial, target)
     is_ours = False
     try:
-        files.claim(partial, is_locked)
+        files.claim(partial, None if is_locked else mark)
         is_ours = True
         check_space(target, num_bytes)
         disk.reached("locked")
@@ -78,12 +78,10 @@ def written_aside(target: Path, num_bytes: int = 0) -> Iterator[Path]:
         sync(target)
     except BaseException:
         if is_ours:
-            shutil.rmtree(partial, ignore_errors=True)
-        elif not os.listdir(descriptor):
-            os.rmdir(partial)
+            files.discard(partial)
         raise
     finally:
-        os.close(descriptor)
+        os.close(mark)
 
 
 def partial_of(target: Path) -> Path:
@@ -92,25 +90,22 @@ def partial_of(target: Path) -> Path:
 
 
 def _lock(partial: Path, target: Path) -> tuple[int, bool]:
-    """Make `partial` this process's own: an open folder, and whether it is locked.
+    """Make `partial` this process's own: its open mark, and whether that is locked.
 
-    The lock is on the folder itself, so that it goes away with it.
+    The lock is in the folder itself, so that it goes away with it.
     """
-    if partial.is_symlink() or not (partial.is_dir() or not partial.exists()):
-        raise ValueError(f"{partial}: is a link or a file, and {target} is to be written there first; move it away")
-    partial.mkdir(exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    mark = files.open_mark(partial)
     try:
-        is_locked = files.lock(descriptor)
+        is_locked = files.lock(mark)
         # Its last owner may have renamed or removed it between our opening and our locking it.
-        if not partial.exists() or not os.path.samestat(os.stat(partial), os.fstat(descriptor)):
+        if not os.path.samestat(os.stat(partial / files.MARK), os.fstat(mark)):
             raise BlockingIOError
-    except BlockingIOError:
-        os.close(descriptor)
+    except (BlockingIOError, FileNotFoundError):
+        os.close(mark)
         raise ValueError(f"{target}: another process is writing it; wait for that, or give another folder") from None
     if not is_locked:
         print(
             f"warning: {target.parent}: no locks on this file system; see that no other conversion writes {target}",
             file=sys.stderr,
         )
-    return descriptor, is_locked
+    return mark, is_locked

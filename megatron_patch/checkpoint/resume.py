@@ -28,14 +28,15 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_patch.checkpoint import checksums, disk
 from megatron_patch.checkpoint.companions import CONFIG as MODEL_CONFIG
-from megatron_patch.checkpoint.companions import PREPROCESSOR, TRACKER, checkpoint_folder, read_json
+from megatron_patch.checkpoint.companions import TRACKER, checkpoint_folder, read_json
 from megatron_patch.checkpoint.torch_dist import read_metadata
 from megatron_patch.config import Config
 from megatron_patch.families.llava import read_config
 from megatron_patch.files import RUN_CONFIG as CONFIG
-from megatron_patch.files import beside, claim, why_not_loaded
+from megatron_patch.files import beside, claim, discard, why_not_loaded
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.pickles import check_extra_state
+from megatron_patch.preprocessor import has_preprocessor, read_image_settings
 
 EXTRA_STATE = "_extra_state"
 PATIENCE = timedelta(hours=6)
@@ -280,8 +281,8 @@ def _facts(folder: Path) -> dict[str, Any]:
     facts = {f"{name} of {part}": value for part in parts for name, value in dataclasses.asdict(parts[part]).items()}
     files = (path for path in (folder / "tokenizer.json", folder / "tokenizer.model") if path.is_file())
     tokenizer = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
-    pixels = read_json(folder, PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
-    ranges = {name: pixels.get(name) for name in ("image_mean", "image_std")}
+    pixels = read_image_settings(folder) if has_preprocessor(folder) else None
+    ranges = {f"image_{name}": getattr(pixels, name, None) for name in ("mean", "std")}
     return {**facts, "the image token's id": llava.image_token_id, "the tokenizer's sha256": tokenizer, **ranges}
 
 
@@ -292,7 +293,7 @@ def remove_partial(folder: Path) -> None:
     """
     for partial in sorted(folder.glob("iter_*.partial")):
         claim(partial)
-        shutil.rmtree(partial)
+        discard(partial)
 
 
 def saved(folder: Path) -> list[Path]:

@@ -30,7 +30,7 @@ from megatron_patch.checkpoint import checksums, disk
 from megatron_patch.checkpoint.companions import TRACKER
 from megatron_patch.checkpoint.resume import CONFIG, Progress, agree, model_state, optimizer_state, position_file, saved
 from megatron_patch.config import Config
-from megatron_patch.files import MARK, beside, claim, is_ours, release
+from megatron_patch.files import MARK, beside, claim, discard, is_ours, release
 from megatron_patch.model.llava import LlavaModel
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ class Saver:
                 raise
         except OSError as error:
             if dist.get_rank() == 0 and is_ours(self.partial):
-                shutil.rmtree(self.partial, ignore_errors=True)
+                discard(self.partial)
             raise OSError(
                 f"{self.target}: cannot be saved ({error}); the checkpoints before it are whole, and the same command "
                 f"goes on from the last of them"

@@ -18,7 +18,7 @@ from megatron_patch.data.formats import IMAGE
 from megatron_patch.data.prompts import blank_after_bos, chat_template, find_format
 from megatron_patch.data.sentence_piece import add_pieces, remove_last_piece, tokenizer_json
 from megatron_patch.data.templates import read_template
-from megatron_patch.data.tokenize import load_tokenizer, open_tokenizer
+from megatron_patch.data.tokenize import INSTALLED, load_tokenizer, open_tokenizer
 from megatron_patch.files import TOKENIZER, TOKENIZER_CONFIG
 
 BACKEND = "tokenizer.json"
@@ -275,7 +275,7 @@ def _configured(config: dict[str, Any], original: Any, backend: dict[str, Any], 
         **named,
         **({"pad_token": padding} if padding else {}),
         "additional_special_tokens": [one for one in others if isinstance(one, str) and one in table],
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": INSTALLED,
         # Otherwise transformers 4 makes token_type_ids, which generate() refuses.
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left",

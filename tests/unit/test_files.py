@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_patch import files
-from megatron_patch.files import MARK, beside, check_page, claim, is_ours, lock, release
+from megatron_patch.files import MARK, beside, check_page, claim, discard, is_ours, lock, open_mark, release
 
 
 def tree(folder: Path) -> dict[str, str | None]:
@@ -72,20 +72,42 @@ def test_new_empty_and_left_folders_are_taken(tmp_path):
 
 def test_without_locks_the_mark_says_who_writes(tmp_path, monkeypatch):
     place = tmp_path / "x.partial"
-    claim(place, is_locked=False)
-    claim(place, is_locked=False)  # of this process
+    mark = open_mark(place)
+    claim(place, mark)
+    claim(place, mark)  # of this process
+    (place / "file").touch()
     for alive in (f"{files.platform.node()} 1", "elsewhere 12", "damaged"):
         (place / MARK).write_text(alive)
         with pytest.raises(ValueError, match="another process is writing it"):
-            claim(place, is_locked=False)
-        claim(place)
+            claim(place, mark)
+        assert (place / "file").exists()
     (place / MARK).write_text(f"{files.platform.node()} 99999999")
-    claim(place, is_locked=False)
+    claim(place, mark)
+    assert tree(place) == {MARK: f"{files.platform.node()} {os.getpid()}\n"}
+    os.close(mark)
+
+
+def test_a_removal_that_is_cut_short_can_be_gone_on_with(tmp_path, monkeypatch):
+    place = tmp_path / "x.partial"
+    claim(place)
+    for name in "abc":
+        (place / name).touch()
+
+    def is_killed(path):
+        raise PermissionError(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "remove", is_killed)
+        discard(place)
+    assert is_ours(place)
+    claim(place)
+    discard(place)
+    assert not place.exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_locks(number, tmp_path, monkeypatch):
-    first, second = os.open(tmp_path, os.O_RDONLY), os.open(tmp_path, os.O_RDONLY)
+    first, second = (os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT) for _ in range(2))
     assert lock(first)
     with pytest.raises(BlockingIOError):
         lock(second)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -15,6 +16,7 @@ from megatron_patch.checkpoint.resume import Progress
 from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.estimate.memory import plan
 from megatron_patch.families.llava import read_config
+from megatron_patch.files import PREPROCESSOR, PROCESSOR
 from megatron_patch.training import optimizer as optimizer_module
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.optimizer import build_scheduler
@@ -94,7 +96,7 @@ def test_another_model_of_the_same_shapes_is_refused(mcore, tmp_path, one_proces
     for file, old, new, said in (
         ("config.json", '"rope_theta": 500000.0', '"rope_theta": 1e4', "rotary_base of the language model is 10000.0"),
         ("tokenizer.json", "<unused_0>", "<unused_x>", "the tokenizer's sha256 is {'tokenizer.json': "),
-        ("preprocessor_config.json", "0.48145466", "0.58145466", "image_mean is [0.58"),
+        ("preprocessor_config.json", "0.48145466", "0.58145466", "image_mean is (0.58"),
     ):
         other = shutil.copytree(mcore, tmp_path / file)
         text = (other / file).read_text()
@@ -102,6 +104,19 @@ def test_another_model_of_the_same_shapes_is_refused(mcore, tmp_path, one_proces
         with pytest.raises(ValueError, match=f"^{re.escape(f'{other}: {said}')}.*, and the run in {tmp_path}/out/chec"):
             train(other, tmp_path / "out", 1)
         assert (tmp_path / "out" / "checkpoint" / file).read_bytes() == (mcore / file).read_bytes()
+
+
+def test_pixels_are_compared_in_whichever_file_they_are_described(mcore, tmp_path, one_process):
+    """transformers 5 writes the image processor into processor_config.json."""
+    train(mcore, tmp_path / "out", 1, save=True)
+    other = shutil.copytree(mcore, tmp_path / "other")
+    pixels = json.loads((other / PREPROCESSOR).read_text())
+    (other / PREPROCESSOR).unlink()
+    (other / PROCESSOR).write_text(json.dumps({"image_processor": pixels}))
+    train(other, tmp_path / "out", 1)
+    (other / PROCESSOR).write_text(json.dumps({"image_processor": {**pixels, "image_std": [0.5, 0.5, 0.5]}}))
+    with pytest.raises(ValueError, match=r"image_std is \(0.5, 0.5, 0.5\), and the run in"):
+        train(other, tmp_path / "out", 1)
 
 
 def test_auto_takes_what_free_memory_asks_for(mcore, tmp_path, one_process, monkeypatch):
