@@ -23,8 +23,8 @@ def write_processor(config: Config, family: str, folder: Path) -> None:
         settings = read_image_settings(description, config.data.image_transform)
         preprocessor = preprocessor_of(settings, read_preprocessor(description))
         _write(folder / PREPROCESSOR, json.dumps(preprocessor, indent=2) + "\n")
-    name = find_format(config.data.prompt_format, description, family)
     tokenizer, marked = load_tokenizer(description), config.data.use_im_start_end
+    name = find_format(config.data.prompt_format, description, family, tokenizer)
     template = chat_template(name, description, tokenizer, use_im_start_end=marked)
     _write(folder / "chat_template.jinja", template)
 

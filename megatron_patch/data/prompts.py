@@ -145,19 +145,20 @@ def find_end(name: str, tokenizer: Any) -> int | None:
     return tokenizer(answer, add_special_tokens=False).input_ids[-1]
 
 
-def find_format(given: str, folder: Path, family: str) -> str:
+def find_format(given: str, folder: Path, family: str, tokenizer: Any | None = None) -> str:
     """The name in `PROMPT_FORMATS`, or tokenizer, that `--prompt-format` means for the model in `folder`.
 
     `auto` is, in this order: the format that the folder's chat template writes (blanks apart; one that none of them
     writes is taken as it is: tokenizer); v1 where config.json names Vicuna, which has no template; llama_3 where the
-    tokenizer has its tokens; `FAMILY_FORMATS`. Raises ValueError when nothing is known.
+    tokenizer has its tokens; `FAMILY_FORMATS`. `tokenizer`: the folder's, where it is open already. Raises ValueError
+    when nothing is known.
     """
     if given != "auto":
         return given
     from megatron_patch.data.tokenize import open_tokenizer
 
     folder = Path(folder)
-    tokenizer = open_tokenizer(folder)
+    tokenizer = open_tokenizer(folder) if tokenizer is None else tokenizer
     template = read_template(folder, tokenizer)
     if template is not None:
         return _format_of(template, tokenizer, FAMILY_FORMATS.get(family)) or TOKENIZER

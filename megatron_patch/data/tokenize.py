@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_patch.data.formats import IMAGE, Piece
-from megatron_patch.files import TOKENIZER_CONFIG, read_json
+from megatron_patch.files import CONFIG, TOKENIZER_CONFIG, read_json
 
 INSTALLED = "PreTrainedTokenizerFast"
 """The class of tokenizers that `install_tokenizer` writes."""
@@ -22,24 +22,25 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of the folder that describes the model. Raises ValueError when it, or its `<image>`, is missing."""
     if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError(f"{folder}: neither tokenizer.json nor tokenizer.model; expected the model's tokenizer")
-    tokenizer = open_tokenizer(folder, is_installed=_is_installed(Path(folder)))
+    tokenizer = open_tokenizer(folder)
     if tokenizer(IMAGE, add_special_tokens=False).input_ids != [tokenizer.convert_tokens_to_ids(IMAGE)]:
         raise ValueError(f"{folder}: {IMAGE} is not one token; expected a folder that the converter wrote")
     return tokenizer
 
 
-def open_tokenizer(folder: Path, source: Path | None = None, *, is_installed: bool = False) -> Any:
+def open_tokenizer(folder: Path, source: Path | None = None) -> Any:
     """transformers' tokenizer of a folder. `source`: where its files come from, for the message.
 
-    `is_installed`: by `install_tokenizer`, so that its class is known, which transformers would look up by config.json,
-    for which it imports two seconds of models. No code of the folder runs, and nobody is asked whether it may. Raises
-    ValueError, one line that names the folder, where transformers cannot read it, for whatever reason.
+    No code of the folder runs, and nobody is asked whether it may. Raises ValueError, one line that names the folder,
+    where transformers cannot read it, for whatever reason.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     try:
-        if is_installed:
+        if _is_of_known_class(Path(folder)):
+            from transformers import PreTrainedTokenizerFast
+
             return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except KeyboardInterrupt:
         raise
@@ -50,9 +51,12 @@ def open_tokenizer(folder: Path, source: Path | None = None, *, is_installed: bo
         raise ValueError(f"{source or folder}: its tokenizer is not readable ({why}); copy it again") from None
 
 
-def _is_installed(folder: Path) -> bool:
+def _is_of_known_class(folder: Path) -> bool:
+    """Whether AutoTokenizer would take `INSTALLED`. For its answer it imports two seconds of models."""
     if not all((folder / name).is_file() for name in ("tokenizer.json", TOKENIZER_CONFIG)):
         return False
+    if (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("model_type") != "llava":
+        return False  # transformers 5 takes another class for some models, whatever the tokenizer says
     return read_json(folder / TOKENIZER_CONFIG).get("tokenizer_class") == INSTALLED
 
 

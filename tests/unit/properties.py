@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,6 +19,9 @@ examples = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )
+
+MAX_SECONDS = 10
+MAX_MEMORY = 700 * 2**20
 
 _scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 json_values = st.recursive(
@@ -56,13 +61,24 @@ def damaged(content: bytes) -> st.SearchStrategy[bytes]:
 
 @contextmanager
 def one_line(path: object = "") -> Iterator[None]:
-    """What a reader may raise: one line of ValueError or OSError that names the file, or its folder."""
+    """What a reader may raise: one line of ValueError or OSError that names the file, or its folder.
+
+    Nor may it take more of the processor and of memory than any file is worth.
+    """
+    before, peak = time.process_time(), _peak_memory()
     try:
         yield
     except (ValueError, OSError) as error:
         text = str(error)
         if str(path) not in text or "\n" in text or len(text) > 2000:
             raise AssertionError(f"not one line that names {path}: {text!r}") from error
+    assert time.process_time() - before < MAX_SECONDS
+    assert _peak_memory() - peak < MAX_MEMORY
+
+
+def _peak_memory() -> int:
+    """The most bytes that this process had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def in_one_line(read: Callable[[], object], path: object = "") -> None:

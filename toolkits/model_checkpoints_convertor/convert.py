@@ -300,7 +300,7 @@ def _write_export(conversion: Conversion, folder: Path, config: dict[str, Any], 
     if conversion.prompt_format != "auto" or not (folder / companions.CHAT_TEMPLATE).is_file():
         _write_chat_template(conversion.prompt_format, folder, folder, llava)
     tokenizer = load_tokenizer(folder)
-    end = find_end(find_format("auto", folder, llava.language.family), tokenizer)
+    end = find_end(find_format("auto", folder, llava.language.family, tokenizer), tokenizer)
     companions.write_json(folder, companions.CONFIG, write_generation(folder, config, tokenizer, end))
     writer = HfWriter(folder, conversion.max_shard_bytes)
     for name, view in with_rows(weights, llava, vocab_size).views.items():
