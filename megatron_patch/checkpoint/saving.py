@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -34,6 +35,8 @@ from megatron_patch.files import MARK, beside, claim, discard, is_ours, release
 from megatron_patch.model.llava import LlavaModel
 
 logger = logging.getLogger(__name__)
+# It takes our mark in the folder for the remains of another checkpoint.
+logging.getLogger(serialization.__name__).addFilter(lambda record: not record.getMessage().startswith("Overwriting"))
 
 TORCH_WRITER = "inline_container"
 """What torch's errors name when writing fails: no cause, but positions in a C++ source."""

@@ -3,17 +3,22 @@
 Energon imports and calls whatever a metadataset or a dataset.yaml names (`__module__` with `__class__` or
 `__function__`, at any depth), and runs Python files that lie in the dataset (`sample_loader`, `part_filter`). All of
 it goes through two methods of energon's, which are guarded here, so that no yaml is overlooked, however it is reached.
+Nor may a pattern of shards' names (`{00000..00557}.tar`) ask for more of them than fit in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
+import types
 from collections.abc import Iterator
 from typing import Any
 
+import braceexpand
 import megatron.energon
 from megatron.energon import BaseCoreDatasetFactory, DatasetLoaderInterface, Sample
 from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.webdataset import metadata
 from megatron.energon.module_loader import ModuleLoader
 from megatron.energon.typed_converter import JsonParser
 
@@ -22,6 +27,10 @@ from megatron_patch.data.conversation import Conversation
 ENERGON = "megatron.energon"
 KINDS = (Sample, BaseCoreDatasetFactory, DatasetLoaderInterface)
 """Energon's classes of these kinds may be named: types of samples, datasets, metadatasets."""
+MOST_NAMES = 1_000_000
+"""Shards that a pattern in a split.yaml may name."""
+GROUP = re.compile(r"\{([^{}]*)\}")
+RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(\.\.-?\d+)?")
 
 
 class DatasetCodeError(ValueError):
@@ -52,13 +61,27 @@ def guarded(*, allow_code: bool) -> Iterator[None]:
         return originals[2](path, *args, **kwargs)
 
     JsonParser._resolve_object, ModuleLoader._load_module, EPath.open = resolve, load_module, opened
+    metadata.braceexpand = types.SimpleNamespace(braceexpand=_expand)
     # Modules that were allowed to an earlier dataset of this process are kept there.
     kept, ModuleLoader._modules = ModuleLoader._modules, {}
     try:
         yield
     finally:
         JsonParser._resolve_object, ModuleLoader._load_module, EPath.open = originals
+        metadata.braceexpand = braceexpand
         ModuleLoader._modules = kept
+
+
+def _expand(pattern: str, escape: bool = True) -> Iterator[str]:
+    """`braceexpand.braceexpand`, which raises ValueError before it names more than `MOST_NAMES`."""
+    count, rest = 1, pattern
+    while group := GROUP.search(rest):
+        ends = RANGE.fullmatch(group[1])
+        count *= abs(int(ends[1]) - int(ends[2])) + 1 if ends else group[1].count(",") + 1
+        if count > MOST_NAMES:
+            raise ValueError(f"{pattern[:100]!r} names more than {MOST_NAMES:,} shards")
+        rest = rest[: group.start()] + rest[group.end() :]
+    return braceexpand.braceexpand(pattern, escape)
 
 
 def _allowed(module_name: Any, object_name: Any) -> type | None:

@@ -28,6 +28,8 @@ FORMATS = {
     "PPM": "Ppm",
 }
 """Pillow's name of a format -> of the module that reads it."""
+BAND_PIXELS = 4_000_000
+"""As many are composited at once: several copies of a large image would not fit in a reader's memory."""
 DEEP_MODES = {"I": "16 or 32", "F": "32", "I;16": "16", "I;16L": "16", "I;16B": "16", "I;16N": "16"}
 """Pillow's modes that it clips to 0 to 255 where it makes RGB of them -> bits."""
 # EXIF 2.32, tag 274: where row 0 and column 0 are.
@@ -100,6 +102,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB; what is transparent becomes white, as in transformers 5's convert_to_rgb."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image if image.mode == "RGB" else image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image).convert("RGB")
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        white = Image.new("RGBA", band.size, (255, 255, 255, 255))
+        rgb.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+    return rgb

@@ -17,11 +17,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tokenizers import normalizers as normal
 
 UNIGRAM, BPE = 1, 2
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+KINDS = ModelProto.SentencePiece
 BLANK = "▁"
 """What SentencePiece writes for a blank."""
 MOST_SPLITS = 200_000_000
 """Sum of the squares of the pieces' lengths: 32,768 of Mistral's have 2 million."""
+MOST_UNUSED = 100_000
+"""Ids without a token between a model's pieces and those that were added."""
 PROBES = (
     "The quick brown fox, 3.14 and 2024!",
     "if x:\n    return  {'a': [1, 2]}\n\n\tpass  # ok",
@@ -35,8 +37,9 @@ def tokenizer_json(path: Path, *, legacy: bool) -> dict[str, Any] | None:
     """A tokenizer.json that cuts text as SentencePiece does with the model at `path`; None: that is no such model.
 
     As the converter of transformers 4.57 makes it: merges in the order of the pieces' scores (that of transformers 5
-    has them in the order of ids, which cuts runs of blanks otherwise). `legacy`: words behind any special token get
-    SentencePiece's blank as at the beginning of a text. Raises ValueError, one line, for a model that it cannot tell.
+    has them in the order of ids, which cuts runs of blanks otherwise). `legacy`: text after any special token gets
+    SentencePiece's blank as at the beginning. Without it, a text that begins with blanks gets no further one, as in
+    transformers' fast tokenizers. Raises ValueError, one line, for a model that it cannot tell.
     """
     model = _read(path)
     if model is None:
@@ -45,17 +48,17 @@ def tokenizer_json(path: Path, *, legacy: bool) -> dict[str, Any] | None:
     if sum(len(piece) ** 2 for piece, _ in pieces) > MOST_SPLITS:
         raise ValueError(f"{path}: its pieces are longer than any model's; copy it again")
     trainer, rules = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type not in (UNIGRAM, BPE):
+        raise ValueError(f"{path}: a SentencePiece model of words or characters; give a tokenizer.json")
     try:
         if trainer.model_type == UNIGRAM:
             kind = models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
-        elif trainer.model_type == BPE:
+        else:
             ids = {piece: id for id, (piece, _) in enumerate(pieces)}
             unknown = trainer.unk_piece if trainer.unk_piece in ids else None
             kind = models.BPE(
                 ids, _merges(model), unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback
             )
-        else:
-            raise ValueError("it is of words or characters")
         tokenizer = Tokenizer(kind)
         prefix = rules.add_dummy_prefix
         steps = [normal.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
@@ -76,8 +79,10 @@ def tokenizer_json(path: Path, *, legacy: bool) -> dict[str, Any] | None:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *last]
     )
-    own = [piece for piece in model.pieces if piece.type in (CONTROL, USER_DEFINED)]
-    tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=piece.type == CONTROL) for piece in own])
+    own = [piece for piece in model.pieces if piece.type in (KINDS.CONTROL, KINDS.USER_DEFINED)]
+    tokenizer.add_tokens(
+        [AddedToken(piece.piece, normalized=False, special=piece.type == KINDS.CONTROL) for piece in own]
+    )
     _compare(path, tokenizer)
     return json.loads(tokenizer.to_str())
 
@@ -109,10 +114,11 @@ def _compare(path: Path, tokenizer: Tokenizer) -> None:
 
 
 def add_pieces(path: Path, vocab: Mapping[str, int]) -> bool:
-    """Append the tokens of `vocab` (token -> id) that lie behind the last piece, each found whole in a text.
+    """Append the tokens of `vocab` (token -> id) that lie after the last piece, each found whole in a text.
 
     Ids between that are no token's become pieces that are never used. Returns False, and changes nothing, where the
-    file is no SentencePiece model (tiktoken's has the same name) or `vocab` has other tokens for its ids.
+    file is no SentencePiece model (tiktoken's has the same name) or `vocab` has other tokens for its ids. Raises
+    ValueError for an id that is far beyond all tokens.
     """
     model = _read(path)
     if model is None:
@@ -120,9 +126,11 @@ def add_pieces(path: Path, vocab: Mapping[str, int]) -> bool:
     tokens = {id: token for token, id in vocab.items()}
     if any(tokens.get(id, piece.piece) != piece.piece for id, piece in enumerate(model.pieces)):
         return False
-    kinds = ModelProto.SentencePiece
-    for id in range(len(model.pieces), max(tokens) + 1):
-        kind = kinds.USER_DEFINED if id in tokens else kinds.UNUSED
+    last = max(tokens, default=0)
+    if last > (most := 2 * (len(model.pieces) + len(tokens)) + MOST_UNUSED):
+        raise ValueError(f"{path}: {tokens[last][:100]!r} has id {last}; expected at most {most}")
+    for id in range(len(model.pieces), last + 1):
+        kind = KINDS.USER_DEFINED if id in tokens else KINDS.UNUSED
         model.pieces.add(piece=tokens.get(id, f"<unused {id}>"), score=0.0, type=kind)
     model.trainer_spec.vocab_size = len(model.pieces)
     path.write_bytes(model.SerializeToString())

@@ -115,6 +115,8 @@ def test_photographs_through_all_scripts_across_a_kill(place, photos, weights):
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"resumed from {output}/checkpoint/iter_{SAVE_INTERVAL:07d} at iteration {SAVE_INTERVAL}" in resumed.stdout
 
+    assert "corrupted" not in killed + resumed.stdout  # what megatron.core would say of a folder that we made
+
     before, after = logged_losses(killed), logged_losses(resumed.stdout)
     again = before.keys() & after.keys()
     assert len(again) >= 3

@@ -172,7 +172,9 @@ class ZipRoot:
                     for info in archive.infolist()
                     if not info.is_dir()
                 }
-        except (zipfile.BadZipFile, NotImplementedError) as error:
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # zipfile stumbles over damaged names in many ways
             raise ValueError(f"{place}: not a whole zip archive: {error}; download it again") from None
         self._prefixes = _common_folders(self._members)
 

@@ -105,8 +105,8 @@ def _find_annotations(folder: Path) -> Path:
         return folder / ANNOTATIONS
     given = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", *JSON_LINES) and path.is_file()]
     # Most tell it at their beginning; some have much else before it.
-    found = [path for path in given if _holds_conversations(path, PIECE)]
-    found = found or [path for path in given if _holds_conversations(path, None)]
+    found = [path for path in given if _holds_conversations(path, whole=False)]
+    found = found or [path for path in given if _holds_conversations(path, whole=True)]
     if not found:
         raise ValueError(
             f"{folder / ANNOTATIONS}: missing, and no other json with conversations beside it; give --annotations"
@@ -185,8 +185,8 @@ def _have_good_ids(entries: list[Any]) -> bool:
     return len(keys) == len(entries) and all(map(KEY.fullmatch, keys)) and all(map(operator.ne, keys, keys[1:]))
 
 
-def _holds_conversations(path: Path, limit: int | None) -> bool:
-    """Whether it begins as a list of objects, or as objects on lines, and has a word for conversations in `limit`."""
+def _holds_conversations(path: Path, *, whole: bool) -> bool:
+    """Whether it begins as a list of objects, or as objects on lines, and names conversations early on, or at all."""
     begin = rb"\s*(\[\s*)?\{" if path.suffix in JSON_LINES else rb"\s*\[\s*\{"
     with path.open("rb") as file:
         piece = file.read(PIECE).removeprefix(codecs.BOM_UTF8)
@@ -195,10 +195,10 @@ def _holds_conversations(path: Path, limit: int | None) -> bool:
         while piece:
             if CONVERSATIONS.search(piece):
                 return True
-            if limit is not None:
+            if not whole:
                 return False
             more = file.read(PIECE)
-            piece = piece[-20:] + more if more else b""  # a word that lies across two
+            piece = piece[-20:] + more if more else b""  # a name that lies across two
     return False
 
 

@@ -3,9 +3,11 @@
 import shutil
 import sys
 
+import braceexpand
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.energon.flavors.webdataset import metadata
 
 from megatron_patch.data.dataset_code import DatasetCodeError, guarded
 from tests.unit.data.loaders import build
@@ -109,6 +111,26 @@ def test_what_is_allowed_is_run(folder, model):
 def test_energons_own_are_allowed_under_any_of_its_modules(module, folder, model):
     (folder / "good/.nv-meta/dataset.yaml").write_text(PAIRS.replace("megatron.energon", module))
     build(model, folder / "good")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["a{0..999999999}.tar", "{a,b}" * 40 + ".tar", "{{0..2000},{0..2000}}{0..2000}.tar", "{9..-9999999..-1}.tar"],
+)
+def test_a_pattern_may_not_fill_memory_with_names(pattern, folder, model):
+    split = folder / "good/.nv-meta/split.yaml"
+    split.write_text(f"split_parts:\n  train: ['{pattern}']\n  val: []\n  test: []\nexclude: []\n")
+    with pytest.raises(ValueError, match=r"split train cannot be read: .* names more than 1,000,000 shards; prepare one"):
+        build(model, folder / "good")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{00000..00557}.tar", "{a,b{1..3}}-{0..8..2}.tar", "plain.tar", "{}{a}.tar"]
+)
+def test_other_patterns_are_expanded_as_energon_does(pattern):
+    with guarded(allow_code=False):
+        assert list(metadata.braceexpand.braceexpand(pattern)) == list(braceexpand.braceexpand(pattern))
+    assert metadata.braceexpand is braceexpand
 
 
 def test_energon_is_as_before_afterwards():

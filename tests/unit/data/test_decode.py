@@ -73,6 +73,21 @@ def test_a_turned_image_with_transparency_is_white_there():
     assert found.getextrema() == ((255, 255),) * 3
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_a_large_transparent_image_is_composited_in_bands(monkeypatch, mode):
+    noise = np.random.default_rng(2).integers(0, 256, (50, 40, 4), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode.replace("PA", "P"))
+    options = {"transparency": 7} if mode == "PA" else {}
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    expected = decode(file.getvalue())
+    composite, sizes = Image.alpha_composite, []
+    monkeypatch.setattr(Image, "alpha_composite", lambda a, b: sizes.append(a.size) or composite(a, b))
+    monkeypatch.setattr(module, "BAND_PIXELS", 40 * 12)
+    assert decode(file.getvalue()).tobytes() == expected.tobytes()
+    assert sizes == [*[(40, 12)] * 4, (40, 2)]
+
+
 @pytest.mark.parametrize(
     "exif",
     [

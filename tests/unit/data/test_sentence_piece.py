@@ -68,6 +68,14 @@ def test_ids_that_other_files_gave_away_are_kept(source, tmp_path):
     assert not model.is_unused(32768)
 
 
+@pytest.mark.parametrize("id", [2_000_000, 4_000_000_000])
+def test_an_id_far_beyond_all_tokens_is_refused(source, id):
+    before = (source / "tokenizer.model").read_bytes()
+    with pytest.raises(ValueError, match=rf"tokenizer.model: '<image>' has id {id}; expected at most \d+"):
+        add_pieces(source / "tokenizer.model", {"<image>": id})
+    assert (source / "tokenizer.model").read_bytes() == before
+
+
 def test_it_can_be_taken_out_again(source, tmp_path):
     install_tokenizer(source, tmp_path / "copy")
     remove_image_token(tmp_path / "copy")

@@ -1,12 +1,16 @@
 """Where pictures may come from, and that nothing comes from anywhere else."""
 
+import io
 import zipfile
+from contextlib import suppress
 
 import pytest
+from hypothesis import example, given
 
 from megatron_patch.data.webdataset.pictures import Pictures, open_roots
 from megatron_patch.data.webdataset.samples import Rejected
 from tests.unit.data.samples import jpeg
+from tests.unit.properties import damaged, examples, one_line
 
 PICTURE = jpeg((1, 2, 3))
 
@@ -78,6 +82,27 @@ def test_damage_in_an_archive(method, tmp_path):
     path.write_bytes(whole[:-30])
     with pytest.raises(ValueError, match=r"images\.zip: not a whole zip archive: .*; download it again"):
         open_roots([str(path)])
+
+
+def an_archive() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("a.jpg", "ä/b.jpg"):
+            archive.writestr(name, PICTURE)
+    return file.getvalue()
+
+
+@examples
+@given(damaged(an_archive()))
+@example(an_archive().replace("ä/b.jpg".encode(), b"\xff\xfe/b.jpg"))
+def test_a_damaged_archive_is_one_line(tmp_path, content):
+    path = tmp_path / "images.zip"
+    path.write_bytes(content)
+    with one_line(path):
+        pictures = Pictures(open_roots([str(path)]), "none")
+        for name in ("a.jpg", "ä/b.jpg"):
+            with suppress(Rejected):
+                assert pictures.read(name) == PICTURE
 
 
 NAMES = ["00000/a.jpg", "./00000/a.jpg", ".//00000/./a.jpg", "00000//a.jpg"]
