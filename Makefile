@@ -18,11 +18,11 @@ $(STAMP): setup.py constraints.txt
 quickstart: $(STAMP)
 	sh examples/llava_mcore/quickstart.sh
 
-# A file's tests share what they set up, so that they stay together. Hundreds of processes import what is compiled here,
-# also where they may not write it themselves (PYTHONDONTWRITEBYTECODE).
+# A file's tests share what they set up, so that they stay together; in the files' order, the longest are not the last.
+# Hundreds of processes import what is compiled here, also where they may not write it (PYTHONDONTWRITEBYTECODE).
 test: $(STAMP)
 	$(BIN)/python -m compileall -q megatron_patch tests toolkits
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
