@@ -131,9 +131,12 @@ def _open(file: IO[bytes]) -> tuple[dict[str, Record], bytes]:
         *_, name_length, extra_length = LOCAL.unpack(file.read(LOCAL.size))
         offset = entry.header_offset + LOCAL.size + name_length + extra_length
         places[entry.filename] = Record(offset, entry.file_size, entry.CRC if has_crc else None)
-    pickled = next(name for name in places if name.endswith("/data.pkl"))
+    pickled = next((name for name in places if name.endswith("/data.pkl")), None)
+    if pickled is None:
+        raise ValueError("it has no record data.pkl")
     root = pickled.removesuffix("data.pkl")
-    if _bytes(file, places[root + "byteorder"], "byteorder") != b"little":
+    order = places.get(root + "byteorder")  # torch writes it since 2.1, and takes little endian without
+    if order is not None and _bytes(file, order, "byteorder") != b"little":
         raise ValueError("written by a machine with the other byte order")
     structure = _bytes(file, places[pickled], "its structure (data.pkl)")
     pickle_size.check(structure, "its structure (data.pkl)")

@@ -213,6 +213,28 @@ def test_a_projector_and_what_torch_has_to_read_are_compared(tmp_path):
         open_torch_file(tmp_path / "turned")
 
 
+def test_a_file_of_torch_before_2_1_is_read(tmp_path):
+    """It has no record of the byte order, nor of the alignment."""
+    content = {"a": torch.arange(6.0).view(2, 3), "turned": torch.arange(6.0).view(2, 3).t()}
+    for names in (["a"], ["a", "turned"]):  # described; and loaded by torch
+        torch.save({name: content[name] for name in names}, tmp_path / "new.bin")
+        with zipfile.ZipFile(tmp_path / "new.bin") as new, zipfile.ZipFile(tmp_path / "old.bin", "w") as old:
+            for name in new.namelist():
+                if not name.endswith("/byteorder") and "/.data" not in name:
+                    old.writestr(name, new.read(name))
+        found = open_torch_file(tmp_path / "old.bin")
+        assert isinstance(found["a"], Stored if names == ["a"] else torch.Tensor)
+        tensors = read({name: stored_view(tmp_path / "old.bin", name, found[name]) for name in names})
+        assert all(torch.equal(tensors[name], content[name]) for name in names)
+
+
+def test_an_archive_of_something_else_is_said_to_be_one(tmp_path):
+    with zipfile.ZipFile(tmp_path / "file.bin", "w") as archive:
+        archive.writestr("word/document.xml", b"")
+    with pytest.raises(ValueError, match=r"file\.bin: .*has no record data\.pkl"):
+        open_torch_file(tmp_path / "file.bin")
+
+
 def rewritten(path: Path, compression: int = zipfile.ZIP_STORED, twice: str = "", **records: bytes) -> None:
     """A file of torch.save with other records."""
     torch.save({"a": torch.zeros(4)}, path)
