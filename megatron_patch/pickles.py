@@ -1,4 +1,4 @@
-"""What a pickle may name, and how much memory it may ask for, before Python's unpickler builds anything of it.
+"""What a pickle may name. Every pickle and every file of torch.save is loaded here, after `opcodes` has looked at it.
 
 A pickle can name any callable of the machine and run it. A sum beside it does not help: who can write the one can write
 the other.
@@ -11,66 +11,24 @@ import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from enum import Enum
-from types import SimpleNamespace
+from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from megatron_patch import opcodes
+from megatron_patch.archives import Archive, check_legacy, check_records, open_archive
 from megatron_patch.files import why_not_loaded
+from megatron_patch.opcodes import Refused
 
 RECIPES = "transformer_engine.common.recipe"
 """Module of the settings that Transformer Engine keeps with fp8's scales."""
 
-# Opcode -> bytes of its argument, of those that have a fixed number.
-FIXED = dict.fromkeys(b"(.0120NQRab]}ldseu)toi\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x92\x93\x94\x97\x98", 0)
-FIXED |= {
-    **dict.fromkeys(b"Khq\x80\x82", 1),
-    **dict.fromkeys(b"M\x83", 2),
-    **dict.fromkeys(b"Jjr\x84", 4),
-    **dict.fromkeys(b"G\x95", 8),
-}
-COUNTED = {
-    **dict.fromkeys(b"UC\x8a\x8c", 1),
-    **dict.fromkeys(b"TXB\x8b", 4),
-    **dict.fromkeys(b"\x8d\x8e\x96", 8),
-}
-"""Opcode -> bytes of the length that precedes its argument."""
-LINES = {**dict.fromkeys(b"FILSVPgp", 1), **dict.fromkeys(b"ci", 2)}
-"""Opcode -> lines of text that its argument is."""
-PUTS = frozenset(b"qr")
-
-
-def check_memo(data: bytes) -> None:
-    """Raise UnpicklingError for a pickle that numbers what it keeps beyond its own length.
-
-    Python makes a table of so many entries and fills it: 6 bytes can ask for 64 GB.
-    """
-    position, end = 0, len(data)
-    while position < end:
-        code = data[position]
-        position += 1
-        if code in PUTS:
-            width = FIXED[code]
-            if int.from_bytes(data[position : position + width], "little") > end:
-                raise pickle.UnpicklingError("it numbers more objects than it holds")
-            position += width
-        elif code in LINES:
-            for _ in range(LINES[code]):
-                line = data.find(b"\n", position)
-                if line < 0:
-                    return  # Python says what is wrong with it
-                if code == 0x70 and len(data[position:line].strip()) > len(str(end)):
-                    raise pickle.UnpicklingError("it numbers more objects than it holds")
-                position = line + 1
-        elif code in COUNTED:
-            width = COUNTED[code]
-            position += width + int.from_bytes(data[position : position + width], "little")
-        elif code in FIXED:
-            position += FIXED[code]
-        else:
-            return
+ARCHIVE = b"PK\x03\x04"
+"""What a zip archive begins with, by which torch.load knows one."""
 
 
 def unpickle(data: bytes, find: Callable[[str, str], Any]) -> Any:
@@ -78,27 +36,54 @@ def unpickle(data: bytes, find: Callable[[str, str], Any]) -> Any:
 
     Raises an exception of any kind for bytes that are no pickle.
     """
-    check_memo(data)
-    return restricted(find).load(io.BytesIO(data))
+    opcodes.check(data)
+    return build(data, find)
 
 
-def restricted(find: Callable[[str, str], Any]) -> SimpleNamespace:
-    """What stands for the module `pickle` where names are looked up with `find` alone: torch.load's pickle_module."""
+def build(data: bytes, find: Callable[[str, str], Any], persistent: Callable[[Any], Any] | None = None) -> Any:
+    """As `unpickle`, of a pickle that `opcodes.check` has seen. `persistent`: gives what a persistent id stands for."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            return _member if (module, name) == ("builtins", "getattr") else find(module, name)
+            return find(module, name)
 
-    def load(file: IO[bytes], **options: Any) -> Any:
-        return Unpickler(file, **options).load()
+        def persistent_load(self, saved: Any) -> Any:
+            if persistent is None:
+                raise pickle.UnpicklingError("it has persistent ids")
+            return persistent(saved)
 
-    return SimpleNamespace(__name__="pickle", Unpickler=Unpickler, load=load)
+    return Unpickler(io.BytesIO(data)).load()
+
+
+def load_plain(source: Path | IO[bytes], archive: Archive | None = None, mmap: bool = False, **options: Any) -> Any:
+    """torch.load of tensors and plain values, after a look at what this does to the machine.
+
+    `archive`: what `source` is, where it was opened before. `mmap`: map the tensors of an archive into memory. Raises
+    an exception of any kind for anything else or a damaged file.
+    """
+    with nullcontext(source) if isinstance(source, io.IOBase) else open(source, "rb") as file:
+        file.seek(0)
+        is_archive = file.read(len(ARCHIVE)) == ARCHIVE
+        file.seek(0)
+        if is_archive:
+            archive = archive or open_archive(file)
+            check_records(file, archive)
+            file.seek(0)
+            if torch._C.PyTorchFileReader(file).get_record("data.pkl") != archive.structure:
+                raise Refused("it holds two structures (data.pkl)")
+        else:
+            check_legacy(file)
+        file.seek(0)
+        options = {"map_location": "cpu", **options, "weights_only": True}
+        return torch.load(str(source), mmap=True, **options) if mmap and is_archive else torch.load(file, **options)
 
 
 def admitting(names: Mapping[str, set[str]]) -> Callable[[str, str], Any]:
     """A function that finds these names of these modules, and no other."""
 
     def find(module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name not in names.get(module, ()):
             raise refused(module, name)
         __import__(module)
@@ -121,7 +106,7 @@ def check_extra_state(state: object) -> None:
         if isinstance(state, Tensor) and state.numel():
             unpickle(state.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), _scales)
         elif isinstance(state, io.BytesIO):
-            torch.load(io.BytesIO(state.getvalue()), map_location="cpu", weights_only=True)
+            load_plain(io.BytesIO(state.getvalue()))
         elif state is not None and not isinstance(state, Tensor):
             raise pickle.UnpicklingError(f"it is a {type(state).__name__}")
     except Exception as error:  # damaged bytes make pickle raise nearly anything
@@ -130,6 +115,8 @@ def check_extra_state(state: object) -> None:
 
 def _scales(module: str, name: str) -> Any:
     """What Transformer Engine pickles with fp8's scales: tensors, and its recipe."""
+    if (module, name) == ("builtins", "getattr"):
+        return _member
     if (module, name) in SCALES:
         return SCALES[module, name]
     if module == RECIPES and module in sys.modules:
@@ -140,7 +127,7 @@ def _scales(module: str, name: str) -> Any:
 
 
 def _load_from_bytes(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return load_plain(io.BytesIO(data))
 
 
 SCALES = {

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.archives import crc_of
 from megatron_patch.checkpoint.crc32 import combine
 from megatron_patch.checkpoint.disk import BLOCK, aligned_buffer
-from megatron_patch.checkpoint.torch_zip import crc_of
 from megatron_patch.checkpoint.view import Record, Source
 
 

@@ -11,12 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_patch.archives import Stored
 from megatron_patch.checkpoint import disk
 from megatron_patch.checkpoint.disk import BLOCK, OutputFile
 from megatron_patch.checkpoint.hf_files import is_lfs_pointer, weight_file
 from megatron_patch.checkpoint.reader import Reader, existing_file, open_torch_file, reason, stored_view
 from megatron_patch.checkpoint.stream import Target, as_bytes, copy, read
-from megatron_patch.checkpoint.torch_zip import Stored
 from megatron_patch.checkpoint.view import Source, View, as_rows
 from megatron_patch.files import read_json
 

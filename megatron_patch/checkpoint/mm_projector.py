@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_patch.archives import Stored
 from megatron_patch.checkpoint.reader import InMemory, Reader, open_torch_file, stored_view
 from megatron_patch.checkpoint.stream import read
-from megatron_patch.checkpoint.torch_zip import Stored
 
 FILE = "mm_projector.bin"
 HUB = "multi_modal_projector."

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_patch.archives import Stored
 from megatron_patch.checkpoint import disk, manifest
 from megatron_patch.checkpoint.disk import OutputFile
 from megatron_patch.checkpoint.reader import Reader, existing_file, open_torch_file, stored_view
 from megatron_patch.checkpoint.stages import LANGUAGE_LAYER, Stage
 from megatron_patch.checkpoint.stream import Target, copy, read
-from megatron_patch.checkpoint.torch_zip import Skipped, Stored, TorchArchive
+from megatron_patch.checkpoint.torch_zip import Skipped, TorchArchive
 from megatron_patch.checkpoint.view import View
 from megatron_patch.families.family import Weight
 from megatron_patch.families.layout import check_replicas, ranges, runs, unshard

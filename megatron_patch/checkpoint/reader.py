@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from megatron_patch.archives import Archive, Stored, open_archive
 from megatron_patch.checkpoint import stream
-from megatron_patch.checkpoint.torch_zip import Refused, Stored, check_archive, describe
+from megatron_patch.checkpoint.torch_zip import describe
 from megatron_patch.checkpoint.view import Source, View, as_rows
 from megatron_patch.files import why_not_loaded
+from megatron_patch.opcodes import Refused
+from megatron_patch.pickles import load_plain
 
 
 class Reader(Mapping[str, Tensor]):
@@ -128,13 +129,15 @@ def open_torch_file(path: Path, skip: bool = False) -> dict:
     A file whose tensors are no plain byte ranges (from before torch 1.6, compressed, not contiguous) is mapped into
     memory and holds tensors. Raises ValueError, one line, for a damaged file or one that holds more than plain values.
     """
+    archive = None
     try:
         with path.open("rb") as file:
-            return describe(file, skip=skip)
+            archive = open_archive(file)
+        return describe(archive, skip=skip)
     except Refused as error:
         raise ValueError(f"{path}: not a file of tensors and plain values ({error})") from None
     except Exception:  # what is wrong, if anything, torch.load says in `load_tensors`
-        return load_tensors(path)
+        return load_tensors(path, archive)
 
 
 def stored_view(path: Path, name: str, value: Stored | Tensor, digests: Sequence[tuple[int, str]] = ()) -> View:
@@ -149,14 +152,13 @@ def stored_view(path: Path, name: str, value: Stored | Tensor, digests: Sequence
     return View.of(source, value.shape)
 
 
-def load_tensors(path: Path) -> dict:
-    """`torch.load` of plain values and tensors. Raises ValueError, one line, for anything else or a damaged file."""
+def load_tensors(path: Path, archive: Archive | None = None) -> dict:
+    """`torch.load` of plain values and tensors. Raises ValueError, one line, for anything else or a damaged file.
+
+    `archive`: what the file is, where it was opened before.
+    """
     try:
-        is_archive = zipfile.is_zipfile(path)  # files from before torch 1.6 are none and cannot be mapped
-        if is_archive:
-            with path.open("rb") as file:
-                check_archive(file)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        return load_plain(path, archive, mmap=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a damaged file
         raise ValueError(
             f"{path}: not a file of tensors and plain values ({why_not_loaded(error)}); expected one that "

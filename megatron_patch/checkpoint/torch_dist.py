@@ -22,9 +22,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_patch.archives import Stored, open_archive
 from megatron_patch.checkpoint import checksums, manifest
 from megatron_patch.checkpoint.reader import Reader, existing_file, reason, stored_view
-from megatron_patch.checkpoint.torch_zip import Stored, describe
+from megatron_patch.checkpoint.torch_zip import describe
 from megatron_patch.checkpoint.view import View
 from megatron_patch.families.family import Weight
 from megatron_patch.families.transformer_engine import to_local_name, to_transformer_engine_name
@@ -172,7 +173,7 @@ class TorchDistReader(Reader):
         existing_file(self.folder, where.relative_path, f"it holds {key}; copy the checkpoint again")
         try:
             with Window(path, where.offset, where.length) as file:
-                block = describe(file, where.offset)
+                block = describe(open_archive(file), where.offset)
         except Exception as error:  # damaged bytes make zipfile and pickle raise nearly anything
             raise ValueError(f"{path}: {key} at {list(offsets)} is not readable ({reason(error)})") from error
         if not isinstance(block, Stored) or block.shape != tuple(sizes):

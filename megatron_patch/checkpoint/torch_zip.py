@@ -1,59 +1,27 @@
-"""torch.save's file format, described and written without a tensor in memory.
-
-It is a zip archive of stored (never compressed) records: `data.pkl`, a pickle of the structure in which every tensor
-stands as (storage's key, type, shape), and `data/KEY`, the bytes. So a tensor of a file is a byte range of it.
-"""
+"""Files of torch.save, described and written without a tensor in memory."""
 
 from __future__ import annotations
 
 import io
 import pickle
 import struct
-import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO, Any
 
 import torch
 
-from megatron_patch.checkpoint import pickle_size
+from megatron_patch.archives import DTYPES, LOCAL, STORAGES, Archive, Stored, Tensors
 from megatron_patch.checkpoint.disk import BLOCK, OutputFile
-from megatron_patch.checkpoint.pickle_size import Refused
-from megatron_patch.checkpoint.view import Record
+from megatron_patch.pickles import build, refused
 
-STORAGES = {
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.float16: torch.HalfStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float64: torch.DoubleStorage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage,
-    torch.int8: torch.CharStorage,
-    torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
-}
-DTYPES = {storage.__name__: dtype for dtype, storage in STORAGES.items()}
-
-LOCAL = struct.Struct("<IHHHHHIIIHH")
 CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
 CRC_IN_LOCAL = 14
 ZIP64 = 45  # "version needed to extract"
 FIRST_DAY = 0x21  # 1980-01-01, so that the same weights give the same file
 TO_BE_FOUND_IN_EXTRA = 0xFFFFFFFF
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file of torch.save: where its bytes lie, one after another."""
-
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    record: Record | None = field(default=None, compare=False)
-    """The bytes of its storage, which other tensors may share; None where the file has no CRC-32 of them."""
 
 
 class Skipped:
@@ -76,6 +44,13 @@ class Namespace(dict):
         self.update(state)
 
 
+class Ordered(OrderedDict):
+    """What stands for an OrderedDict. Attributes of one, as a module's state dict has, are left out."""
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
 @dataclass
 class _Entry:
     """A record of the archive that is being written."""
@@ -86,113 +61,39 @@ class _Entry:
     crc: int = 0
 
 
-def describe(file: IO[bytes], start: int = 0, skip: bool = False) -> Any:
+def describe(archive: Archive, start: int = 0, skip: bool = False) -> Any:
     """What torch.load would give, with `Stored` in the place of tensors. `start`: of the archive, within a larger file.
 
     `skip`: `Skipped` stands in the place of any other object, and `Namespace` of argparse's; else they are an error.
-    Nothing in it is executed, nor imported. Raises Refused for what nobody should read: compressed records, a structure
-    whose CRC-32 differs or that is out of proportion. Raises an exception of any kind for another or a damaged file,
-    for tensors whose values do not lie one after another, and for anything but tensors and plain values: torch.load has
-    to say what is wrong.
+    Nothing in it is executed, nor imported. Raises an exception of any kind for damaged bytes, for tensors whose values
+    do not lie one after another, and for anything but tensors and plain values: torch.load has to say what is wrong.
     """
-    records, structure = _open(file)
-    return _Unpickler(io.BytesIO(structure), records, start, skip).load()
+    tensors = Tensors(archive.records, start)
+    admitted = {
+        ("torch._utils", "_rebuild_tensor_v2"): tensors.tensor,
+        ("torch._utils", "_rebuild_parameter"): _parameter,
+        ("collections", "OrderedDict"): Ordered,
+        ("torch", "Size"): torch.Size,
+    }
+    if skip:
+        admitted["argparse", "Namespace"] = Namespace
 
-
-def check_archive(file: IO[bytes]) -> None:
-    """Compare every record of a file of torch.save with its CRC-32. Raises as `describe` does."""
-    records, _ = _open(file)
-    for key, record in records.items():
-        if record.crc is not None and crc_of(file, record.offset, record.size) != record.crc:
-            raise Refused(f"its record {key} is not what was written (CRC-32 differs)")
-
-
-def crc_of(file: IO[bytes], offset: int, size: int) -> int:
-    """CRC-32 of some bytes of a file, as many of them as there are."""
-    crc, left = 0, size
-    file.seek(offset)
-    while left > 0 and (data := file.read(min(left, 1024**2))):
-        crc, left = zlib.crc32(data, crc), left - len(data)
-    return crc
-
-
-def _open(file: IO[bytes]) -> tuple[dict[str, Record], bytes]:
-    """The records of the tensors' bytes by their keys, and the pickle that says what they are."""
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-    if len({entry.filename for entry in entries}) < len(entries):
-        raise Refused("it holds two records of one name")
-    has_crc = any(entry.CRC for entry in entries)  # torch can be told to leave them out, and writes 0
-    places: dict[str, Record] = {}
-    for entry in entries:
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise Refused(f"{entry.filename} is compressed, which torch.save never does; save it again with torch.save")
-        file.seek(entry.header_offset)
-        *_, name_length, extra_length = LOCAL.unpack(file.read(LOCAL.size))
-        offset = entry.header_offset + LOCAL.size + name_length + extra_length
-        places[entry.filename] = Record(offset, entry.file_size, entry.CRC if has_crc else None)
-    pickled = next(name for name in places if name.endswith("/data.pkl"))
-    root = pickled.removesuffix("data.pkl")
-    if _bytes(file, places[root + "byteorder"], "byteorder") != b"little":
-        raise ValueError("written by a machine with the other byte order")
-    structure = _bytes(file, places[pickled], "its structure (data.pkl)")
-    pickle_size.check(structure, "its structure (data.pkl)")
-    return {name.removeprefix(root + "data/"): place for name, place in places.items()}, structure
-
-
-def _bytes(file: IO[bytes], record: Record, what: str) -> bytes:
-    """A small record. One that is too large for what it is, is cut off."""
-    file.seek(record.offset)
-    data = file.read(min(record.size, pickle_size.MAX_BYTES + 1))
-    if len(data) == record.size and record.crc is not None and zlib.crc32(data) != record.crc:
-        raise Refused(f"{what} is not what was written (CRC-32 differs)")
-    return data
-
-
-class _Unpickler(pickle.Unpickler):
-    """Admits what torch.save writes for tensors, and no other name. No name is looked up in its module."""
-
-    def __init__(self, file: IO[bytes], records: dict[str, Record], start: int, skip: bool) -> None:
-        super().__init__(file)
-        self.skip = skip
-        self.records = records
-        self.start = start
-
-    def find_class(self, module: str, name: str) -> Any:
+    def find(module: str, name: str) -> Any:
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        admitted = {
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch", "Size"): torch.Size,
-        }
-        if self.skip:
-            admitted["argparse", "Namespace"] = Namespace
-            return admitted.get((module, name), Skipped)
-        if (module, name) not in admitted:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code")
-        return admitted[module, name]
+        if not skip and (module, name) not in admitted:
+            raise refused(module, name)
+        return admitted.get((module, name), Skipped)
 
-    def persistent_load(self, saved: Any) -> tuple[Record, torch.dtype]:
-        kind, dtype, key, _, count = saved
-        record = self.records[key]
-        if kind != "storage" or record.size < count * dtype.itemsize:
-            raise pickle.UnpicklingError(f"record {key} holds {record.size} bytes, expected {count * dtype.itemsize}")
-        return record._replace(offset=self.start + record.offset), dtype
+    return build(archive.structure, find, tensors.storage)
 
-    @staticmethod
-    def _tensor(storage: tuple, first: int, shape: tuple, stride: tuple, *_: object) -> Stored:
-        record, dtype = storage
-        count = torch.Size(shape).numel()
-        if count and not torch.empty(0, device="meta").as_strided(shape, stride).is_contiguous():
-            raise pickle.UnpicklingError("its values do not lie one after another")
-        if first < 0 or (first + count) * dtype.itemsize > record.size:
-            raise pickle.UnpicklingError(f"a tensor of shape {list(shape)} goes past its record")
-        offset = record.offset + first * dtype.itemsize
-        return Stored(offset, dtype, tuple(shape), record if record.crc is not None else None)
+
+def _parameter(data: object, *_: object) -> object:
+    if not isinstance(data, Stored | Skipped):
+        raise pickle.UnpicklingError("a parameter is no tensor")
+    return data
 
 
 class TorchArchive:

@@ -17,13 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-class Record(NamedTuple):
-    """Bytes of a file whose CRC-32 the file itself says. None: it says none."""
-
-    offset: int
-    size: int
-    crc: int | None
+from megatron_patch.archives import Record
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.serialization import safe_globals
 
 from megatron_patch.patches import Repair
+from megatron_patch.pickles import load_plain
 
 
 def plain_objects(module: ModuleType) -> None:
@@ -27,7 +28,7 @@ def plain_objects(module: ModuleType) -> None:
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         key = read_item.dest_index.fqn
         with safe_globals([io.BytesIO]):  # what Transformer Engine before 2.0 has as an extra state
-            loaded = torch.load(value, map_location="cpu", weights_only=True)
+            loaded = load_plain(value)
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[key], loaded)
         else:
@@ -52,8 +53,8 @@ class _Torch:
     """torch with a `load` that takes plain values only."""
 
     @staticmethod
-    def load(*arguments: Any, **options: Any) -> Any:
-        return torch.load(*arguments, **{**options, "weights_only": True})
+    def load(file: Any, **options: Any) -> Any:
+        return load_plain(file, **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_patch.archives import open_archive
 from megatron_patch.checkpoint import disk, manifest
 from megatron_patch.checkpoint.convert import load_rank, open_mcore
 from megatron_patch.checkpoint.hf import HfReader
@@ -262,7 +263,7 @@ def rank_file(checkpoint: Path, rank: int) -> Path:
 def place(checkpoint: Path, rank: int, name: str) -> tuple[int, int]:
     """Where a tensor's bytes lie in a rank's file: offset, bytes."""
     with rank_file(checkpoint, rank).open("rb") as file:
-        stored = describe(file)["model"][name]
+        stored = describe(open_archive(file))["model"][name]
     return stored.offset, torch.Size(stored.shape).numel() * stored.dtype.itemsize
 
 

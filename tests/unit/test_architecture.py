@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_patch"
 
-READ = ("files", "pickles", "preprocessor")
+READ = ("archives", "files", "opcodes", "pickles", "preprocessor")
 # Folder or file -> what of this package it may import, besides itself.
 ALLOWED = {
     "checks.py": (),
@@ -20,7 +20,9 @@ ALLOWED = {
     "forking.py": (),
     "terminal.py": (),
     "text.py": (),
-    "pickles.py": ("files",),
+    "opcodes.py": (),
+    "archives.py": ("opcodes",),
+    "pickles.py": ("archives", "files", "opcodes"),
     "preprocessor.py": ("files",),
     "parallel_config.py": ("checks", "sizes"),
     "checkpoint_config.py": ("checks",),
@@ -30,7 +32,7 @@ ALLOWED = {
     "parallel.py": ("config",),
     "estimate": ("checks", "config", "families", "sizes"),
     "launch.py": ("config", "families", "files", "forking", "checkpoint", "estimate", "sizes"),
-    "patches": (),
+    "patches": ("pickles",),
     "families": ("files", "sizes"),
     "model": ("config", "patches", "sizes"),
     "checkpoint": ("checks", "config", "sizes", "families", "model", *READ),
@@ -52,7 +54,7 @@ ALLOWED = {
 }
 WITHOUT_MEGATRON_CORE = ("config.py", "sizes.py", "arguments.py", "conversion.py", "launch.py", "families", "data")
 WITHOUT_MEGATRON_CORE += ("parallel_config.py", "checkpoint_config.py", "files.py", "pickles.py", "preprocessor.py")
-WITHOUT_MEGATRON_CORE += ("terminal.py", "estimate")
+WITHOUT_MEGATRON_CORE += ("terminal.py", "estimate", "opcodes.py", "archives.py")
 MEGATRON_CORE_IN_CHECKPOINT = ("resume.py", "saving.py")
 FILES = sorted(PACKAGE.rglob("*.py"))
 

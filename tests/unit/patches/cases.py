@@ -8,10 +8,12 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -195,6 +197,11 @@ def _refuses(load: Callable[[Path], object]) -> None:
             assert not canary.exists()
         else:
             raise AssertionError("loaded")
+        with zipfile.ZipFile(Path(folder) / "compressed", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps("a" * 1000, 2))
+            archive.writestr("archive/version", "3")
+        with pytest.raises(ValueError, match="is compressed"):
+            load(Path(folder) / "compressed")
 
 
 def own_states() -> None:
