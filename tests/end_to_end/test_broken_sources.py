@@ -88,6 +88,7 @@ def test_wrong_types_in_config_json(tmp_path, capsys, sources, source, key, valu
         ("llm", "tokenizer.json", '{"version"', "not valid json"),
         ("llm", "tokenizer_config.json", "[]", "holds a list; expected an object"),
         ("llm", "generation_config.json", "", "not valid json"),
+        ("llm", "pytorch_model.bin.index.json", "{", "not valid json"),
         ("llm", "chat_template.json", "{{ messages }}", "not valid json"),
         ("clip", "preprocessor_config.json", "null", "holds a NoneType; expected an object"),
         ("clip", "preprocessor_config.json", "\ufffd", "not valid json"),
@@ -105,6 +106,16 @@ def test_broken_files(tmp_path, capsys, sources, source, name, content, message)
             path.write_bytes(before)
     assert f"{path}: " in line
     assert message in line
+
+
+@pytest.mark.parametrize("source", ["llm", "clip"])
+def test_a_folder_of_an_adapter_alone(tmp_path, capsys, sources, source):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (tmp_path / "out").mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    line = refused(capsys, tmp_path / "out" / "target", {**sources, source: adapter})
+    assert "adapter_config.json: is of a LoRA adapter for 'org/base', and no whole model is here; merge it" in line
 
 
 @pytest.mark.parametrize(

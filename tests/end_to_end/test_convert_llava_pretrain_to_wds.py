@@ -70,6 +70,13 @@ def test_rejected_samples_are_counted_and_named(tmp_path):
     assert (tmp_path / "wds.rejected.tsv").read_text() == "7\t\"000007\"\timage 'nowhere.jpg': missing\n"
 
 
+def test_a_name_is_shown_without_control_characters(tmp_path):
+    result = run(tmp_path / "no\x1b[31m\u202efolder")
+    assert result.returncode == 1
+    assert r"no\x1b[31m\u202efolder: no such folder" in result.stderr
+    assert result.stderr.strip().isprintable()
+
+
 def test_parts_and_their_join(tmp_path):
     write_pretrain(tmp_path, 30)
     for part in ("1/12", "12/12"):

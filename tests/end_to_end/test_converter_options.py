@@ -24,8 +24,11 @@ from transformers import (
     pipeline,
 )
 
+from megatron_patch.checkpoint import disk
 from megatron_patch.checkpoint.companions import read_json, write_json
 from megatron_patch.checkpoint.hf import HfReader
+from megatron_patch.checkpoint.mm_projector import NAMES
+from megatron_patch.checkpoint.summary import summarize
 from megatron_patch.data.tokenize import load_tokenizer
 from megatron_patch.families.llava import hub_name, read_config
 from tests.tiny import LANGUAGE_MODELS
@@ -74,6 +77,91 @@ def test_a_whole_llava_comes_back_as_it_was(tmp_path, hf, spelling):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert (shards / "chat_template.jinja").read_text() == (hf / "chat_template.jinja").read_text()
     assert AutoProcessor.from_pretrained(back).image_token_id == read_json(hf)["image_token_index"] == 300
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory, clip):
+    """A checkpoint of the LLaVA repository."""
+    folder = LANGUAGE_MODELS["llama 2"](tmp_path_factory.mktemp("repository") / "llava")
+    text, tower, tensors = read_json(folder), read_json(clip), load_file(folder / "model.safetensors")
+    for name, named in NAMES.items():
+        width = tower["hidden_size"] if "linear_1" in named else text["hidden_size"]
+        tensors[name] = torch.randn(text["hidden_size"], *([width] if named.endswith("weight") else []))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    own = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_tower": "some/clip"}
+    settings = {**own, "mm_hidden_size": tower["hidden_size"], "image_aspect_ratio": "pad"}
+    write_json(folder, "config.json", {**text, **settings, "model_type": "llava_llama"})
+    return folder
+
+
+def test_a_llava_of_its_own_repository(tmp_path, repository, clip):
+    mcore = convert(tmp_path / "mcore", source_llm_ckpt_path=repository, source_clip_ckpt_path=clip)
+    back = convert(tmp_path / "back", source_llm_ckpt_path=mcore, mg2hf="true")
+    before, after = load_file(repository / "model.safetensors"), weights(back)
+    assert all(torch.equal(after[hub], before[name]) for name, hub in NAMES.items())
+    pixels = read_json(mcore, "preprocessor_config.json")
+    assert (pixels["image_processor_type"], pixels["do_pad"]) == ("LlavaImageProcessor", True)
+    assert "USER: " in (mcore / "chat_template.jinja").read_text()
+    assert read_json(mcore, "conversion.json")["projector"] == str(repository)
+    assert summarize(repository)["model"] == "llava_llama of the LLaVA repository, with some/clip for its tower"
+
+
+@pytest.mark.parametrize(
+    ("said", "flags", "message"),
+    [
+        ({}, {"source_clip_ckpt_path": "none"}, "of the LLaVA repository, with some/clip for its tower"),
+        ({"mm_vision_select_layer": -1}, {}, "mm_vision_select_layer is -1; of the LLaVA repository's only -2"),
+        ({"mm_hidden_size": 1024}, {}, "this LLaVA was trained on 'some/clip' of width 1024, give that one's folder"),
+        ({"model_type": "llava_mpt"}, {}, "model_type is 'llava_mpt', of the LLaVA repository's only llava_llama"),
+        ({}, {"projector": "mm_projector.bin"}, "is a whole LLaVA and has its own; give none"),
+    ],
+)
+def test_a_llava_of_its_own_repository_that_does_not_fit(tmp_path, capsys, repository, clip, said, flags, message):
+    source = shutil.copytree(repository, tmp_path / "llava")
+    write_json(source, "config.json", {**read_json(source), **said})
+    given = {"source_llm_ckpt_path": source, "source_clip_ckpt_path": clip, **flags}
+    assert run(tmp_path / "mcore", **given) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["import", "reshard", "export"])
+def test_a_target_within_a_source(tmp_path, capsys, mistral, clip, mcore, kind):
+    source = shutil.copytree(mistral if kind == "import" else mcore, tmp_path / "source")
+    flags = {"import": {"source_clip_ckpt_path": clip}, "export": {"mg2hf": "true"}}.get(kind, {})
+    assert run(source / "target", source_llm_ckpt_path=source, **flags) == 1
+    assert "lie in each other; give a folder apart from it" in capsys.readouterr().err
+    assert not (source / "target").exists()
+
+
+@pytest.mark.parametrize("flags", [{}, {"mg2hf": "true"}, {"mg2hf": "true", "parts": "projector"}], ids=str)
+def test_a_checkpoint_that_changes_meanwhile(tmp_path, capsys, monkeypatch, mcore, flags):
+    source = shutil.copytree(mcore, tmp_path / "mcore")
+    path = next((source / "release").rglob("*.pt"))
+    monkeypatch.setattr(disk, "reached", lambda point: os.utime(path, (1, 1)) if point == "locked" else None)
+    assert run(tmp_path / "target", source_llm_ckpt_path=source, **flags) == 1
+    assert f"{path}: changed while it was read" in capsys.readouterr().err
+    assert [folder.name for folder in tmp_path.iterdir()] == ["mcore"]
+
+
+def test_no_python_file_is_named_in_what_is_written(tmp_path, mistral, clip, mcore):
+    llm, tower, old = (shutil.copytree(source, tmp_path / source.name) for source in (mistral, clip, mcore))
+    named = {"auto_map": {"AutoModel": "mine.Model"}}
+    settings = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
+    for folder in (llm, tower, old):
+        for path in (path for name in (*settings, "tokenizer_config.json") for path in folder.rglob(name)):
+            write_json(path.parent, path.name, {**read_json(path.parent, path.name), **named})
+    new = convert(tmp_path / "new", source_llm_ckpt_path=llm, source_clip_ckpt_path=tower)
+    back = convert(tmp_path / "back", source_llm_ckpt_path=old, mg2hf="true", parts="true")
+    written = [path for folder in (new, back) for path in folder.rglob("*.json")]
+    assert [path for path in written if "auto_map" in path.read_text()] == []
+
+
+def test_weights_that_are_passed_over_are_named(tmp_path, capsys, mistral, clip):
+    source = shutil.copytree(mistral, tmp_path / "llm")
+    (source / "pytorch_model.bin").write_bytes(b"of an earlier save")
+    convert(tmp_path / "mcore", source_llm_ckpt_path=source, source_clip_ckpt_path=clip)
+    said = f"{source}: model.safetensors is the model, as for transformers; pytorch_model.bin is not read\n"
+    assert said in capsys.readouterr().out
 
 
 def test_a_llava_of_the_hub_with_its_own_template(tmp_path, hf):
@@ -164,6 +252,25 @@ def test_added_tokens_get_mean_rows(tmp_path, clip, kind):
     assert read_config(again).language.vocab_size == 311
 
 
+def test_an_export_stops_where_its_prompt_format_ends_an_answer(tmp_path, mistral, clip):
+    sources = {"source_llm_ckpt_path": mistral, "source_clip_ckpt_path": clip}
+    chatml = {"add_tokens": "<|im_start|>,<|im_end|>", "prompt_format": "chatml"}
+    mcore = convert(tmp_path / "mcore", **sources, **chatml)
+    back = convert(tmp_path / "back", source_llm_ckpt_path=mcore, mg2hf="true")
+    tokenizer = load_tokenizer(back)
+    ends = [tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id]
+    for settings in (read_json(back, "generation_config.json"), read_json(back), read_json(back)["text_config"]):
+        assert settings["eos_token_id"] == ends
+
+
+def test_a_tokenizer_of_an_earlier_version_is_exported_as_todays(tmp_path, mcore):
+    source = shutil.copytree(mcore, tmp_path / "mcore")
+    before = read_json(source, "tokenizer_config.json")
+    write_json(source, "tokenizer_config.json", {**before, "padding_side": "right"})
+    back = convert(tmp_path / "back", source_llm_ckpt_path=source, mg2hf="true")
+    assert load_tokenizer(back).padding_side == "left"
+
+
 def test_pipeline_answers_a_batch_as_each_prompt_alone(hf):
     ask = pipeline("image-text-to-text", model=str(hf), dtype="float32")
     image = {"type": "image", "image": Image.new("RGB", (40, 30), "red")}
@@ -184,7 +291,9 @@ def test_transformers_4_opens_an_export(hf):
         "model, info = t.LlavaForConditionalGeneration.from_pretrained(sys.argv[1], output_loading_info=True)\n"
         "assert not any(info.values()), info\n"
         "assert model.config.text_config.rope_theta == 500000.0\n"
-        "assert t.AutoProcessor.from_pretrained(sys.argv[1]).tokenizer('<image>').input_ids == [300]\n"
+        "tokenizer = t.AutoProcessor.from_pretrained(sys.argv[1]).tokenizer\n"
+        "assert tokenizer('<image>').input_ids == [300]\n"
+        "model.generate(**tokenizer('Hi', return_tensors='pt'), max_new_tokens=1)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.environ["TRANSFORMERS_4"]}
     result = subprocess.run([sys.executable, "-c", script, hf], env=environment, capture_output=True, text=True)

@@ -37,6 +37,11 @@ CLIP_L_336 = VisionModel(
 LLAVA = Llava(language=MISTRAL_7B, vision=CLIP_L_336, image_token_id=32768)
 
 
+def test_an_iteration_is_described_by_what_is_beside_it(mcore, tmp_path):
+    assert config(mcore / "release", tmp_path).model.description == mcore
+    assert config(mcore, tmp_path).model.description == mcore
+
+
 def test_sizes_of_mistral_7b():
     assert MISTRAL_7B.num_parameters == 7_248_023_552  # what transformers counts
     assert CLIP_L_336.num_image_tokens == 576

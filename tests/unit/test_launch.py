@@ -17,9 +17,11 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from megatron_patch import forking
 from megatron_patch.config import MOCK, Parallel
 from megatron_patch.files import STORE, TRAINING
 from megatron_patch.launch import (
+    _signals,
     _torchrun,
     check_devices,
     check_files,
@@ -223,6 +225,28 @@ def test_another_launchers_variables_are_not_obeyed(environment, tmp_path, left)
     assert (config.min_nodes, config.max_nodes, config.nproc_per_node, config.max_restarts) == (1, 1, 3, 0)
     assert (config.rdzv_backend, config.rdzv_configs["store_type"]) == ("c10d", "file")
     assert settings["left"] == ["PET_SHUTDOWN_TIMEOUT"]
+
+
+def test_a_run_on_one_machine_meets_in_files(environment, mcore, tmp_path):
+    handed = []
+    environment.setattr(torchrun, "main", lambda arguments: handed.extend([*arguments, os.environ[STORE]]))
+    environment.setattr("logging.disable", lambda level: None)
+    environment.setattr(torch.cuda, "device_count", lambda: 0)
+    with mock.patch.dict(os.environ):
+        assert launch(config(mcore, tmp_path, data_path=MOCK), Path("script.py"), []) == 0
+    assert "--rdzv-conf=store_type=file" in handed
+    assert f"--signals-to-handle={_signals()}" in handed
+    assert handed[-1].startswith("file://")
+
+
+def test_a_python_that_needs_the_repair_is_named(environment, mcore, tmp_path, capsys):
+    environment.setattr(torchrun, "main", lambda arguments: None)
+    environment.setattr("logging.disable", lambda level: None)
+    for is_needed in (True, False):
+        environment.setattr(forking, "needed", lambda is_needed=is_needed: is_needed)
+        with mock.patch.dict(os.environ):
+            assert launch(config(mcore, tmp_path, data_path=MOCK), Path("script.py"), []) == 0
+        assert ("a forked process may hang before its first line" in capsys.readouterr().out) == is_needed
 
 
 def test_how_long_a_save_may_take_is_a_number(environment):

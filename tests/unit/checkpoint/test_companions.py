@@ -69,6 +69,24 @@ def test_no_code_is_handed_on(tmp_path):
     assert "chat_template" not in companions.read_json(tmp_path, "processor_config.json")
 
 
+@pytest.mark.parametrize("place", ["own", "nested"])
+def test_an_image_transform_stands_in_one_file_that_all_versions_read(place, tmp_path):
+    kind = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    settings = {**kind, "size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target):
+        folder.mkdir()
+    if place == "own":
+        companions.write_json(source, companions.PREPROCESSOR, settings)
+    else:
+        companions.write_json(source, companions.PROCESSOR, {"image_processor": settings, "patch_size": 7})
+    companions.write_preprocessor(source, target)
+    assert settings.items() <= companions.read_json(target, companions.PREPROCESSOR).items()
+    companions.complete_processor(source, describe(companions.llava_config(TEXT, CLIP, 300)).vision)
+    assert settings.items() <= companions.read_json(source, companions.PREPROCESSOR).items()
+    assert "image_processor" not in companions.read_json(source, companions.PROCESSOR)
+
+
 def test_a_tokenizers_folder_of_templates_goes_along(tmp_path):
     path = tmp_path / "source" / "source_tokenizer" / "additional_chat_templates" / "rag.jinja"
     path.parent.mkdir(parents=True)

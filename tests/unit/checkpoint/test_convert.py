@@ -236,6 +236,17 @@ def test_one_iteration_is_converted_and_described(mcore, tmp_path):
     assert summarize(link)["language model"] == summarize(target)["language model"]
 
 
+@pytest.mark.parametrize("mg2hf", ["false", "true"])
+def test_an_iteration_is_converted_by_its_number(mg2hf, mcore, tmp_path):
+    run, target = shutil.copytree(mcore, tmp_path / "run"), tmp_path / "target"
+    (run / "release").rename(run / "iter_0000001")
+    (run / "iter_0000002").mkdir()
+    (run / convert.TRACKER).write_text("2")
+    flags = ["--source-llm-ckpt-path", str(run), "--target-ckpt-path", str(target), "--mg2hf", mg2hf]
+    assert main(flags) == 1
+    assert main([*flags, "--ckpt-step", "1", "--precision", "fp32", "--verify", "false"]) == 0
+
+
 def test_a_run_is_guarded_by_its_sums(mcore, tmp_path):
     dist = tmp_path / "dist"
     flags = ["--target-ckpt-path", str(dist), "--precision", "fp32", "--ckpt-format", "torch_dist"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,19 @@ def test_old_iterations_that_cannot_be_removed_are_warnings(saver, tmp_path, mon
         saver.save(Progress(3, 12), b"position")
     assert "iter_0000002: cannot be removed (Device or resource busy)" in caplog.text
     assert resume.latest(folder) == folder / "iter_0000003"
+
+
+def test_a_run_goes_on_from_the_iteration_that_is_asked_for(mcore, tmp_path):
+    config = tiny_runs.config(mcore, tmp_path)
+    chunks, _, optimizer, _ = start_or_resume(config, read_config(mcore), None)
+    for iteration in (1, 2):
+        Saver(config, chunks, optimizer).save(Progress(iteration, 4 * iteration), b"position")
+    assert resume.find(config).name == "iter_0000002"
+    asked = replace(config, checkpoint=replace(config.checkpoint, ckpt_step=1))
+    assert resume.find(asked).name == "iter_0000001"
+    (tmp_path / "checkpoint" / "iter_0000001").rename(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match=r"--ckpt-step 1: .*iter_0000001 is missing; there are: iter_0000002"):
+        resume.find(asked)
 
 
 @pytest.mark.parametrize("kind", ["link", "link to nowhere", "file", "folder"])
@@ -106,6 +120,13 @@ def test_a_folder_where_no_save_is_possible_is_named_before_training(function, s
     with pytest.raises(OSError, match=f"{folder}: a run cannot be saved there, since it fails to {step} .Operation"):
         resume.try_save(folder)
     assert not list(folder.iterdir())
+
+
+def test_a_run_tries_a_save_when_it_looks_for_a_checkpoint(mcore, tmp_path, monkeypatch):
+    config, tried = tiny_runs.config(mcore, tmp_path), []
+    monkeypatch.setattr(resume, "try_save", tried.append)
+    assert resume.find(config) is None
+    assert tried == [config.checkpoint.folder]
 
 
 def test_a_file_that_is_not_on_the_disk_is_said_before_training(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -111,6 +112,14 @@ def test_a_tower_that_was_trained_is_taken(folders, tmp_path):
     assert set(trained) == set(plain)
     for name in plain:
         assert torch.equal(trained[name], plain[name] + 1.0 if name.startswith("vision_tower.") else plain[name])
+
+
+def test_a_folder_with_an_adapter_is_not_read(folders, tmp_path):
+    folder, clip, config = folders
+    beside = shutil.copytree(folder, tmp_path / "llava")
+    (beside / "adapter_model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: is of a LoRA adapter beside the model"):
+        opened(beside, clip, config)
 
 
 def test_no_projector_is_made_before_the_weights_have_the_sizes(tmp_path, monkeypatch):

@@ -78,7 +78,12 @@ def test_a_conversion_that_is_wrong_leaves_only_its_report(tmp_path, capsys, mon
     assert said.startswith(f"error: {tmp_path / 'out'}: not written, since its model diverges")
     assert "at language_model.layers.0 (" in said
     assert [path.name for path in tmp_path.iterdir()] == ["out.parity.json"]
-    assert json.loads((tmp_path / "out.parity.json").read_text())["first_divergence"] == "language_model.layers.0"
+    report = tmp_path / "out.parity.json"
+    assert json.loads(report.read_text())["first_divergence"] == "language_model.layers.0"
+    report.write_text('{"mine": 1}')
+    assert main([f"--{name}={value}" for name, value in flags.items()]) == 1
+    assert "out.parity.json: is there, and not written by this command" in capsys.readouterr().err
+    assert report.read_text() == '{"mine": 1}'
 
 
 def test_weights_are_there_only_while_they_are_used():

@@ -81,6 +81,12 @@ def test_the_command_writes_a_page_or_says_why_not(mcore, tmp_path, capsys):
     assert page.read_text().count("<h2>mock ") > 4
 
 
+def test_a_name_is_shown_without_control_characters(mcore, tmp_path, capsys):
+    assert main([str(mcore), str(tmp_path / "no\x1b[2Jdata"), str(tmp_path / "page.html")]) == 1
+    assert r"no\x1b[2Jdata: missing" in (said := capsys.readouterr().err)
+    assert said.strip().isprintable()
+
+
 @pytest.mark.parametrize("kind", ["a text", "another page", "a folder", "a link", "a link to nothing"])
 def test_a_page_replaces_nothing_but_a_page(kind, mcore, tmp_path, capsys):
     page, other = tmp_path / "page.html", tmp_path / "other"

@@ -125,6 +125,15 @@ def test_any_tokenizer_model_is_in_one_line_in_one_line(data, few, tmp_path):
     in_one_line(lambda: tokenizer_json(path, legacy=False), path)
 
 
+def test_a_model_that_cuts_otherwise_than_its_copy_is_refused(few, tmp_path):
+    model = ModelProto()
+    model.ParseFromString(few)
+    model.trainer_spec.treat_whitespace_as_suffix = True
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=r"would be cut otherwise than by SentencePiece; give the model's tokenizer"):
+        tokenizer_json(tmp_path / "tokenizer.model", legacy=False)
+
+
 def test_pieces_too_long_to_be_anyones_are_refused(few, tmp_path):
     model = ModelProto()
     model.ParseFromString(few)

@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,20 @@ def test_batch_is_never_longer_than_the_decoder_and_says_what_was_cut(model):
     batch = encoder.batch([encode(encoder, given) for given in (sample(answers="x" * 100), sample(answers="x"))])
     assert batch.input_ids.shape == (2, 61)
     assert batch.num_cut == 1
+
+
+def test_turns_that_do_not_fit_are_not_written(model, monkeypatch):
+    encoder, written = LlavaTaskEncoder(settings(model[0], length=61), model[1]), []
+
+    def pieces(turns):
+        for turn in range(100):
+            written.append(turn)
+            yield "[INST] What is it?[/INST]", False
+            yield " It is a cat.</s>", True
+
+    monkeypatch.setattr(encoder, "prompt", SimpleNamespace(pieces=pieces))
+    assert encode(encoder, text_only()).num_cut > 0
+    assert len(written) < 10
 
 
 def test_marked_pictures(model, tmp_path):

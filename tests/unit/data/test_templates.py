@@ -64,6 +64,12 @@ def test_a_language_models_is_the_one_that_its_tokenizer_takes(kind, source, tmp
     assert read_template(folder, open_tokenizer(folder)) == tokenizer.get_chat_template() == ONE
 
 
+@pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
+def test_a_language_model_has_no_processor(name, source, tmp_path):
+    folder = with_files(source, tmp_path / "llm", {name: OTHER, "tokenizer_config.json": ONE}, "mistral")
+    assert read_template(folder, open_tokenizer(folder)) == AutoTokenizer.from_pretrained(folder).chat_template == ONE
+
+
 @pytest.mark.parametrize("kind", {**FILES, **FOR_LLAVA})
 def test_a_llavas_is_the_one_that_its_processor_takes(kind, source, tmp_path):
     folder = with_files(source, tmp_path / "llava", {**FILES, **FOR_LLAVA}[kind], "llava")

@@ -170,7 +170,7 @@ def test_no_more_is_read_than_there_are_positions(installed):
     asked = []
 
     def pieces():
-        for turn in range(10**9):
+        for turn in range(1000):
             asked.append(turn)
             yield f"[INST] question {turn}[/INST]", False
             yield f" answer {turn}</s>", True
@@ -178,3 +178,18 @@ def test_no_more_is_read_than_there_are_positions(installed):
     made = encode(pieces(), tokenizer, image_token_id=installed[2], num_image_tokens=TOKENS, max_length=200)
     assert (len(made.input_ids), made.num_cut > 0) == (200, True)
     assert len(asked) < 30
+
+
+def test_a_turn_is_cut_without_those_before_it(installed):
+    tokenizer = load_tokenizer(installed[1])
+    pieces = list(prompt_format("mistral", tokenizer).pieces([("What is it?", "A circle.")] * 100))
+    lengths = []
+
+    def counted(text, **options):
+        lengths.append(len(text))
+        return tokenizer(text, **options)
+
+    counted.added_tokens_decoder = tokenizer.added_tokens_decoder
+    encode(pieces, counted, image_token_id=installed[2], num_image_tokens=TOKENS, max_length=100_000)
+    assert len(lengths) == len(pieces)
+    assert sum(lengths) < 5 * sum(len(text) for text, _ in pieces)

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from megatron_patch.data.prompts import blank_after_bos, prompt_format
+from megatron_patch.data.prompts import blank_after_bos, document_pieces, prompt_format
 from megatron_patch.data.tokenize import load_tokenizer
 from megatron_patch.data.tokenizer_files import complete_tokenizer, install_tokenizer
 from tests.unit.data.tokenizers import mistral_v3, tiny
@@ -66,6 +67,22 @@ def test_a_caption_without_a_picture_begins_as_a_text_does(pieces):
     assert tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids) == ["<s>", "▁Red", ".", "</s>"]
 
 
+def test_a_document_begins_as_a_text_does(pieces):
+    tokenizer = load_tokenizer(pieces / "copy")
+    text = "".join(piece for piece, _ in document_pieces(["Red.", b"picture"], tokenizer))
+    assert tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids) == ["<s>", "▁Red", ".", "<image>", "</s>"]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_words_behind_a_token_have_a_blank_in_old_tokenizers_alone(legacy, tmp_path):
+    source = mistral_v3(tmp_path / "source")
+    edit(source / "tokenizer_config.json", legacy=legacy)
+    install_tokenizer(source, tmp_path / "copy")
+    tokenizer = load_tokenizer(tmp_path / "copy")
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("Red[/INST]Red").input_ids)
+    assert tokens == ["▁Red", "[/INST]", "▁Red" if legacy else "Red"]
+
+
 BERT = {"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["<s>", 1]}
 STATES = {
     "truncation": (
@@ -115,6 +132,9 @@ def test_state_that_would_change_a_prompt_is_left_out(said, tmp_path, capsys):
     assert f"its tokenizer has {said} switched on" in warning or not said
     text = f"<s>{LONG}<image></s>"
     assert load_tokenizer(tmp_path / "copy")(text).input_ids == load_tokenizer(tmp_path / "right")(text).input_ids
+    # Without transformers, which switches some of it off itself.
+    plain, copy = (Tokenizer.from_file(str(tmp_path / name / "tokenizer.json")) for name in ("right", "copy"))
+    assert copy.encode(text).ids == plain.encode(text).ids
 
 
 def test_dropout_is_left_out(tmp_path, capsys):
@@ -138,6 +158,9 @@ def test_a_batch_is_padded_on_the_left(named, pad, tmp_path):
     tokenizer = load_tokenizer(tmp_path / "copy")
     batch = tokenizer(["a", "bcd"], padding=True)
     assert set(batch) == {"input_ids", "attention_mask"}
+    # What transformers 4 would make besides, generate() refuses.
+    config = json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())
+    assert config["model_input_names"] == list(batch)
     assert batch.attention_mask == [[0, 0, 1], [1, 1, 1]]
     assert (tokenizer.pad_token, batch.input_ids[0][0]) == (pad, tokenizer.convert_tokens_to_ids(pad))
 
@@ -172,7 +195,8 @@ def test_a_copy_that_an_earlier_version_made_keeps_its_ids(pieces, tmp_path):
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(pieces / "source" / name, old / name)
     token = {"content": "<image>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
-    edit(old / "tokenizer_config.json", add_bos_token=False, added_tokens_decoder={"32768": token}, chat_template=None)
+    edit(old / "tokenizer_config.json", added_tokens_decoder={"32768": token}, chat_template=None)
+    edit(old / "tokenizer_config.json", add_bos_token=False, padding_side="right")
     before = load_tokenizer(old)("And  what else?").input_ids
     complete_tokenizer(old, 32832)
     tokenizer = AutoTokenizer.from_pretrained(old)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_patch.families.llava import read_config
+from megatron_patch.training import loop
 from megatron_patch.training import optimizer as optimizer_module
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.step import batch_runner, train_step
@@ -24,6 +28,42 @@ def test_a_loss_that_is_nan_stops_and_names_the_samples(mcore, tmp_path, one_pro
         train_step(wrapped, optimizer, itertools.cycle(tiny_runs.batches(llava, 2)), batch_runner(config, llava))
     for name, tensor in before.items():
         torch.testing.assert_close(chunk.state_dict()[name], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_run_that_learns_nothing_from_its_data_ends(mcore, tmp_path, one_process, monkeypatch):
+    config = tiny_runs.config(mcore, tmp_path, freeze_lm=True, freeze_vit=True, train_iters=21)
+    batches = itertools.cycle(tiny_runs.batches(read_config(mcore), 2, pictures=((0, 0),)))
+    for name, given in (("open_data", None), ("reading", batches)):
+        monkeypatch.setattr(loop, name, lambda *_, given=given: contextlib.nullcontext(given))
+    (tmp_path / "log").mkdir()
+    stop = Mock(due=lambda: False, reason=None)
+    monkeypatch.setattr(loop, "Stop", lambda minutes: stop)
+    monkeypatch.setattr(loop.readers, "_hurry", [])
+    with pytest.raises(ValueError, match=r"iteration 20: none of its 4 samples has a picture"):
+        loop.train(config)
+    assert loop.readers._hurry == [stop.is_asked]
+
+
+def test_readers_have_begun_before_ranks_wait_for_each_other(mcore, tmp_path, one_process, monkeypatch):
+    order, gather = [], dist.all_gather_object
+    reads = Mock(shared_memory=0, begin=lambda: order.append("begun"))
+    monkeypatch.setattr(loop, "train_loader", lambda *_, **__: reads)
+    monkeypatch.setattr(dist, "all_gather_object", lambda *a, **b: order.append("waited") or gather(*a, **b))
+    with loop.open_data(tiny_runs.config(mcore, tmp_path), read_config(mcore), None) as loader:
+        assert loader is reads
+    assert order == ["begun", "waited"]
+
+
+def test_shared_memory_that_will_not_do_is_said_before_reading(mcore, tmp_path, one_process, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    order = []
+    monkeypatch.setattr(loop.readers, "check_room", lambda size, count: order.append((size, count)))
+    reads = Mock(shared_memory=70, begin=lambda: order.append("begun"))
+    for name in ("train_loader", "valid_loader"):
+        monkeypatch.setattr(loop, name, lambda *_, **__: reads)
+    config = tiny_runs.config(mcore, tmp_path, valid_data_path=tmp_path)
+    loop.begin_to_read(config, read_config(mcore), None)
+    assert order == [(140, 3), "begun"]
 
 
 def test_fp16_gradients_that_overflow_leave_the_weights_and_lower_the_scale(mcore, tmp_path, one_process, monkeypatch):

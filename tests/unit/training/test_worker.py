@@ -6,11 +6,15 @@ import threading
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
 from torch.distributed import DistBackendError, DistStoreError, FileStore, ProcessGroupGloo
 
+from megatron_patch import parallel
+from megatron_patch.files import STORE
+from megatron_patch.training import peers, stopping, worker
 from megatron_patch.training.worker import _line
 
 CONFIG = SimpleNamespace(
@@ -37,6 +41,31 @@ LATE = "waited 10 minutes (--distributed-timeout-minutes) for another rank, whic
 def test_who_only_lost_the_others_is_silent(error, line):
     said = _line(error, CONFIG)
     assert said is None if line is None else said.startswith(line)
+
+
+def test_the_time_that_is_given_reaches_whoever_waits(tmp_path, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", STORE: "file://store"}.items():
+        monkeypatch.setenv(name, value)
+    told, started = [], Mock(side_effect=ValueError("far enough"))
+    monkeypatch.setattr(worker, "start_log", lambda folder, rank: None)
+    monkeypatch.setattr(worker, "_tell_launcher", told.append)
+    monkeypatch.setattr(stopping, "end_with_parent", lambda: None)
+    monkeypatch.setattr(parallel, "start", started)
+    monkeypatch.setattr(peers, "watch", told.append)
+    monkeypatch.setattr(peers, "tell", told.append)
+    given = MagicMock(training=SimpleNamespace(distributed_timeout_minutes=7, seed=3))
+    assert worker.run(given) == 1
+    assert told == [7, "far enough", "far enough"]
+    started.assert_called_once_with(given.parallel, 3, 7, init_method="file://store", rank=1, world_size=2)
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    (tmp_path / "log").write_text("in the way")
+    told = []
+    monkeypatch.setattr(worker, "_tell_launcher", told.append)
+    assert worker.run(SimpleNamespace(checkpoint=SimpleNamespace(output=tmp_path))) == 1
+    assert told == [f"{tmp_path}/log: cannot be written (File exists); move what is there away"]
 
 
 def test_who_waited_too_long_for_the_others_says_so(tmp_path):

@@ -121,7 +121,7 @@ def test_steps_that_lead_nowhere_are_left_out(name, tmp_path):
     (tmp_path / "00000" / "a.jpg").write_bytes(PICTURE)
     assert Pictures(open_roots([str(tmp_path)]), "header").read(name) == PICTURE
     assert zipped(tmp_path / "images.zip").read(name) == PICTURE
-    assert zipped(tmp_path / "dotted.zip", "./").read(name) == PICTURE
+    assert zipped(tmp_path / "dotted.zip", "./", others=("c.jpg",)).read(name) == PICTURE
 
 
 @pytest.mark.parametrize("prefix", ["LLaVA-Pretrain/", "data/LLaVA/", "./images/"])
