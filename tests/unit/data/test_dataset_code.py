@@ -120,7 +120,7 @@ def test_energons_own_are_allowed_under_any_of_its_modules(module, folder, model
 def test_a_pattern_may_not_fill_memory_with_names(pattern, folder, model):
     split = folder / "good/.nv-meta/split.yaml"
     split.write_text(f"split_parts:\n  train: ['{pattern}']\n  val: []\n  test: []\nexclude: []\n")
-    with pytest.raises(ValueError, match=r"split train cannot be read: .* names more than 1,000,000 shards; prepare one"):
+    with pytest.raises(ValueError, match=r"split train cannot be read: .* names more than 1,000,000 shards; "):
         build(model, folder / "good")
 
 
