@@ -196,7 +196,7 @@ def export_hf(conversion: Conversion) -> None:
 
 def _weights_of(conversion: Conversion) -> Unchanged:
     """The files of weights of a Megatron-Core checkpoint. What lies beside them a run may write again."""
-    target = companions.checkpoint_folder(conversion.source_llm_ckpt_path)
+    target = companions.checkpoint_folder(conversion.source_llm_ckpt_path, conversion.ckpt_step)
     return Unchanged([target, *target.glob("mp_rank_*"), conversion.source_clip_ckpt_path])
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-from megatron_patch.checkpoint import checksums, convert
+from megatron_patch.checkpoint import checksums, convert, disk
 from megatron_patch.checkpoint.companions import checkpoint_folder
 from megatron_patch.checkpoint.convert import load_rank, open_mcore, to_hf, to_mcore
 from megatron_patch.checkpoint.reader import InMemory
@@ -245,6 +246,18 @@ def test_an_iteration_is_converted_by_its_number(mg2hf, mcore, tmp_path):
     flags = ["--source-llm-ckpt-path", str(run), "--target-ckpt-path", str(target), "--mg2hf", mg2hf]
     assert main(flags) == 1
     assert main([*flags, "--ckpt-step", "1", "--precision", "fp32", "--verify", "false"]) == 0
+
+
+def test_the_iteration_that_is_read_may_not_change(mcore, tmp_path, capsys, monkeypatch):
+    """Not the one that the tracker names, which a run may write meanwhile."""
+    run = shutil.copytree(mcore, tmp_path / "run")
+    one = (run / "release").rename(run / "iter_0000001")
+    (run / convert.TRACKER).write_text("2")
+    path = next(one.rglob("*.pt"))
+    monkeypatch.setattr(disk, "reached", lambda point: os.utime(path, (1, 1)) if point == "locked" else None)
+    flags = ["--source-llm-ckpt-path", str(run), "--target-ckpt-path", str(tmp_path / "target"), "--ckpt-step", "1"]
+    assert main(flags) == 1
+    assert f"{path}: changed while it was read" in capsys.readouterr().err
 
 
 def test_a_run_is_guarded_by_its_sums(mcore, tmp_path):

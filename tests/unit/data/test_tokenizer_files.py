@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from megatron_patch.data.prompts import blank_after_bos, document_pieces, prompt_format
-from megatron_patch.data.tokenize import load_tokenizer
+from megatron_patch.data.tokenize import load_tokenizer, open_tokenizer
 from megatron_patch.data.tokenizer_files import complete_tokenizer, install_tokenizer
 from tests.unit.data.tokenizers import mistral_v3, tiny
 from tests.unit.properties import changed, damaged, examples, in_one_line
@@ -186,6 +187,17 @@ def test_nothing_of_a_folder_is_run_and_nobody_is_asked(tmp_path, monkeypatch):
     edit(source / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.Mine"})
     install_tokenizer(source, tmp_path / "copy")
     assert "auto_map" not in (tmp_path / "copy" / "tokenizer_config.json").read_text()
+
+
+def test_a_folder_that_is_opened_as_it_is_runs_nothing_either(tmp_path, monkeypatch):
+    source, ran, asked = tiny(tmp_path / "source"), tmp_path / "ran", []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append("whether it may") or "n")
+    (source / "mine.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    edit(source / "tokenizer_config.json", tokenizer_class="Mine", auto_map={"AutoTokenizer": [None, "mine.Mine"]})
+    with contextlib.suppress(ValueError):
+        open_tokenizer(source)
+    assert not ran.exists()
+    assert asked == []
 
 
 def test_a_copy_that_an_earlier_version_made_keeps_its_ids(pieces, tmp_path):
