@@ -19,7 +19,7 @@ from pathlib import Path
 from torch.distributed import DistError, FileStore, Store, TCPStore
 from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
 
-from megatron_patch.data import readers
+from megatron_patch.data import processes, readers
 from megatron_patch.files import STORE, TRAINING
 
 INTERVAL = 1.0
@@ -116,13 +116,13 @@ class _Stopped:
         if is_hurried and not self._was_hurried:
             self._looks.clear()  # a signal that ends a suspended job finds all of it stopped
         self._was_hurried = is_hurried
-        self._looks = {pid: self._looks.get(pid, 0) + 1 for pid in pids if readers.is_stopped(pid)}
+        self._looks = {pid: self._looks.get(pid, 0) + 1 for pid in pids if processes.is_stopped(pid)}
         seconds = min(self.seconds, readers.WHEN_STOPPING) if is_hurried else self.seconds
         for pid, looks in self._looks.items():
             if looks * INTERVAL >= seconds:
                 asked = ", though the run was asked to stop" if is_hurried else ""
                 return pid, (
-                    f"pid {pid} was {readers.STOPPED} for {looks * INTERVAL:.0f} seconds{asked} (by SIGSTOP, a "
+                    f"pid {pid} was stopped for {looks * INTERVAL:.0f} seconds{asked} (by SIGSTOP, a "
                     f"debugger or a cluster's suspend), and is killed; start the same command again: it goes on from "
                     f"the save before"
                 )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from megatron_patch.data import readers
+from megatron_patch.data import processes, readers
 from megatron_patch.files import STORE, TRAINING
 from megatron_patch.training import peers
 from megatron_patch.training.peers import _dead, _Stopped, _Store
@@ -91,7 +91,7 @@ def node(monkeypatch, tmp_path) -> Path:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(peers, "INTERVAL", 0.01)
     monkeypatch.setattr(peers, "GRACE", 0.0)
-    monkeypatch.setattr(readers, "_hurry", [])
+    monkeypatch.setattr(readers, "_is_stopping", None)
     return tmp_path
 
 
@@ -155,7 +155,7 @@ def test_a_stopped_process_of_a_rank_is_killed_and_named(node):
     assert told(node, 0).startswith(f"RuntimeError: writer of this rank, which reads or saves for it, pid {pid} was st")
     assert _Store().read()[0] == 2
     for _ in range(100):
-        if not Path("/proc", pid).exists() or readers._state(int(pid)) == "ended":
+        if not Path("/proc", pid).exists() or processes.state(int(pid)) == "Z":
             return
         time.sleep(0.05)
     raise AssertionError(f"{pid} lives")
@@ -183,9 +183,9 @@ def test_a_rank_that_was_suspended_itself_goes_on(node, asleep):
 )
 def test_how_long_a_process_may_stand_stopped(monkeypatch, looks, asked_at, found):
     """The process that is stopped is a mock, and so are the seconds."""
-    monkeypatch.setattr(readers, "is_stopped", lambda pid: pid == 7)
+    monkeypatch.setattr(processes, "is_stopped", lambda pid: pid == 7)
     stopped, look = _Stopped(480), 0
-    monkeypatch.setattr(readers, "_hurry", [lambda: asked_at is not None and look >= asked_at])
+    readers.hurry_when(lambda: asked_at is not None and look >= asked_at)
     for look in range(looks):  # noqa: B007
         last = stopped.look([6, 7])
     assert (last is not None) == found
@@ -195,8 +195,8 @@ def test_how_long_a_process_may_stand_stopped(monkeypatch, looks, asked_at, foun
 def test_a_process_that_went_on_is_counted_from_its_next_stop(monkeypatch):
     """The process is a mock."""
     is_stopped = True
-    monkeypatch.setattr(readers, "_hurry", [])
-    monkeypatch.setattr(readers, "is_stopped", lambda pid: is_stopped)
+    monkeypatch.setattr(readers, "_is_stopping", None)
+    monkeypatch.setattr(processes, "is_stopped", lambda pid: is_stopped)
     stopped = _Stopped(3)
     for is_stopped in (True, True, False, True, True):  # noqa: B007
         assert stopped.look([7]) is None
