@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -36,9 +38,9 @@ def host(monkeypatch) -> list[TCPStore]:
 def test_the_first_rank_that_fails_is_read_by_all(host):
     first, second = _Store(), _Store()
     assert first.read() is None
-    second.write(7, "the disk is full")
+    second.write(7, "/\udcff: the disk is full")  # of a file whose name is no UTF-8
     first.write(0, "lost the others")
-    assert first.read() == second.read() == (7, "the disk is full")
+    assert first.read() == second.read() == (7, "/\\udcff: the disk is full")
 
 
 def test_so_it_is_on_one_machine_where_ranks_meet_in_files(monkeypatch, tmp_path):
@@ -52,6 +54,21 @@ def test_a_store_that_is_gone_says_nothing(host):
     assert store.read() is None
     store.write(0, "the disk is full")
     assert store.read() is None
+
+
+def test_a_store_whose_folder_is_gone_is_not_waited_for(monkeypatch, tmp_path):
+    """torch waits 5 minutes for a file that is not there."""
+    (tmp_path / "launcher").mkdir()
+    monkeypatch.setenv(STORE, f"file://{tmp_path}/launcher/ranks")
+    monkeypatch.setattr(peers, "STORE_TIMEOUT", timedelta(seconds=0.1))
+    reader, writer = _Store(), _Store()
+    shutil.rmtree(tmp_path / "launcher")
+    start = time.monotonic()
+    assert reader.read() is None
+    writer.write(0, "the disk is full")
+    assert _Store().read() is None
+    assert time.monotonic() - start < 10
+    assert timedelta(seconds=10) > peers.STORE_TIMEOUT
 
 
 def test_only_a_rank_that_ended_while_it_trained_is_dead(tmp_path, monkeypatch):
@@ -73,7 +90,7 @@ def test_only_a_rank_that_ended_while_it_trained_is_dead(tmp_path, monkeypatch):
         return content
 
     monkeypatch.setattr(Path, "read_bytes", read_and_end)
-    assert _dead(marks) == [marks.index(killed)]
+    assert list(_dead(marks)) == [marks.index(killed)]
 
 
 @pytest.fixture
@@ -175,6 +192,29 @@ def test_a_rank_that_was_suspended_itself_goes_on(node, asleep):
     assert process.is_alive()
     process.join(30)  # of the reader, which is late after all
     assert told(node, 0).startswith("RuntimeError: wds: no batch")
+
+
+def test_a_look_that_fails_is_said_once_and_the_others_are_taken(node, asleep, monkeypatch, capfd):
+    """What fails is a mock."""
+    monkeypatch.setattr(_Store, "read", lambda store: int("rank 3"))
+    (node / "1" / TRAINING).write_text(str(asleep.pid))
+    asleep.send_signal(signal.SIGSTOP)
+    watched(lambda: None, minutes=0.2 / 60)
+    assert told(node, 1).startswith(f"RuntimeError: pid {asleep.pid} was stopped")
+    said = capfd.readouterr().err
+    assert said.count("a look at the other processes failed (at_failed: ValueError: invalid literal for int()") == 1
+    assert said.count("\n") == 2
+
+
+def test_the_nodes_ranks_are_known_where_other_nodes_have_more(node, asleep, monkeypatch):
+    """As with 3 ranks on the first node, and ranks 3 and 4 here."""
+    monkeypatch.setenv("RANK", "3")
+    (node / "1" / TRAINING).write_text(str(asleep.pid))
+    asleep.kill()
+    asleep.wait()
+    watched(lambda: None, minutes=10)
+    assert _Store().read() == (4, "it was killed or crashed; see its log")
+    assert not (node / "0" / "error.json").exists()  # the launcher sees it itself
 
 
 @pytest.mark.parametrize(
