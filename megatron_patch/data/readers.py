@@ -108,9 +108,12 @@ def forgive(seconds: float) -> None:
             wait.hurried = min(wait.hurried + seconds, now)
 
 
-def late() -> str | None:
-    """What is said of the first reader that is waited for too long; None where there is none. For another thread."""
-    now, is_stopping = time.monotonic(), is_hurried()
+def late(now: float | None = None) -> str | None:
+    """What is said of the first reader that is waited for too long; None where there is none. For another thread.
+
+    `now`: until when seconds were left out by `forgive`, if they are.
+    """
+    now, is_stopping = time.monotonic() if now is None else now, is_hurried()
     for wait in list(_waits.values()):
         if is_stopping and wait.hurried is None:
             wait.hurried = now

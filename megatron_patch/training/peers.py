@@ -144,10 +144,14 @@ class _Watch:
         self.first = self.own - int(os.environ["LOCAL_RANK"])  # of this node
         self.marks = [_beside(TRAINING, local_rank) for local_rank in range(int(os.environ["LOCAL_WORLD_SIZE"]))]
         self.stopped = _Stopped(60 * timeout_minutes * readers.SHARE_OF_TIMEOUT)
+        self.now = time.monotonic()
         self.said: set[str] = set()
 
     def look(self) -> None:
         """Take all looks. What goes wrong in one is said once, and ends neither the others nor the next."""
+        before, self.now = self.now, time.monotonic()
+        if self.now - before > 10 * INTERVAL:
+            readers.forgive(self.now - before)
         for look in (self.at_failed, self.at_readers, self.at_stopped, self.at_dead):
             try:
                 look()
@@ -165,7 +169,7 @@ class _Watch:
 
     def at_readers(self) -> None:
         """At the processes that read for this one. The thread that waits for one cannot say so."""
-        line = readers.late()
+        line = readers.late(self.now)  # this process may have been stopped since
         if line is not None:
             self.store.write(self.own, line)
             _end(line, told=False)
@@ -207,12 +211,9 @@ class _Watch:
 
 
 def _watch(timeout_minutes: float) -> None:
-    watch, now = _Watch(timeout_minutes), time.monotonic()
+    watch = _Watch(timeout_minutes)
     while True:
         time.sleep(INTERVAL)
-        before, now = now, time.monotonic()
-        if now - before > 10 * INTERVAL:
-            readers.forgive(now - before)
         watch.look()
 
 

@@ -217,6 +217,17 @@ def test_the_nodes_ranks_are_known_where_other_nodes_have_more(node, asleep, mon
     assert not (node / "0" / "error.json").exists()  # the launcher sees it itself
 
 
+def test_so_does_one_that_is_suspended_during_a_look(node, monkeypatch):
+    """What takes so long is a mock."""
+    monkeypatch.setattr(_Store, "read", lambda store: time.sleep(0.3))
+    monkeypatch.setattr(peers, "_end", lambda *ends, **how: pytest.fail(str(ends)))
+    watch = peers._Watch(10)
+    with readers.waiting(readers.Wait(Path("wds"), "no batch", 0.2, lambda: (3, os.getpid()))):
+        for _ in range(2):
+            watch.look()
+    assert not (node / "0" / "error.json").exists()
+
+
 @pytest.mark.parametrize(
     ("looks", "asked_at", "found"),
     [(479, None, False), (480, None, True), (29, 0, False), (30, 0, True), (129, 100, False), (130, 100, True)],
