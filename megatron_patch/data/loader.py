@@ -11,7 +11,6 @@ import logging
 import math
 import multiprocessing
 import os
-import signal
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -63,7 +62,7 @@ class Loader(SavableDataLoader[Batch]):
         self.is_closed = False
         self.shared_memory = (ahead * self.num_workers + 1) * size if self.num_workers else 0
         """Bytes that what was read ahead, and the batch that is trained, take of it."""
-        self._killed_by: signal.Signals | None = None
+        self._killed_by: int | None = None
         self._begun: Any = None
         self._seconds = seconds
         if self.num_workers:

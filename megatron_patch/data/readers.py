@@ -24,27 +24,28 @@ from typing import Any
 from megatron.energon.errors import FatalSampleError
 from torch._utils import ExceptionWrapper
 
+from megatron_patch.data.processes import in_words
+
 logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
 SHARE_OF_TIMEOUT = 0.8
 """Of --distributed-timeout-minutes, for a batch: its rank is to say what it waits for before the others give up."""
 WHEN_STOPPING = 30.0
-"""Seconds that a batch may take after a signal asked the run to stop."""
-STOPPED = "stopped"
-"""A process's state."""
+"""Seconds that a batch may take from the signal on that asked the run to stop."""
 MORE_ROOM = (
     "shared memory (/dev/shm) is full: give it more (docker's --shm-size), or use a smaller --micro-batch-size or "
     "fewer --num-workers"
 )
 
-_hurry: list[Callable[[], bool]] = []
+_is_stopping: Callable[[], bool] | None = None
 _waits: dict[int, Wait] = {}  # by thread
 
 
 def hurry_when(is_stopping: Callable[[], bool]) -> None:
-    """From now on, a batch may take `WHEN_STOPPING` seconds where this gives true."""
-    _hurry[:] = [is_stopping]
+    """From now on, a batch may take `WHEN_STOPPING` seconds from when this gives true."""
+    global _is_stopping
+    _is_stopping = is_stopping
 
 
 def begin(begin_worker: Callable[[int], None], dataset: Path, number: int) -> None:
@@ -64,7 +65,7 @@ def begin(begin_worker: Callable[[int], None], dataset: Path, number: int) -> No
 
 def is_hurried() -> bool:
     """Whether a signal asked the run to stop, as far as this process knows."""
-    return any(asks() for asks in _hurry)
+    return _is_stopping is not None and _is_stopping()
 
 
 @dataclass
@@ -79,6 +80,8 @@ class Wait:
     reader: Callable[[], tuple[int, int]]
     """Number and process id of the one that is waited for."""
     begun: float = field(default_factory=time.monotonic)
+    hurried: float | None = None
+    """When `late` first found it while the run was asked to stop."""
 
 
 @contextlib.contextmanager
@@ -98,24 +101,39 @@ def waiting(wait: Wait) -> Iterator[None]:
 
 def forgive(seconds: float) -> None:
     """Leave out of every wait the seconds in which this process was stopped itself, perhaps its readers with it."""
+    now = time.monotonic()
     for wait in list(_waits.values()):
-        wait.begun = min(wait.begun + seconds, time.monotonic())
+        wait.begun = min(wait.begun + seconds, now)
+        if wait.hurried is not None:
+            wait.hurried = min(wait.hurried + seconds, now)
 
 
-def late() -> str | None:
-    """What is said of the first reader that is waited for too long; None where there is none. For another thread."""
-    is_stopping = is_hurried()
+def late(now: float | None = None) -> str | None:
+    """What is said of the first reader that is waited for too long; None where there is none. For another thread.
+
+    `now`: until when seconds were left out by `forgive`, if they are.
+    """
+    now, is_stopping = time.monotonic() if now is None else now, is_hurried()
     for wait in list(_waits.values()):
-        waited = time.monotonic() - wait.begun
-        if waited >= (min(wait.seconds, WHEN_STOPPING) if is_stopping else wait.seconds):
-            number, pid = wait.reader()
+        if is_stopping and wait.hurried is None:
+            wait.hurried = now
+        is_late = now - wait.begun >= wait.seconds
+        if is_late or (wait.hurried is not None and now - wait.hurried >= WHEN_STOPPING):
             asked = ", though the run was asked to stop" if is_stopping else ""
             return (
-                f"{wait.dataset}: {wait.what} came from reading process {number} (pid {pid}, {_state(pid)}, in "
-                f"{_shards(pid)}) for {waited:.0f} seconds{asked}; look at that process and at the file system, and "
-                f"start the same command again: it goes on from the save before"
+                f"{wait.dataset}: {wait.what} came from {_name(wait)} for {now - wait.begun:.0f} seconds{asked}; look "
+                f"at that process and at the file system, and start the same command again: it goes on from the save "
+                f"before"
             )
     return None
+
+
+def _name(wait: Wait) -> str:
+    try:
+        number, pid = wait.reader()
+    except Exception:  # it is being closed by the thread that waits
+        return "a reading process"
+    return f"reading process {number} (pid {pid}, {in_words(pid)}, in {_shards(pid)})"
 
 
 class Answers:
@@ -134,21 +152,25 @@ class Answers:
             return self._answers.get()
 
 
-def was_killed(process: multiprocessing.Process) -> signal.Signals | None:
-    """The signal that ended it, if one did. It is noticed in several ways, some of them while it is still ending."""
+def was_killed(process: multiprocessing.Process) -> int | None:
+    """The number of the signal that ended it, if one did. That is noticed in several ways, some while it still ends."""
     with contextlib.suppress(RuntimeError):  # torch's, out of the signal that the process ended
         process.join(0.2)
     code = process.exitcode or 0
-    return signal.Signals(-code) if code < 0 else None
+    return -code if code < 0 else None
 
 
-def of_killed(dataset: Path, number: signal.Signals) -> str:
+def of_killed(dataset: Path, number: int) -> str:
     """What is said of a reader that this signal ended."""
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # Python names few of the real-time ones
+        name = f"signal {number}"
     if number == signal.SIGBUS:
-        return f"{dataset}: a process that reads was killed by SIGBUS; {MORE_ROOM}"
+        return f"{dataset}: a process that reads was killed by {name}; {MORE_ROOM}"
     return (
-        f"{dataset}: a process that reads was killed; if memory ran out, use fewer --num-workers, else start the same "
-        f"command again"
+        f"{dataset}: a process that reads was killed by {name}; if memory ran out, use fewer --num-workers, else "
+        f"start the same command again"
     )
 
 
@@ -168,21 +190,6 @@ def check_room(size: int, count: int) -> None:
             f"{free / 2**20:.1f} MB free: give it more (docker's --shm-size), or use a smaller --micro-batch-size or "
             f"fewer --num-workers"
         )
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether a process stands where SIGSTOP, a debugger or a cluster's suspend stopped it."""
-    return _state(pid).startswith(STOPPED)
-
-
-def _state(pid: int) -> str:
-    """What the kernel says of a process, in words."""
-    words = {"T": STOPPED, "t": f"{STOPPED} by a debugger", "D": "waiting for a disk", "Z": "ended"}
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "gone"
-    return words.get(state, "alive")
 
 
 def _shards(pid: int) -> str:

@@ -12,20 +12,22 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
-from torch.distributed import DistError, FileStore, Store, TCPStore
+from torch.distributed import FileStore, Store, TCPStore
 from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
 
-from megatron_patch.data import readers
+from megatron_patch.data import processes, readers
 from megatron_patch.files import STORE, TRAINING
 
 INTERVAL = 1.0
 """Seconds between two looks."""
 GRACE = 3.0
 """Seconds in which a rank may end by itself after another failed: it may have its own error to tell."""
+STORE_TIMEOUT = timedelta(seconds=3)
+"""For an answer of the store: nothing else is looked at meanwhile."""
 KEY = f"megatron_patch/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 """In the store, of this start of the ranks: the rank that failed first, a space, and why."""
 
@@ -63,17 +65,21 @@ class _Store:
     def __init__(self) -> None:
         self.store: Store | None = None
         kind, _, path = os.environ[STORE].partition("://")
-        if kind == "file":
-            self.store = FileStore(f"{path}.failed")  # not the ranks' own, which has a great many keys
-            return
-        with contextlib.suppress(DistError):
-            self.store = TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=False,
-                wait_for_workers=False,
-                timeout=timedelta(minutes=1),
-            )
+        if kind == "file" and not Path(path).parent.is_dir():
+            return  # torch would wait 5 minutes for the launcher's folder to come back, and hold Python's global lock
+        with contextlib.suppress(RuntimeError):
+            if kind == "file":
+                store = FileStore(f"{path}.failed")  # not the ranks' own, which has a great many keys
+            else:
+                store = TCPStore(
+                    os.environ["MASTER_ADDR"],
+                    int(os.environ["MASTER_PORT"]),
+                    is_master=False,
+                    wait_for_workers=False,
+                    timeout=timedelta(minutes=1),
+                )
+            store.set_timeout(STORE_TIMEOUT)
+            self.store = store
 
     def read(self) -> tuple[int, str] | None:
         """The rank that failed first, and why."""
@@ -84,7 +90,7 @@ class _Store:
                 return None
             rank, _, line = self.store.get(KEY).decode().partition(" ")
             return int(rank), line
-        except DistError:
+        except RuntimeError:  # torch's, of several kinds
             # Its host is gone, as when a run has ended well. This rank may still have something to do.
             self.store = None
             return None
@@ -93,8 +99,8 @@ class _Store:
         """Say which rank failed, if none was said to."""
         if self.store is not None:
             try:
-                self.store.compare_set(KEY, "", f"{rank} {line}")
-            except DistError:
+                self.store.compare_set(KEY, "", _bytes(f"{rank} {line}").decode())
+            except RuntimeError:
                 self.store = None
 
 
@@ -116,69 +122,99 @@ class _Stopped:
         if is_hurried and not self._was_hurried:
             self._looks.clear()  # a signal that ends a suspended job finds all of it stopped
         self._was_hurried = is_hurried
-        self._looks = {pid: self._looks.get(pid, 0) + 1 for pid in pids if readers.is_stopped(pid)}
+        self._looks = {pid: self._looks.get(pid, 0) + 1 for pid in pids if processes.is_stopped(pid)}
         seconds = min(self.seconds, readers.WHEN_STOPPING) if is_hurried else self.seconds
         for pid, looks in self._looks.items():
             if looks * INTERVAL >= seconds:
                 asked = ", though the run was asked to stop" if is_hurried else ""
                 return pid, (
-                    f"pid {pid} was {readers.STOPPED} for {looks * INTERVAL:.0f} seconds{asked} (by SIGSTOP, a "
+                    f"pid {pid} was stopped for {looks * INTERVAL:.0f} seconds{asked} (by SIGSTOP, a "
                     f"debugger or a cluster's suspend), and is killed; start the same command again: it goes on from "
                     f"the save before"
                 )
         return None
 
 
+class _Watch:
+    """One look after another at what may have failed. Each of them ends this process where something has."""
+
+    def __init__(self, timeout_minutes: float) -> None:
+        self.store = _Store()
+        self.own = int(os.environ["RANK"])
+        self.first = self.own - int(os.environ["LOCAL_RANK"])  # of this node
+        self.marks = [_beside(TRAINING, local_rank) for local_rank in range(int(os.environ["LOCAL_WORLD_SIZE"]))]
+        self.stopped = _Stopped(60 * timeout_minutes * readers.SHARE_OF_TIMEOUT)
+        self.now = time.monotonic()
+        self.said: set[str] = set()
+
+    def look(self) -> None:
+        """Take all looks. What goes wrong in one is said once, and ends neither the others nor the next."""
+        before, self.now = self.now, time.monotonic()
+        if self.now - before > 10 * INTERVAL:
+            readers.forgive(self.now - before)
+        for look in (self.at_failed, self.at_readers, self.at_stopped, self.at_dead):
+            try:
+                look()
+            except Exception as error:
+                line = f"{look.__name__}: {type(error).__name__}: {' '.join(str(error).split())}"
+                if line not in self.said:
+                    self.said.add(line)
+                    _say(f"a look at the other processes failed ({line}), and is taken again")
+
+    def at_failed(self) -> None:
+        """At what a rank has told."""
+        failed = self.store.read()
+        if failed is not None:
+            self._end_by(*failed)
+
+    def at_readers(self) -> None:
+        """At the processes that read for this one. The thread that waits for one cannot say so."""
+        line = readers.late(self.now)  # this process may have been stopped since
+        if line is not None:
+            self.store.write(self.own, line)
+            _end(line, told=False)
+
+    def at_stopped(self) -> None:
+        """At the processes on which this one depends."""
+        ranks = {_marked(mark): local_rank for local_rank, mark in enumerate(self.marks)}
+        for pid in (0, os.getpid()):
+            ranks.pop(pid, None)
+        # Python has no public list of them that does not reap those that ended, which is their users' to do.
+        forked = {process.pid: process.name for process in list(multiprocessing.process._children) if process.pid}
+        found = self.stopped.look([*ranks, *forked])
+        if found is None:
+            return
+        pid, line = found
+        if pid in forked:
+            line = f"{forked[pid]} of this rank, which reads or saves for it, {line}"
+            self.store.write(self.own, line)
+            _end(line, told=False, kill=pid)
+        # It is told for that rank, of which the launcher may hear first when it is killed.
+        rank = self.first + ranks[pid]
+        self.store.write(rank, line)
+        with contextlib.suppress(OSError):
+            _tell_launcher(line, ranks[pid])
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        _end(f"ended by rank {rank}: {line}", told=True)
+
+    def at_dead(self) -> None:
+        """At the node's ranks."""
+        for local_rank in _dead(self.marks):
+            failed = self.first + local_rank, "it was killed or crashed; see its log"
+            self.store.write(*failed)
+            self._end_by(*failed)
+
+    def _end_by(self, rank: int, line: str) -> None:
+        time.sleep(GRACE)
+        _end(f"ended by rank {rank}: {line}", told=self.first <= rank < self.first + len(self.marks))
+
+
 def _watch(timeout_minutes: float) -> None:
-    store, own = _Store(), int(os.environ["RANK"])
-    local_size = int(os.environ["LOCAL_WORLD_SIZE"])
-    first = own - own % local_size  # of this node
-    marks = [_beside(TRAINING, local_rank) for local_rank in range(local_size)]
-    stopped, now = _Stopped(60 * timeout_minutes * readers.SHARE_OF_TIMEOUT), time.monotonic()
+    watch = _Watch(timeout_minutes)
     while True:
         time.sleep(INTERVAL)
-        before, now = now, time.monotonic()
-        if now - before > 10 * INTERVAL:
-            readers.forgive(now - before)
-        failed = store.read()
-        if failed is None:
-            _end_if_late(store, own, stopped, marks)
-        for local_rank in [] if failed else _dead(marks):
-            failed = first + local_rank, "it was killed or crashed; see its log"
-            store.write(*failed)
-        if failed is not None:
-            rank, line = failed
-            time.sleep(GRACE)
-            _end(f"ended by rank {rank}: {line}", told=first <= rank < first + local_size)
-
-
-def _end_if_late(store: _Store, own: int, stopped: _Stopped, marks: list[Path]) -> None:
-    """End this process where one on which it depends stands still. The thread that waits for it cannot say so."""
-    line = readers.late()
-    if line is not None:
-        store.write(own, line)
-        _end(line, told=False)
-    ranks = {_marked(mark): local_rank for local_rank, mark in enumerate(marks)}
-    for pid in (0, os.getpid()):
-        ranks.pop(pid, None)
-    # Python has no public list of them that does not reap those that ended, which is their users' to do.
-    forked = {process.pid: process.name for process in list(multiprocessing.process._children) if process.pid}
-    found = stopped.look([*ranks, *forked])
-    if found is None:
-        return
-    pid, line = found
-    if pid in forked:
-        line = f"{forked[pid]} of this rank, which reads or saves for it, {line}"
-        store.write(own, line)
-        _end(line, told=False, kill=pid)
-    # It is told for that rank, of which the launcher may hear first when it is killed.
-    rank = own - own % len(marks) + ranks[pid]
-    store.write(rank, line)
-    with contextlib.suppress(OSError):
-        _tell_launcher(line, ranks[pid])
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    _end(f"ended by rank {rank}: {line}", told=True)
+        watch.look()
 
 
 def _marked(mark: Path) -> int:
@@ -189,17 +225,17 @@ def _marked(mark: Path) -> int:
         return 0
 
 
-def _dead(marks: list[Path]) -> list[int]:
+def _dead(marks: list[Path]) -> Iterator[int]:
     """Which of the node's ranks ended before their training did, without a word or with an error."""
-    dead = []
     for local_rank, mark in enumerate(marks):
+        pid = _marked(mark)
         try:
-            os.kill(int(mark.read_bytes()), 0)
-        except (OSError, ValueError) as error:
-            # No mark: not yet training, or through, perhaps since it was read.
-            if isinstance(error, ProcessLookupError) and mark.exists():
-                dead.append(local_rank)
-    return dead
+            os.kill(pid, 0)  # 0 is this process's own group
+        except ProcessLookupError:
+            if mark.exists():  # else it is through since its mark was read
+                yield local_rank
+        except PermissionError:
+            pass  # it lives
 
 
 def _beside(name: str, local_rank: int) -> Path:
@@ -225,14 +261,23 @@ def _tell_launcher(line: str, local_rank: int) -> None:
     part.replace(_beside(own.name, local_rank))
 
 
+def _say(line: str) -> None:
+    # Not by the logger, whose lock may be held by what waits.
+    with contextlib.suppress(OSError):
+        os.write(2, _bytes(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {line}\n"))
+
+
+def _bytes(line: str) -> bytes:
+    return line.encode(errors="backslashreplace")  # a file's name may be no UTF-8
+
+
 def _end(line: str, told: bool, kill: int | None = None) -> None:
     """End this process with a line in its log, and for the launcher if it was not `told` on this node.
 
     `kill`: a process that ends with it.
     """
     try:
-        # Not by the logger, whose lock may be held by what waits.
-        os.write(2, f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {line}\n".encode())
+        _say(line)
         if not told:
             _tell_launcher(line, int(os.environ["LOCAL_RANK"]))
         if kill is not None:

@@ -285,7 +285,7 @@ class TestRefused:
         ids=["while loading", "between steps"],
     )
     def test_readers_that_are_killed(self, train, saved, fault):
-        said = f"ValueError: {saved.data.data_path}: a process that reads was killed; if memory ran out"
+        said = f"ValueError: {saved.data.data_path}: a process that reads was killed by SIGKILL; if memory ran out"
         end = train(saved, 2, fault)
         assert any(error.startswith(said) for error in end.errors), end
 

@@ -99,7 +99,10 @@ class FolderRoot:
                 raise Rejected("not a file")
             if status.st_size > MAX_BYTES:
                 raise Rejected(f"{status.st_size} bytes, more than {MAX_BYTES} are refused")
-            return os.read(descriptor, status.st_size)
+            data = _read(descriptor, status.st_size, 0)
+            if len(data) < status.st_size:
+                raise Rejected(f"{len(data)} bytes of {status.st_size} could be read")
+            return data
         finally:
             os.close(descriptor)
 
@@ -120,12 +123,25 @@ class FolderRoot:
         return real
 
 
+def _read(descriptor: int, size: int, offset: int) -> bytes:
+    """`size` bytes at `offset`; fewer at the file's end alone. FUSE and NFS may give fewer at a time."""
+    data = os.pread(descriptor, size, offset)
+    if 0 < len(data) < size:
+        parts = [data]
+        while data and (size := size - len(data)):
+            offset += len(data)
+            data = os.pread(descriptor, size, offset)
+            parts.append(data)
+        return b"".join(parts)
+    return data
+
+
 class LocalFile(io.FileIO):
     """A file that can also be read at any place, without moving the one that it is at."""
 
     def pread(self, size: int, offset: int) -> bytes:
         """At most `size` bytes at `offset`."""
-        return os.pread(self.fileno(), size, offset)
+        return _read(self.fileno(), size, offset)
 
 
 class _Member(NamedTuple):

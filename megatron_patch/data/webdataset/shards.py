@@ -18,7 +18,7 @@ SAMPLES_PER_SHARD = 10_000
 TELL_EVERY = 500
 
 
-class TooManyRejected(Exception):
+class TooManyRejected(ValueError):
     """More samples than may be; `args[0]`: those of this shard, as in `Record`."""
 
 

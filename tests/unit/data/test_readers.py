@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -22,7 +23,7 @@ from tests.unit.data.loaders import build
 
 @pytest.fixture(autouse=True)
 def nobody_asks(monkeypatch):
-    monkeypatch.setattr(readers, "_hurry", [])
+    monkeypatch.setattr(readers, "_is_stopping", None)
 
 
 def late_while(action, seconds=0.3) -> str:
@@ -73,16 +74,56 @@ def test_a_reader_that_does_not_say_its_place_is_named(model, dataset):
     batches.close()
 
 
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """The seconds are a mock."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(readers, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def waiting(begun: float):
+    return readers.waiting(readers.Wait(Path("wds"), "no batch", 480, lambda: (3, os.getpid()), begun))
+
+
 @pytest.mark.parametrize(
-    ("waited", "is_asked", "is_late"),
-    [(479, False, False), (480, False, True), (29, True, False), (30, True, True)],
+    ("asked_at", "last"),
+    [(None, 480), (0, 30), (31, 61), (470, 480)],  # a signal cuts short what is still to come, not what has passed
 )
-def test_how_long_a_reader_is_waited_for(waited, is_asked, is_late):
-    readers.hurry_when(lambda: is_asked)
-    start = time.monotonic() - waited
-    with readers.waiting(readers.Wait(Path("wds"), "no batch", 480, lambda: (3, os.getpid()), start)):
-        assert (readers.late() is not None) == is_late
+def test_how_long_a_reader_is_waited_for(clock, asked_at, last):
+    readers.hurry_when(lambda: asked_at is not None and clock.now >= 1000 + asked_at)
+    with waiting(clock.now):
+        for _ in range(last):
+            assert readers.late() is None
+            clock.now += 1
+        assert f" for {last} seconds" in readers.late()
     assert readers.late() is None
+
+
+def test_a_batch_that_is_waited_for_after_a_signal_has_its_own_time(clock):
+    readers.hurry_when(lambda: True)
+    for _ in range(2):
+        with waiting(clock.now):
+            assert readers.late() is None
+            clock.now += 29
+            assert readers.late() is None
+
+
+def test_seconds_in_which_this_process_was_stopped_do_not_count(clock):
+    readers.hurry_when(lambda: True)
+    with waiting(clock.now):
+        assert readers.late() is None
+        clock.now += 500
+        readers.forgive(499)
+        assert readers.late() is None
+        clock.now += 29
+        assert readers.late() is not None
+
+
+def test_a_reader_that_is_just_closed_is_late_all_the_same():
+    """Its loader may be gone meanwhile."""
+    with readers.waiting(readers.Wait(Path("wds"), "no answer", 0, lambda: (0, None.workers[0].pid))):
+        assert readers.late().startswith("wds: no answer came from a reading process for 0 seconds; look at")
 
 
 @pytest.mark.parametrize(
@@ -113,6 +154,16 @@ def test_a_reader_that_found_shared_memory_full_says_so(model, dataset):
     os.kill(loader.workers[0].pid, signal.SIGBUS)
     with pytest.raises(ValueError, match=r"was killed by SIGBUS; shared memory \(/dev/shm\) is full"):
         list(islice(batches, 100))
+
+
+@pytest.mark.parametrize(("number", "name"), [(40, "signal 40"), (signal.SIGTERM, "SIGTERM")])
+def test_any_signal_that_ends_a_reader_is_named(number, name):
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    process.start()
+    os.kill(process.pid, number)
+    process.join()
+    said = readers.of_killed(Path("wds"), readers.was_killed(process))
+    assert said.startswith(f"wds: a process that reads was killed by {name}; if memory ran out")
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,10 @@ def test_a_run_that_learns_nothing_from_its_data_ends(mcore, tmp_path, one_proce
     (tmp_path / "log").mkdir()
     stop = Mock(due=lambda: False, reason=None)
     monkeypatch.setattr(loop, "Stop", lambda minutes: stop)
-    monkeypatch.setattr(loop.readers, "_hurry", [])
+    monkeypatch.setattr(loop.readers, "_is_stopping", None)
     with pytest.raises(ValueError, match=r"iteration 20: none of its 4 samples has a picture"):
         loop.train(config)
-    assert loop.readers._hurry == [stop.is_asked]
+    assert loop.readers._is_stopping == stop.is_asked
 
 
 def test_readers_have_begun_before_ranks_wait_for_each_other(mcore, tmp_path, one_process, monkeypatch):

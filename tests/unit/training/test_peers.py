@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from torch.distributed import TCPStore
 
-from megatron_patch.data import readers
+from megatron_patch.data import processes, readers
 from megatron_patch.files import STORE, TRAINING
 from megatron_patch.training import peers
 from megatron_patch.training.peers import _dead, _Stopped, _Store
@@ -36,9 +38,9 @@ def host(monkeypatch) -> list[TCPStore]:
 def test_the_first_rank_that_fails_is_read_by_all(host):
     first, second = _Store(), _Store()
     assert first.read() is None
-    second.write(7, "the disk is full")
+    second.write(7, "/\udcff: the disk is full")  # of a file whose name is no UTF-8
     first.write(0, "lost the others")
-    assert first.read() == second.read() == (7, "the disk is full")
+    assert first.read() == second.read() == (7, "/\\udcff: the disk is full")
 
 
 def test_so_it_is_on_one_machine_where_ranks_meet_in_files(monkeypatch, tmp_path):
@@ -52,6 +54,21 @@ def test_a_store_that_is_gone_says_nothing(host):
     assert store.read() is None
     store.write(0, "the disk is full")
     assert store.read() is None
+
+
+def test_a_store_whose_folder_is_gone_is_not_waited_for(monkeypatch, tmp_path):
+    """torch waits 5 minutes for a file that is not there."""
+    (tmp_path / "launcher").mkdir()
+    monkeypatch.setenv(STORE, f"file://{tmp_path}/launcher/ranks")
+    monkeypatch.setattr(peers, "STORE_TIMEOUT", timedelta(seconds=0.1))
+    reader, writer = _Store(), _Store()
+    shutil.rmtree(tmp_path / "launcher")
+    start = time.monotonic()
+    assert reader.read() is None
+    writer.write(0, "the disk is full")
+    assert _Store().read() is None
+    assert time.monotonic() - start < 10
+    assert timedelta(seconds=10) > peers.STORE_TIMEOUT
 
 
 def test_only_a_rank_that_ended_while_it_trained_is_dead(tmp_path, monkeypatch):
@@ -73,7 +90,7 @@ def test_only_a_rank_that_ended_while_it_trained_is_dead(tmp_path, monkeypatch):
         return content
 
     monkeypatch.setattr(Path, "read_bytes", read_and_end)
-    assert _dead(marks) == [marks.index(killed)]
+    assert list(_dead(marks)) == [marks.index(killed)]
 
 
 @pytest.fixture
@@ -91,7 +108,7 @@ def node(monkeypatch, tmp_path) -> Path:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(peers, "INTERVAL", 0.01)
     monkeypatch.setattr(peers, "GRACE", 0.0)
-    monkeypatch.setattr(readers, "_hurry", [])
+    monkeypatch.setattr(readers, "_is_stopping", None)
     return tmp_path
 
 
@@ -155,7 +172,7 @@ def test_a_stopped_process_of_a_rank_is_killed_and_named(node):
     assert told(node, 0).startswith(f"RuntimeError: writer of this rank, which reads or saves for it, pid {pid} was st")
     assert _Store().read()[0] == 2
     for _ in range(100):
-        if not Path("/proc", pid).exists() or readers._state(int(pid)) == "ended":
+        if not Path("/proc", pid).exists() or processes.state(int(pid)) == "Z":
             return
         time.sleep(0.05)
     raise AssertionError(f"{pid} lives")
@@ -177,15 +194,49 @@ def test_a_rank_that_was_suspended_itself_goes_on(node, asleep):
     assert told(node, 0).startswith("RuntimeError: wds: no batch")
 
 
+def test_a_look_that_fails_is_said_once_and_the_others_are_taken(node, asleep, monkeypatch, capfd):
+    """What fails is a mock."""
+    monkeypatch.setattr(_Store, "read", lambda store: int("rank 3"))
+    (node / "1" / TRAINING).write_text(str(asleep.pid))
+    asleep.send_signal(signal.SIGSTOP)
+    watched(lambda: None, minutes=0.2 / 60)
+    assert told(node, 1).startswith(f"RuntimeError: pid {asleep.pid} was stopped")
+    said = capfd.readouterr().err
+    assert said.count("a look at the other processes failed (at_failed: ValueError: invalid literal for int()") == 1
+    assert said.count("\n") == 2
+
+
+def test_the_nodes_ranks_are_known_where_other_nodes_have_more(node, asleep, monkeypatch):
+    """As with 3 ranks on the first node, and ranks 3 and 4 here."""
+    monkeypatch.setenv("RANK", "3")
+    (node / "1" / TRAINING).write_text(str(asleep.pid))
+    asleep.kill()
+    asleep.wait()
+    watched(lambda: None, minutes=10)
+    assert _Store().read() == (4, "it was killed or crashed; see its log")
+    assert not (node / "0" / "error.json").exists()  # the launcher sees it itself
+
+
+def test_so_does_one_that_is_suspended_during_a_look(node, monkeypatch):
+    """What takes so long is a mock."""
+    monkeypatch.setattr(_Store, "read", lambda store: time.sleep(0.3))
+    monkeypatch.setattr(peers, "_end", lambda *ends, **how: pytest.fail(str(ends)))
+    watch = peers._Watch(10)
+    with readers.waiting(readers.Wait(Path("wds"), "no batch", 0.2, lambda: (3, os.getpid()))):
+        for _ in range(2):
+            watch.look()
+    assert not (node / "0" / "error.json").exists()
+
+
 @pytest.mark.parametrize(
     ("looks", "asked_at", "found"),
     [(479, None, False), (480, None, True), (29, 0, False), (30, 0, True), (129, 100, False), (130, 100, True)],
 )
 def test_how_long_a_process_may_stand_stopped(monkeypatch, looks, asked_at, found):
     """The process that is stopped is a mock, and so are the seconds."""
-    monkeypatch.setattr(readers, "is_stopped", lambda pid: pid == 7)
+    monkeypatch.setattr(processes, "is_stopped", lambda pid: pid == 7)
     stopped, look = _Stopped(480), 0
-    monkeypatch.setattr(readers, "_hurry", [lambda: asked_at is not None and look >= asked_at])
+    readers.hurry_when(lambda: asked_at is not None and look >= asked_at)
     for look in range(looks):  # noqa: B007
         last = stopped.look([6, 7])
     assert (last is not None) == found
@@ -195,8 +246,8 @@ def test_how_long_a_process_may_stand_stopped(monkeypatch, looks, asked_at, foun
 def test_a_process_that_went_on_is_counted_from_its_next_stop(monkeypatch):
     """The process is a mock."""
     is_stopped = True
-    monkeypatch.setattr(readers, "_hurry", [])
-    monkeypatch.setattr(readers, "is_stopped", lambda pid: is_stopped)
+    monkeypatch.setattr(readers, "_is_stopping", None)
+    monkeypatch.setattr(processes, "is_stopped", lambda pid: is_stopped)
     stopped = _Stopped(3)
     for is_stopped in (True, True, False, True, True):  # noqa: B007
         assert stopped.look([7]) is None

@@ -1,6 +1,7 @@
 """Where pictures may come from, and that nothing comes from anywhere else."""
 
 import io
+import os
 import zipfile
 from contextlib import suppress
 
@@ -60,6 +61,38 @@ def test_links_lead_only_into_the_given_folders(tmp_path):
         alone.read("loop.jpg")
     both = Pictures(open_roots([str(tmp_path / "data"), str(tmp_path / "elsewhere")]), "header")
     assert both.read("a.jpg") == both.read("folder/deep/a.jpg") == PICTURE
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_file_system_that_gives_few_bytes_at_a_time(kind, tmp_path, monkeypatch):
+    """FUSE and NFS may. The system's calls are mocks."""
+    read, pread = os.read, os.pread
+    place = tmp_path if kind == "folder" else tmp_path / "images.zip"
+    if kind == "folder":
+        (tmp_path / "a.jpg").write_bytes(PICTURE)
+    else:
+        with zipfile.ZipFile(place, "w") as archive:
+            archive.writestr("a.jpg", PICTURE)
+    pictures = Pictures(open_roots([str(place)]), "none")
+    monkeypatch.setattr(os, "read", lambda descriptor, size: read(descriptor, min(size, 100)))
+    monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: pread(descriptor, min(size, 100), offset))
+    assert pictures.read("a.jpg") == PICTURE
+
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_picture_that_is_cut_while_it_is_read(left, tmp_path, monkeypatch):
+    """The moment between the two calls is a mock."""
+    path, fstat = tmp_path / "a.jpg", os.fstat
+    path.write_bytes(PICTURE)
+
+    def fstat_and_cut(descriptor: int) -> os.stat_result:
+        status = fstat(descriptor)
+        os.truncate(path, left)
+        return status
+
+    monkeypatch.setattr(os, "fstat", fstat_and_cut)
+    with pytest.raises(Rejected, match=rf"image 'a\.jpg': {left} bytes of {len(PICTURE)} could be read"):
+        Pictures(open_roots([str(tmp_path)]), "none").read("a.jpg")
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
