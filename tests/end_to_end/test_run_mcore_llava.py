@@ -214,7 +214,7 @@ def test_mistakes_are_one_line_at_once(mcore, tmp_path, changed, flags, said):
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
-    assert processor_seconds() - before < 1
+    assert processor_seconds() - before < 1.8  # half of it on a quiet machine; torch's import alone takes more
 
 
 def test_speed_is_measured_without_weights(hf, tmp_path):

@@ -11,6 +11,7 @@ import math
 import signal
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -285,14 +286,35 @@ def _write_companions(conversion: Conversion, folder: Path, config: dict[str, An
 
 def _write_export(conversion: Conversion, folder: Path, config: dict[str, Any], llava: Llava, weights: Reader) -> None:
     """The whole LLaVA: config.json and what is beside it, and the weights."""
-    from megatron_patch.checkpoint.generation import write_generation
     from megatron_patch.checkpoint.hf import HfWriter
     from megatron_patch.checkpoint.sources import with_rows
+
+    vocab_size = _exported_vocab_size(llava)
+    writer = HfWriter(folder, conversion.max_shard_bytes)
+    for name, view in with_rows(weights, llava, vocab_size).views.items():
+        writer.add(name, view)
+    # What reads a tokenizer takes as long to import as gigabytes to copy.
+    with ThreadPoolExecutor(max_workers=1) as pool, _progress(writer.total_size) as bar:
+        described = pool.submit(_describe_export, conversion, folder, config, llava, vocab_size)
+
+        def update(num_bytes: int) -> None:
+            if described.done():
+                described.result()
+            bar.update(num_bytes)
+
+        writer.close(update)
+        described.result()
+
+
+def _describe_export(
+    conversion: Conversion, folder: Path, config: dict[str, Any], llava: Llava, vocab_size: int
+) -> None:
+    """What is beside the weights of an export, which may be written meanwhile. `vocab_size`: rows of its embedding."""
+    from megatron_patch.checkpoint.generation import write_generation
     from megatron_patch.data.prompts import find_end, find_format
     from megatron_patch.data.tokenize import load_tokenizer
     from megatron_patch.data.tokenizer_files import complete_tokenizer
 
-    vocab_size = _exported_vocab_size(llava)
     complete_tokenizer(folder, vocab_size)
     config = companions.hf_config(config, llava, vocab_size, DTYPES[conversion.precision])
     companions.complete_processor(folder, llava.vision)
@@ -302,11 +324,6 @@ def _write_export(conversion: Conversion, folder: Path, config: dict[str, Any], 
     tokenizer = load_tokenizer(folder)
     end = find_end(find_format("auto", folder, llava.language.family, tokenizer), tokenizer)
     companions.write_json(folder, companions.CONFIG, write_generation(folder, config, tokenizer, end))
-    writer = HfWriter(folder, conversion.max_shard_bytes)
-    for name, view in with_rows(weights, llava, vocab_size).views.items():
-        writer.add(name, view)
-    with _progress(writer.total_size) as bar:
-        writer.close(bar.update)
 
 
 def _write_parts(
