@@ -94,15 +94,20 @@ def claim(folder: Path, mark: int | None = None) -> None:
     try:
         if mark is not None and _lives(os.pread(mark, 200, 0).decode(errors="replace")):
             raise ValueError(f"{folder}: another process is writing it; wait for that, or remove what it left")
+        _write_mark(descriptor, folder)
+    finally:
+        if mark is None:
+            os.close(descriptor)
+    _clear(folder)
+
+
+def _write_mark(descriptor: int, folder: Path) -> None:
+    try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{platform.node()} {os.getpid()}\n".encode(), 0)
     except OSError as error:  # which names no file
         discard(folder)
         raise OSError(error.errno, error.strerror, str(folder / MARK)) from None
-    finally:
-        if mark is None:
-            os.close(descriptor)
-    _clear(folder)
 
 
 def open_mark(folder: Path) -> int:

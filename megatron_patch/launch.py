@@ -22,7 +22,7 @@ from megatron_patch.config import MOCK, Config
 from megatron_patch.estimate.cards import find_card
 from megatron_patch.estimate.report import line, report, suggest
 from megatron_patch.families.llava import read_config
-from megatron_patch.files import STORE, TRAINING
+from megatron_patch.files import STORE, TRAINING, lock
 from megatron_patch.sizes import Llava
 
 if TYPE_CHECKING:
@@ -238,6 +238,13 @@ def _torchrun(arguments: list[str], log: Path, first_rank: int, is_alone: bool =
     forget_other_launchers()
     logging.disable(logging.CRITICAL)  # the line below says it in one
     with tempfile.TemporaryDirectory() as folder:
+        if is_alone and not _has_locks(folder):
+            print(
+                f"error: {Path(folder).parent}: no file locks there, by which the ranks find each other; set TMPDIR to "
+                f"a folder on a local disk",
+                file=sys.stderr,
+            )
+            return 1
         os.environ[STORE] = "env://"
         where = meet_in_files(folder) if is_alone else []
         try:
@@ -257,6 +264,12 @@ def _torchrun(arguments: list[str], log: Path, first_rank: int, is_alone: bool =
             del os.environ[STORE]
     print(f"error: {line}", file=sys.stderr)
     return 1
+
+
+def _has_locks(folder: str) -> bool:
+    """Whether files can be locked there, as torch's store in a file does."""
+    with Path(folder, "lock").open("wb") as file:
+        return lock(file.fileno())
 
 
 def _signals() -> str:

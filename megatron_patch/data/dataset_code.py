@@ -30,7 +30,7 @@ KINDS = (Sample, BaseCoreDatasetFactory, DatasetLoaderInterface)
 MOST_NAMES = 1_000_000
 """Shards that a pattern in a split.yaml may name."""
 GROUP = re.compile(r"\{([^{}]*)\}")
-RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(\.\.-?\d+)?")
+RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 
 
 class DatasetCodeError(ValueError):
@@ -77,7 +77,8 @@ def _expand(pattern: str, escape: bool = True) -> Iterator[str]:
     count, rest = 1, pattern
     while group := GROUP.search(rest):
         ends = RANGE.fullmatch(group[1])
-        count *= abs(int(ends[1]) - int(ends[2])) + 1 if ends else group[1].count(",") + 1
+        step = int(ends[3] or 1) if ends else 1
+        count *= abs(int(ends[1]) - int(ends[2])) // (abs(step) or 1) + 1 if ends else group[1].count(",") + 1
         if count > MOST_NAMES:
             raise ValueError(f"{pattern[:100]!r} names more than {MOST_NAMES:,} shards")
         rest = rest[: group.start()] + rest[group.end() :]

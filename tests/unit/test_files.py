@@ -87,6 +87,21 @@ def test_without_locks_the_mark_says_who_writes(tmp_path, monkeypatch):
     os.close(mark)
 
 
+def test_a_mark_that_cannot_be_read_is_taken_for_anothers(tmp_path, monkeypatch):
+    place = tmp_path / "x.partial"
+    mark = open_mark(place)
+    (place / "file").touch()
+
+    def is_stale(*arguments):  # a mock of NFS
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "pread", is_stale)
+    with pytest.raises(OSError, match="Stale"):
+        claim(place, mark)
+    assert (place / "file").exists()
+    os.close(mark)
+
+
 def test_a_removal_that_is_cut_short_can_be_gone_on_with(tmp_path, monkeypatch):
     place = tmp_path / "x.partial"
     claim(place)

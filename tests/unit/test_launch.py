@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +50,18 @@ def environment(monkeypatch):
 
 def run(env="dsw", **sizes):
     return config(Path("weights"), Path("out"), parallel=Parallel(env=env, **sizes))
+
+
+def test_a_temporary_folder_without_locks_is_named(tmp_path, environment, capsys):
+    environment.setattr(tempfile, "tempdir", str(tmp_path))
+    environment.setattr("megatron_patch.launch.lock", lambda descriptor: False)  # a mock of a file system without them
+    environment.setattr(logging, "disable", lambda level: None)
+    assert _torchrun([], tmp_path, 0, is_alone=True) == 1
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}: no file locks there, by which the ranks find each other; "
+        "set TMPDIR to a folder on a local disk\n"
+    )
+    assert STORE not in os.environ
 
 
 def test_dsw_is_this_machine_whatever_the_environment_says(environment):
