@@ -238,15 +238,8 @@ def _torchrun(arguments: list[str], log: Path, first_rank: int, is_alone: bool =
     forget_other_launchers()
     logging.disable(logging.CRITICAL)  # the line below says it in one
     with tempfile.TemporaryDirectory() as folder:
-        if is_alone and not _has_locks(folder):
-            print(
-                f"error: {Path(folder).parent}: no file locks there, by which the ranks find each other; set TMPDIR to "
-                f"a folder on a local disk",
-                file=sys.stderr,
-            )
-            return 1
         os.environ[STORE] = "env://"
-        where = meet_in_files(folder) if is_alone else []
+        where = _meeting_place(folder) if is_alone else []
         try:
             main([f"--log-dir={folder}", f"--signals-to-handle={_signals()}", *where, *arguments])
         except SignalException as stopped:
@@ -266,10 +259,18 @@ def _torchrun(arguments: list[str], log: Path, first_rank: int, is_alone: bool =
     return 1
 
 
-def _has_locks(folder: str) -> bool:
-    """Whether files can be locked there, as torch's store in a file does."""
+def _meeting_place(folder: str) -> list[str]:
+    """torchrun's arguments for a run on this machine alone. `folder`: new, and this user's alone."""
     with Path(folder, "lock").open("wb") as file:
-        return lock(file.fileno())
+        has_locks = lock(file.fileno())
+    if has_locks:  # by which torch keeps a store in a file
+        return meet_in_files(folder)
+    print(
+        f"warning: {Path(folder).parent}: no file locks there, so that the ranks meet at a port, which whoever reaches "
+        f"this machine may use; set TMPDIR to a folder on a local disk",
+        file=sys.stderr,
+    )
+    return ["--standalone"]
 
 
 def _signals() -> str:

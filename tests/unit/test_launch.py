@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +21,7 @@ from megatron_patch import forking
 from megatron_patch.config import MOCK, Parallel
 from megatron_patch.files import STORE, TRAINING
 from megatron_patch.launch import (
+    _meeting_place,
     _signals,
     _torchrun,
     check_devices,
@@ -53,15 +52,11 @@ def run(env="dsw", **sizes):
 
 
 def test_a_temporary_folder_without_locks_is_named(tmp_path, environment, capsys):
-    environment.setattr(tempfile, "tempdir", str(tmp_path))
     environment.setattr("megatron_patch.launch.lock", lambda descriptor: False)  # a mock of a file system without them
-    environment.setattr(logging, "disable", lambda level: None)
-    assert _torchrun([], tmp_path, 0, is_alone=True) == 1
-    assert capsys.readouterr().err == (
-        f"error: {tmp_path}: no file locks there, by which the ranks find each other; "
-        "set TMPDIR to a folder on a local disk\n"
-    )
-    assert STORE not in os.environ
+    folder = tmp_path / "new"
+    folder.mkdir()
+    assert _meeting_place(str(folder)) == ["--standalone"]
+    assert f"warning: {tmp_path}: no file locks there" in capsys.readouterr().err
 
 
 def test_dsw_is_this_machine_whatever_the_environment_says(environment):
