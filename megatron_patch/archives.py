@@ -177,4 +177,9 @@ def check_legacy(file: IO[bytes]) -> None:
     head = file.read(MAX_BYTES)
     end = 0
     for what in ("its magic number", "its version", "its types", "its structure", "its list of storages"):
-        end = opcodes.check(head, what, end)
+        try:
+            end = opcodes.check(head, what, end)
+        except Refused:
+            if len(head) == MAX_BYTES:
+                raise Refused(f"{what} does not end in the first {MAX_BYTES:,} bytes, or is damaged") from None
+            raise

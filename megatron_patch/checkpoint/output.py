@@ -94,7 +94,11 @@ def _lock(partial: Path, target: Path) -> tuple[int, bool]:
 
     The lock is in the folder itself, so that it goes away with it.
     """
-    mark = files.open_mark(partial)
+    busy = f"{target}: another process is writing it; wait for that, or give another folder"
+    try:
+        mark = files.open_mark(partial)
+    except FileNotFoundError:  # it was renamed or removed meanwhile
+        raise ValueError(busy) from None
     try:
         is_locked = files.lock(mark)
         # Its last owner may have renamed or removed it between our opening and our locking it.
@@ -102,7 +106,7 @@ def _lock(partial: Path, target: Path) -> tuple[int, bool]:
             raise BlockingIOError
     except (BlockingIOError, FileNotFoundError):
         os.close(mark)
-        raise ValueError(f"{target}: another process is writing it; wait for that, or give another folder") from None
+        raise ValueError(busy) from None
     if not is_locked:
         print(
             f"warning: {target.parent}: no locks on this file system; see that no other conversion writes {target}",

@@ -34,8 +34,8 @@ PART = 16384
 def run(task: Callable[[int, Tell], T], shards: Sequence[int], num_workers: int) -> Iterator[T | int]:
     """`task(shard, tell)` for each shard, in any order: yields the results, and what `tell` is told as it comes.
 
-    An exception of a task ends it, and with it the other processes. So does closing the iterator. From another process
-    ValueError, OSError and MemoryError come as they are, and all others as a ValueError.
+    An exception of a task ends it, and with it the other processes. So does closing the iterator. ValueError, OSError
+    and MemoryError come as they are, and all others as a ValueError.
     """
     shards = list(shards)
     if min(num_workers, len(shards)) <= 1:
@@ -71,7 +71,10 @@ def run(task: Callable[[int, Tell], T], shards: Sequence[int], num_workers: int)
 def _run_here(task: Callable[[int, Tell], T], shards: list[int]) -> Iterator[T | int]:
     for shard in shards:
         told: list[int] = []
-        result = task(shard, told.append)
+        try:
+            result = task(shard, told.append)
+        except Exception as error:
+            raise _known(error, shard) from error
         yield sum(told)
         yield result
 
@@ -101,6 +104,7 @@ class _Worker:
         self.parts.append(part)
         if part:
             return []
+        # Of this process's own child, through a pipe that has no name.
         answer, self.parts = pickle.loads(b"".join(self.parts)), []
         if isinstance(answer, BaseException):
             raise answer
@@ -188,12 +192,16 @@ def _send(pipe: Connection, answer: bytes) -> None:
 
 def _packed(error: Exception, shard: int) -> bytes:
     """An exception that the parent can read, and knows."""
-    reason = " ".join(str(error).split())
-    if not isinstance(error, (ValueError, OSError, MemoryError)):
-        return pickle.dumps(ValueError(f"shard {shard}: {type(error).__name__}: {reason}"))
+    error = _known(error, shard)
     try:
         answer = pickle.dumps(error)
-        pickle.loads(answer)
-    except Exception:
-        return pickle.dumps(ValueError(reason))
+        pickle.loads(answer)  # what was written here, to see whether the parent can
+    except Exception:  # of any class: an exception's own code runs in both
+        return pickle.dumps(ValueError(" ".join(str(error).split())))
     return answer
+
+
+def _known(error: Exception, shard: int) -> Exception:
+    if isinstance(error, (ValueError, OSError, MemoryError)):
+        return error
+    return ValueError(f"shard {shard}: {type(error).__name__}: {' '.join(str(error).split())}")

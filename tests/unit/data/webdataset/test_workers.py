@@ -180,6 +180,11 @@ def test_what_a_task_raises_is_raised_here(error, kind, said, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_what_a_task_raises_in_this_process_is_a_line_too():
+    with pytest.raises(ValueError, match=r"^shard 7: KeyError: 'id'$"):
+        list(run(lambda shard, tell: {}["id"], [7], num_workers=1))
+
+
 @pytest.mark.parametrize("allowed", [0, 1])
 @pytest.mark.parametrize(
     "error",
