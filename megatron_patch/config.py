@@ -26,7 +26,7 @@ from megatron_patch.sizes import Llava
 MOCK = Path("mock")
 """In place of a dataset: random samples."""
 Precision = Literal["bf16", "fp16", "fp32", "fp8"]
-PromptFormat = Literal["auto", "mistral", "llama_2", "llama_3", "v1", "plain", "chatml", "nvgpt", "tokenizer"]
+PromptFormatName = Literal["auto", "mistral", "llama_2", "llama_3", "v1", "plain", "chatml", "nvgpt", "tokenizer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class Data:
     """Samples among which those are chosen that fill a sequence of --decoder-seq-length together, which then counts as
     one of a batch; 0: no packing."""
 
-    prompt_format: PromptFormat = "auto"
+    prompt_format: PromptFormatName = "auto"
     """How a conversation becomes text; v1: Vicuna's; tokenizer: its own chat template; auto: the checkpoint's own."""
 
     image_transform: Literal["auto", "clip", "pad", "square"] = "auto"

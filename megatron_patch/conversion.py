@@ -15,7 +15,7 @@ from megatron_patch.arguments import flag
 from megatron_patch.checkpoint import companions
 from megatron_patch.checkpoint.hf_files import check_indices, refuse_adapter
 from megatron_patch.checkpoint.stages import Stage, pipeline_stages, stage_lengths
-from megatron_patch.config import Parallel, Precision, PromptFormat
+from megatron_patch.config import Parallel, Precision, PromptFormatName
 from megatron_patch.families import llava_repository
 from megatron_patch.families.family import short
 from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
@@ -90,7 +90,7 @@ class Conversion:
     hf_ckpt_path: Path | None = None
     """A LLaVA's folder, for the config.json and tokenizer that a Megatron-Core checkpoint does not carry."""
 
-    prompt_format: PromptFormat = "auto"
+    prompt_format: PromptFormatName = "auto"
     """Chat template that is written beside the weights; auto: the language model family's own, or the one there is."""
 
     add_tokens: str | None = None

@@ -193,6 +193,12 @@ def _rope(hf_config: dict[str, Any]) -> tuple[float, float | None]:
     bases = {float(checked("rope_theta", theta, float)) for theta in thetas if theta is not None}
     if len(bases) > 1:
         raise ValueError(f"rope_theta and rope_parameters.rope_theta disagree: {' and '.join(map(str, sorted(bases)))}")
+    for rope in (hf_config, *given):
+        share = rope.get("partial_rotary_factor")
+        if share is not None and (isinstance(share, bool) or share != 1):
+            raise ValueError(
+                f"partial_rotary_factor is {short(share)}; only models that rotate all of a head are supported"
+            )
     factors = {_rope_factor(rope) for rope in given}
     if len(factors) > 1:
         raise ValueError("rope_scaling and rope_parameters disagree; keep one of them")

@@ -41,8 +41,7 @@ class SDPAttention(MegatronModule):
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         assert dropout == 0, "SDPAttention: attention dropout is not supported"
-        assert attn_mask_type in (AttnMaskType.causal, AttnMaskType.no_mask), attn_mask_type
-        self.is_causal = attn_mask_type == AttnMaskType.causal
+        self.is_causal = _is_causal(attn_mask_type)
         self.softmax_scale = softmax_scale or config.kv_channels**-0.5
         self.context_group = None
         if config.context_parallel_size > 1:
@@ -62,11 +61,20 @@ class SDPAttention(MegatronModule):
     ) -> Tensor:
         """This rank's `query` [s, b, n, d], `key` and `value` [s, b, groups, d] -> [s, b, n * d].
 
-        Of a packed sequence they come without b, which is 1; its samples do not see each other.
+        Of a packed sequence they come without b, which is 1; its samples do not see each other. `attn_mask_type`: in
+        place of the layer's own, as megatron.core asks where keys and values were kept of earlier calls.
         """
         assert attention_mask is None, "SDPAttention: the mask follows from its type"
         assert attention_bias is None, "SDPAttention: an attention bias is not supported"
-        lengths = [query.shape[0]]
+        is_causal = self.is_causal if attn_mask_type is None else _is_causal(attn_mask_type)
+        if is_causal and query.shape[0] != key.shape[0]:
+            raise ValueError(
+                f"SDPAttention: {query.shape[0]} queries for {key.shape[0]} keys under a causal mask, which does not "
+                "say where the queries stand; give as many, or attn_mask_type no_mask"
+            )
+        if not is_causal and self.context_group is not None:
+            raise ValueError("SDPAttention: context parallelism is for causal attention")
+        lengths = None
         if packed_seq_params is not None:
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))  # [s, 1, n, d]
             size = 1 if self.context_group is None else self.context_group.size()
@@ -74,17 +82,19 @@ class SDPAttention(MegatronModule):
         if self.context_group is not None:
             key, value = (_Gather.apply(tensor, self.context_group) for tensor in (key, value))  # [CP, s, b, groups, d]
         # Sample by sample: one mask for all would compute every pair of positions to throw most of them away.
-        segments = zip(query.split(lengths), key.split(lengths, dim=-4), value.split(lengths, dim=-4), strict=True)
-        contexts = [self._attend_segment(*segment) for segment in segments]
+        segments = [(query, key, value)]
+        if lengths is not None:
+            segments = zip(query.split(lengths), key.split(lengths, dim=-4), value.split(lengths, dim=-4), strict=True)
+        contexts = [self._attend_segment(*segment, is_causal=is_causal) for segment in segments]
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)  # a copy would be kept for the backward pass
 
-    def _attend_segment(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend_segment(self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> Tensor:
         """A sample's `query` [s, b, n, d], `key` and `value` (with context parallelism all ranks') -> [s, b, n * d]."""
         if self.context_group is not None:
             key, value = undo_zigzag(key), undo_zigzag(value)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, n, s, d]
         if self.context_group is None:
-            context = self._attend(query, key, value, is_causal=self.is_causal)
+            context = self._attend(query, key, value, is_causal=is_causal)
         else:
             context = self._attend_pieces(query, key, value)
         # The memory-efficient kernel (fp32 on a GPU) lays its output out sample by sample, from which the next layer
@@ -111,6 +121,12 @@ class SDPAttention(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Nothing is kept: attention has no weights."""
         return {}
+
+
+def _is_causal(mask_type: AttnMaskType) -> bool:
+    if mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
+        raise ValueError(f"SDPAttention: attn_mask_type {mask_type.name} is not supported, only causal and no_mask")
+    return mask_type == AttnMaskType.causal
 
 
 def undo_zigzag(parts: Tensor) -> Tensor:

@@ -29,6 +29,9 @@ from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 """Of weights and activations. Transformer Engine takes bf16 to fp8 and back around its matrix products."""
 
+CHANGES_LOGITS = ("inference_context", "inference_params", "runtime_gather_output", "mtp_in_postprocess")
+"""What megatron.core's model may be called with, and `_LanguageModel` has no part for."""
+
 
 class LlavaModel(MegatronModule):
     """One pipeline stage of LLaVA, or one virtual stage. The first holds the vision tower and the projector.
@@ -194,12 +197,16 @@ class _LanguageModel(GPTModel):
     true_vocab_size: int
 
     def _postprocess(
-        self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None, **unused
+        self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None, **others
     ) -> Tensor:
         """`hidden_states` [s, b, h], `labels` and `loss_mask`, LlavaModel's `wanted` -> what it returns.
 
-        A caption labels some 30 of 620 positions: logits of the others would be the largest tensor of a step.
+        A caption labels some 30 of 620 positions: logits of the others would be the largest tensor of a step. Raises
+        ValueError for what would change the logits of megatron.core's model and not these.
         """
+        for name in CHANGES_LOGITS:
+            if others.get(name):
+                raise ValueError(f"{name}: not supported by this model's output layer, which gives all that is wanted")
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:

@@ -39,6 +39,11 @@ class TorchNorm:
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:
+        for setting in ("layernorm_zero_centered_gamma", "persist_layer_norm", "memory_efficient_layer_norm"):
+            if getattr(config, setting):
+                raise ValueError(
+                    f"{setting}: torch's norm has no such thing; use --transformer-impl transformer_engine"
+                )
         kind = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization]
         module = kind(hidden_size, eps=eps)
         for parameter in module.parameters():

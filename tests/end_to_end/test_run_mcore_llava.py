@@ -133,9 +133,25 @@ def test_photographs_through_all_scripts_across_a_kill(place, photos, weights):
     assert scalars(output, "lm loss validation").keys() == {ITERATIONS}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_goes_on(photos, mcore, tmp_path, number, code):
-    """The step that the signal comes in is finished and saved, long before the interval."""
+def stopped_by(number: signal.Signals, iteration: int, command: list[str]) -> tuple[int, int]:
+    """Exit code and last iteration of a run that gets this signal when `iteration` was logged."""
+    process = subprocess.Popen(
+        command, cwd="/", env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if iteration in logged_losses(printed):
+            process.send_signal(number)
+            break
+    printed += process.stdout.read()
+    code = process.wait(60)
+    (stopped,) = re.findall(rf"stopped by {number.name} after iteration (\d+); the same command goes on", printed)
+    return code, int(stopped)
+
+
+def test_a_signal_saves_and_the_run_goes_on(photos, mcore, tmp_path):
+    """The step that the signal comes in is finished and saved, long before the interval; one that is through stays."""
     command = [
         "sh",
         TRAIN,
@@ -145,21 +161,13 @@ def test_a_signal_saves_and_the_run_goes_on(photos, mcore, tmp_path, number, cod
         *("--num-workers", "1", "--keep-checkpoints", "1"),
     ]
     command = [str(word) for word in command]
-    process = subprocess.Popen(
-        command, cwd="/", env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    printed = ""
-    for line in process.stdout:
-        printed += line
-        if 3 in logged_losses(printed):
-            process.send_signal(number)
-            break
-    printed += process.stdout.read()
-    assert process.wait(60) == code, printed
-    (stopped,) = re.findall(rf"stopped by {number.name} after iteration (\d+); the same command goes on", printed)
-    assert [path.name for path in (tmp_path / "out/checkpoint").glob("iter_*")] == [f"iter_{int(stopped):07d}"]
+    last = 3
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        ended, last = stopped_by(number, last, command)
+        assert ended == code
+        assert [path.name for path in (tmp_path / "out/checkpoint").glob("iter_*")] == [f"iter_{last:07d}"]
+        last += 2
 
-    last = int(stopped) + 2
     resumed = call(*command, "--train-iters", last, cwd="/")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert sorted(logged_losses(resumed.stdout)) == [last - 1, last]
@@ -167,14 +175,10 @@ def test_a_signal_saves_and_the_run_goes_on(photos, mcore, tmp_path, number, cod
     lines = [json.loads(line) for line in (tmp_path / "out/log/metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(1, last + 1))
 
-
-def test_a_run_that_is_through_does_nothing(mcore, tmp_path):
-    command = ["sh", TRAIN, *train_arguments(tmp_path, DATASET_PATH="mock", PRETRAIN_CHECKPOINT_PATH=mcore)]
-    assert call(*command, cwd="/").returncode == 0
-    finished = call(*command, cwd="/")
-    assert finished.returncode == 0, finished.stderr
-    assert "nothing to do: 4 iterations are done" in finished.stdout + finished.stderr
-    assert not logged_losses(finished.stdout)
+    again = call(*command, "--train-iters", last, cwd="/")
+    assert again.returncode == 0, again.stderr
+    assert f"nothing to do: {last} iterations are done" in again.stdout + again.stderr
+    assert not logged_losses(again.stdout)
 
 
 @pytest.mark.parametrize(

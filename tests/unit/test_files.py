@@ -54,6 +54,16 @@ def test_what_is_not_ours_is_refused_and_untouched(kind, tmp_path):
     assert not is_ours(place)
 
 
+def test_a_mark_that_is_a_link_after_the_look_is_not_followed(tmp_path, monkeypatch):
+    place = tmp_path / "x.partial"
+    place.mkdir()
+    (place / MARK).symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr(os, "listdir", lambda folder: [])  # what the look saw
+    with pytest.raises(OSError, match=MARK):
+        open_mark(place)
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_new_empty_and_left_folders_are_taken(tmp_path):
     place, victim = tmp_path / "x.partial", tmp_path / "victim"
     victim.mkdir()

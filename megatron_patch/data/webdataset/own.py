@@ -116,8 +116,9 @@ def _flock(descriptor: int, kind: int) -> None:
 def write_whole(path: Path, text: str) -> None:
     """The file is there as a whole or not at all. Raises OSError that names it."""
     aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    file = aside.open("x", encoding="utf-8")  # never what is there already, nor through a link
     try:
-        with aside.open("x", encoding="utf-8") as file:  # never what is there already, nor through a link
+        with file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -81,6 +81,18 @@ def test_what_lies_at_an_iterations_name_stays_under_another(kind, saver, tmp_pa
     assert kept.is_symlink() or kept.is_file() or (kept / "notes.txt").exists()
 
 
+def test_a_link_to_a_checkpoint_at_an_iterations_name_stays_too(saver, tmp_path):
+    folder, elsewhere = tmp_path / "checkpoint", tmp_path / "elsewhere"
+    saver.save(Progress(1, 4), b"position")
+    (folder / "iter_0000001").rename(elsewhere)
+    (folder / "iter_0000001").symlink_to(elsewhere)
+    before = tree(elsewhere)
+    saver.save(Progress(1, 4), b"position")
+    (kept,) = folder.glob("iter_0000001.*")
+    assert kept.resolve() == elsewhere
+    assert tree(elsewhere) == before
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_in_the_way_of_a_save_is_said_at_the_start(kind, saver, mcore, tmp_path):
     folder, victim = tmp_path / "checkpoint", tmp_path / "victim"

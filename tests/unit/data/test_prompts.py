@@ -3,12 +3,14 @@
 import json
 import shutil
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlavaProcessor
 
+from megatron_patch.config import PromptFormatName
 from megatron_patch.data.prompts import (
     MARKED_IMAGE,
     PROMPT_FORMATS,
@@ -21,6 +23,11 @@ from megatron_patch.data.tokenize import IGNORE, load_tokenizer
 from megatron_patch.data.tokenizer_files import install_tokenizer
 from tests.unit.data.samples import CLIP
 from tests.unit.data.tokenizers import TOKENS, TURNS, encoded, mistral_v3, tiny
+
+
+def test_every_format_can_be_named():
+    assert set(get_args(PromptFormatName)) == {"auto", *PROMPT_FORMATS, "tokenizer"}
+
 
 SOURCES = {"tiny": tiny, "mistral_v3": mistral_v3}
 

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
+from tokenizers.processors import BertProcessing
 from transformers import AutoTokenizer
 
+from megatron_patch.data import tokenizer_files
 from megatron_patch.data.prompts import blank_after_bos, document_pieces, prompt_format
 from megatron_patch.data.tokenize import load_tokenizer, open_tokenizer
 from megatron_patch.data.tokenizer_files import complete_tokenizer, install_tokenizer
@@ -256,6 +258,42 @@ def test_any_tokenizer_json_is_in_one_line_in_one_line(data, small, tmp_path):
         changed(whole).map(lambda value: json.dumps(value).encode()) | damaged(json.dumps(whole).encode())
     )
     _damage(tmp_path / "damaged", "tokenizer.json", content, small)
+
+
+@pytest.mark.parametrize("otherwise", ["ids", "a beginning", "a token in pieces"])
+def test_a_copy_that_is_read_otherwise_than_meant_is_refused(otherwise, small, tmp_path, monkeypatch):
+    """As a transformers to come may do, which takes another class for a folder or reads settings that are none now."""
+    load = tokenizer_files.load_tokenizer
+
+    def read(folder):
+        content = json.loads((folder / "tokenizer.json").read_text())
+        if otherwise == "ids":
+            vocab = content["model"]["vocab"]
+            vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+        elif otherwise == "a token in pieces":
+            content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<new>"]
+        edit(folder / "tokenizer.json", **content)
+        tokenizer = load(folder)
+        if otherwise == "a beginning":
+            tokenizer.backend_tokenizer.post_processor = BertProcessing(("</s>", 2), ("<s>", 1))
+        return tokenizer
+
+    monkeypatch.setattr(tokenizer_files, "load_tokenizer", read)
+    with pytest.raises(ValueError, match=r"copy: transformers reads the copy of .*source otherwise than meant"):
+        install_tokenizer(small, tmp_path / "copy", ["<new>"])
+
+
+@pytest.mark.parametrize("in_sequence", [False, True])
+def test_a_blank_before_the_first_token_stays(in_sequence, tmp_path):
+    """transformers 4 writes its setting over the pre-tokenizer's own."""
+    source = tiny(tmp_path / "source")
+    splitter = {**json.loads((source / "tokenizer.json").read_text())["pre_tokenizer"], "add_prefix_space": True}
+    together = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, splitter]}
+    edit(source / "tokenizer.json", pre_tokenizer=together if in_sequence else splitter)
+    install_tokenizer(source, tmp_path / "copy")
+    assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())["add_prefix_space"] is True
+    expected = Tokenizer.from_file(str(source / "tokenizer.json")).encode("a cat").ids
+    assert load_tokenizer(tmp_path / "copy")("a cat").input_ids == expected
 
 
 @pytest.mark.parametrize("name", ["model_max_length", "clean_up_tokenization_spaces"])

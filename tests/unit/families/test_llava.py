@@ -128,6 +128,8 @@ def test_rope_of_llama_3(rope):
         ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 4096}}, "is 4096; megatron.core has 8192"),
         ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "rope_scaling and rope_parameters dis"),
         ({"rope_parameters": {"rope_theta": 7.0}}, "disagree: 7.0 and 1000000.0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only models that rotate all of a head"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor is 0.25"),
     ],
 )
 def test_what_the_network_does_not_have_is_refused(changes, message):

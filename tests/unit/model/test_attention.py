@@ -81,3 +81,21 @@ def test_the_next_layer_takes_one_matrix_product(monkeypatch):
     output = module()(query, key, value, None)
     assert torch.equal(output, expected)
     assert "aten.bmm" not in kernels(lambda: output.matmul(weight.t()))
+
+
+def test_the_mask_of_a_call_is_followed():
+    """megatron.core asks for none where a query comes after the keys that it sees, which a causal one would hide."""
+    query, key, value = (torch.randn(S, B, heads, D) for heads in (HEADS, GROUPS, GROUPS))
+    last = module()(query, key, value, None)[-1:]
+    alone = module()(query[-1:], key, value, None, attn_mask_type=AttnMaskType.no_mask)
+    torch.testing.assert_close(alone, last, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="1 queries for 16 keys"):
+        module()(query[-1:], key, value, None)
+    with pytest.raises(ValueError, match="attn_mask_type padding is not supported"):
+        module()(query, key, value, None, attn_mask_type=AttnMaskType.padding)
+
+
+def test_context_parallelism_refuses_a_call_without_mask(monkeypatch):
+    query, key, value = (torch.randn(S, B, heads, D) for heads in (HEADS, GROUPS, GROUPS))
+    with pytest.raises(ValueError, match="context parallelism is for causal attention"):
+        on_rank(0, 2, key, value, monkeypatch)(query, key, value, None, attn_mask_type=AttnMaskType.no_mask)

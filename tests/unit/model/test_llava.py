@@ -127,3 +127,11 @@ def test_frozen_parts_have_no_gradients(mcore, one_process, tmp_path):
     model(pixel_values=pictures(mcore, batch), **text_inputs(batch, llava, labels=True)).sum().backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert with_gradient == trained
+
+
+@pytest.mark.parametrize("name", ["inference_context", "runtime_gather_output"])
+def test_a_call_that_would_change_logits_is_refused(mcore, one_process, tmp_path, name):
+    """megatron.core's output layer would gather, or give the last position's logits alone; this one does neither."""
+    model = build(mcore, tmp_path)
+    with pytest.raises(ValueError, match=f"{name}: not supported"):
+        model.language_model._postprocess(torch.zeros(4, 1, 8), labels=None, loss_mask=None, **{name: True})

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_patch.data.webdataset import output, own
-from megatron_patch.data.webdataset.output import LocalOutput
+from megatron_patch.data.webdataset.output import LocalOutput, Record
 from megatron_patch.data.webdataset.tar import TarWriter
 from tests.unit.data.samples import convert_folder, write_annotations, write_pretrain
 from tests.unit.data.webdataset.shards import read_shards, rejects, shards
@@ -314,3 +314,33 @@ def test_a_plan_nested_deep_is_one_line(tmp_path):
     (tmp_path / MARK).write_text("[" * 100_000 + "]" * 100_000)
     with pytest.raises(ValueError, match=r"wds\.partial: begun with another samples"):
         LocalOutput(str(tmp_path / "wds")).begin({"samples": 5}, overwrite=False)
+
+
+def test_links_that_are_made_after_the_look_are_not_followed(tmp_path, monkeypatch):
+    """A lock, a shard, a file that is written aside: nothing is made or emptied where they lead."""
+    there = tmp_path / "theirs"
+    there.write_text("theirs")
+    for target in (there, tmp_path / "nowhere"):
+        for name in ("lock", "00000.tar.tmp", "list.0.tmp"):
+            (tmp_path / name).unlink(missing_ok=True)
+            (tmp_path / name).symlink_to(target)
+        with pytest.raises(OSError, match="lock"):
+            own.lock(tmp_path / "lock", shared=False)
+        output = LocalOutput(str(tmp_path / "wds"))
+        output.partial = tmp_path
+        with pytest.raises(OSError, match="tmp"), output.new_shard("00000.tar", Record(shard="00000.tar", given=1)):
+            pass
+        monkeypatch.setattr(own.secrets, "token_hex", lambda _: "0")
+        with pytest.raises(FileExistsError):
+            own.write_whole(tmp_path / "list", "ours")
+        assert (tmp_path / "list.0.tmp").is_symlink()
+    assert there.read_text() == "theirs"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_link_to_a_list_is_not_one(tmp_path):
+    (tmp_path / "list").write_text("3\tid\twhy\n")
+    own.check_list(tmp_path / "list")
+    (tmp_path / "link").symlink_to(tmp_path / "list")
+    with pytest.raises(ValueError, match="not a list of rejected samples"):
+        own.check_list(tmp_path / "link")
