@@ -20,6 +20,9 @@ examples = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )
 
+few = settings(examples, max_examples=int(os.environ.get("PROPERTY_EXAMPLES", "20")))
+"""Of what takes a tenth of a second each."""
+
 MAX_SECONDS = 10
 MAX_MEMORY = 700 * 2**20
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_patch.checkpoint.card import model_card
-from tests.unit.properties import examples, json_values
+from tests.unit.properties import few, json_values
 from tests.unit.test_config import LLAVA
 
 FIELDS = ("language_model", "vision_tower", "projector", "added_tokens")
@@ -40,7 +40,7 @@ def test_names_are_no_markup():
     assert len(rows({})) == len(found)
 
 
-@examples
+@few
 @given(record=st.fixed_dictionaries(dict.fromkeys(FIELDS, json_values)))
 def test_any_record_gives_the_same_lines(record):
     text, plain = model_card(LLAVA, record, "bf16", None), model_card(LLAVA, {}, "bf16", None)

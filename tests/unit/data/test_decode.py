@@ -15,6 +15,7 @@ from megatron_patch.data import decode as module
 from megatron_patch.data.decode import decode
 from megatron_patch.data.webdataset.formats import check_decodes, check_header
 from megatron_patch.data.webdataset.samples import Rejected
+from tests.unit.data.webdataset.test_formats import with_scans
 from tests.unit.properties import damaged, examples
 
 KINDS = ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "MPO", "JPEG2000"]
@@ -188,3 +189,8 @@ def test_any_bytes_are_an_image_or_one_line(data):
         except ValueError as error:
             said = str(error)
         assert said.splitlines() == [said]
+
+
+def test_hundreds_of_scans_are_refused_in_training_too():
+    with pytest.raises(ValueError, match="scans of 9000000 pixels each, more than"):
+        decode(with_scans(400, (3000, 3000)))

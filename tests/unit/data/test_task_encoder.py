@@ -50,6 +50,13 @@ def test_batch_is_padded_to_its_longest_and_a_multiple_of_8(encoder):
         assert (batch.labels[row, size:] == -100).all()
 
 
+def test_keys_are_shown_without_control_characters(encoder):
+    """They come from a dataset, and go into logs."""
+    batch = encoder.batch([encode(encoder, sample(key="00\x1b[2J\n01" + "k" * 999))])
+    assert batch.keys[0].isprintable()
+    assert len(batch.keys[0]) <= 200
+
+
 def test_batch_without_pictures(encoder):
     batch = encoder.batch([encode(encoder, text_only())])
     assert batch.pixels.shape == (0, 3, 28, 28)

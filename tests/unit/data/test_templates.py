@@ -103,6 +103,7 @@ def test_several_without_a_default_are_refused(files, source, tmp_path):
         "{{ 10 ** (10 ** 10) }}",
         "{% set ns = namespace(x='xx') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
         "{{ 'x' * 9000000 }}",
+        "{% set x = 'x' * 900000000 %}{{ x[0] }}",
     ],
 )
 def test_a_template_without_bounds_ends_in_one_line(template, source, monkeypatch):

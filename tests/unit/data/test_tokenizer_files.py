@@ -19,7 +19,7 @@ from megatron_patch.data.prompts import blank_after_bos, document_pieces, prompt
 from megatron_patch.data.tokenize import load_tokenizer, open_tokenizer
 from megatron_patch.data.tokenizer_files import complete_tokenizer, install_tokenizer
 from tests.unit.data.tokenizers import mistral_v3, tiny
-from tests.unit.properties import changed, damaged, examples, in_one_line
+from tests.unit.properties import changed, damaged, examples, few, in_one_line
 
 LONG = "What is it that you see in this picture of mine, please, and what else is there besides? " * 3
 TEXTS = (
@@ -250,7 +250,7 @@ def test_any_settings_are_in_one_line_in_one_line(content, name, small, tmp_path
     _damage(tmp_path / "damaged", name, json.dumps(content).encode(), small)
 
 
-@examples
+@few
 @given(data=st.data())
 def test_any_tokenizer_json_is_in_one_line_in_one_line(data, small, tmp_path):
     whole = json.loads((small / "tokenizer.json").read_text())

@@ -119,6 +119,21 @@ def test_too_many_rejects_stop_it_and_leave_only_the_list(tmp_path):
     assert len((tmp_path / "wds.rejected.tsv").read_text().splitlines()) == 3
 
 
+def test_names_of_rejected_samples_are_shown_without_control_characters(tmp_path):
+    """Each is one line of three fields, and the error is one line."""
+    entries = write_pretrain(tmp_path, 4)
+    for sample in entries[1:]:
+        sample |= {"id": f"{sample['id']}\t\x1b[2J\n", "image": "no\x1b[31m\x85where.jpg"}
+    write_annotations(tmp_path, entries)
+    for share, why in ((0.1, "more than --max-rejected-share"), (1, "1 usable samples; a train and a val split")):
+        with pytest.raises(ValueError, match=why) as caught:
+            convert_folder(tmp_path, no_prepare=True, max_rejected_share=share)
+        assert str(caught.value).isprintable()
+        lines = (tmp_path / "wds.rejected.tsv").read_text().split("\n")[:-1]
+        assert len(lines) == 3 or share < 1
+        assert all(line.count("\t") == 2 and line.replace("\t", "").isprintable() for line in lines)
+
+
 def test_a_failed_run_leaves_the_old_result(tmp_path):
     entries = write_pretrain(tmp_path, 20)
     convert_folder(tmp_path, no_prepare=True)
