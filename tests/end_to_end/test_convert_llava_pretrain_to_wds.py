@@ -1,5 +1,7 @@
 """The script as people call it: another folder, spaces in paths, energon's own command as the judge."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from megatron.energon import WorkerConfig, get_train_dataset
 
 from tests.end_to_end.scripts import processor_seconds
 from tests.unit.data.samples import PHOTOS, copy_photos, write_annotations, write_pretrain
+from toolkits.multimodal_data_preprocessing import convert_llava_pretrain_to_wds as script
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "toolkits" / "multimodal_data_preprocessing" / "convert_llava_pretrain_to_wds.py"
@@ -108,3 +111,23 @@ def test_mistakes_are_one_line_and_fast(arguments, code, why, tmp_path):
     assert (result.returncode, result.stdout) == (code, "")
     assert why in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_in_order(number, tmp_path, monkeypatch):
+    """As Ctrl-C does: what was begun is left in order (tests/unit/data/webdataset/test_output.py)."""
+
+    def interrupted(settings):
+        os.kill(os.getpid(), number)
+        pytest.fail("it went on")
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(script, "convert", interrupted)
+    monkeypatch.setattr(sys, "argv", ["convert", str(tmp_path)])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            script.main()
+    finally:
+        for each in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, before if each == number else signal.SIG_DFL)
+    assert ended.value.code == 128 + number

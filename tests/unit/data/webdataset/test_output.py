@@ -292,6 +292,16 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     assert "no locks on this file system; do not start a second conversion" in capsys.readouterr().err
 
 
+def test_a_disk_that_is_full_at_the_last_moment_is_named(tmp_path, monkeypatch):
+    def full(descriptor):  # a mock of a disk
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(own.os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/manifest\.json'"):
+        own.write_whole(tmp_path / "manifest.json", "{}")
+    assert not list(tmp_path.iterdir())
+
+
 @examples
 @given(st.binary(max_size=40) | json_values.map(lambda value: json.dumps(value).encode()))
 def test_any_plan_and_record_is_read_or_one_line(tmp_path, content):
