@@ -14,6 +14,8 @@ outlive_readers()
 for number in range(30000):
     print("line", number)
     print("remark", number, file=sys.stderr)
+    if number % 100 == 0:
+        sys.stdout.flush()
 open(sys.argv[1], "w").write("through")
 """
 

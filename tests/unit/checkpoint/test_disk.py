@@ -45,3 +45,24 @@ def test_a_file_that_cannot_be_synced(number, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="file") as error:
         disk.sync_tree(tmp_path)
     assert error.value.errno == number
+
+
+def test_a_file_system_that_refuses_direct_reads(tmp_path, monkeypatch):
+    """It opens files for them, and says no at each."""
+    content = os.urandom(3 * disk.SMALL)
+    (tmp_path / "file").write_bytes(content)
+    file = disk.InputFile(tmp_path / "file")
+    file.direct = file.direct or os.open(tmp_path / "file", os.O_RDONLY)  # where this file system has none either
+    preadv, refused = os.preadv, []
+
+    def read(descriptor, buffers, offset):
+        if descriptor == file.direct:
+            refused.append(offset)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    buffer = disk.aligned_buffer(4 * disk.SMALL)
+    assert bytes(file.read(5, 2 * disk.SMALL, buffer)) == content[5 : 5 + 2 * disk.SMALL]
+    assert refused
+    file.close()

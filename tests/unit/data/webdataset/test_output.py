@@ -136,6 +136,18 @@ def test_a_damaged_record_is_none_and_a_damaged_plan_one_line(damage, tmp_path):
         convert_folder(tmp_path, part="1/2")
 
 
+@pytest.mark.parametrize("changed", [{"given": 3}, {"size": "7"}, {"crc32": True}, {"shard": "00001.tar"}])
+def test_a_record_that_does_not_add_up_is_none(changed, tmp_path):
+    write_pretrain(tmp_path, 20)
+    convert_folder(tmp_path, part="1/2")
+    output = LocalOutput(str(tmp_path / "wds"))
+    path = tmp_path / "wds.partial" / ".records" / "00000.tar.json"
+    content = json.loads(path.read_text())
+    assert output.read_record("00000.tar") is not None
+    path.write_text(json.dumps({**content, **changed}))
+    assert output.read_record("00000.tar") is None
+
+
 def test_where_the_output_may_be(tmp_path, monkeypatch):
     """A slash at its end changes nothing, the list of rejected samples beside it included."""
     entries = write_pretrain(tmp_path, 20)
