@@ -52,14 +52,3 @@ def _has_torch_extension(package: str | None) -> bool:
     roots.append(Path(sysconfig.get_path("purelib")))
     places = [root / place for root in roots for place in (".", "transformer_engine", "transformer_engine/wheel_lib")]
     return any(True for place in places for _ in place.glob("transformer_engine_torch*.so"))
-
-
-def divisors(number: int) -> list[int]:
-    """The numbers that divide `number`, from 1 up."""
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def listing(items: list[int]) -> str:
-    """`[1, 2, 4]` -> "1, 2 or 4"."""
-    *head, last = map(str, items)
-    return f"{', '.join(head)} or {last}" if head else last

@@ -12,8 +12,6 @@ from typing import Literal
 
 from megatron_patch.checkpoint_config import Checkpoint
 from megatron_patch.checks import (
-    divisors,
-    listing,
     require_finite,
     require_not_negative,
     require_positive,
@@ -21,7 +19,7 @@ from megatron_patch.checks import (
 )
 from megatron_patch.files import model_folder
 from megatron_patch.parallel_config import Parallel
-from megatron_patch.sizes import Llava
+from megatron_patch.sizes import Llava, divisors, listing
 
 MOCK = Path("mock")
 """In place of a dataset: random samples."""

@@ -22,7 +22,8 @@ from megatron_patch.config import MOCK, Config
 from megatron_patch.estimate.cards import find_card
 from megatron_patch.estimate.report import line, report, suggest
 from megatron_patch.families.llava import read_config
-from megatron_patch.files import STORE, TRAINING, lock
+from megatron_patch.files import STORE, TRAINING
+from megatron_patch.marks import lock
 from megatron_patch.sizes import Llava
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ of tuples that are nested a million deep overflows the stack. Neither is an exce
 from __future__ import annotations
 
 import pickletools
+import re
 from typing import NamedTuple
 
 MAX_BYTES = 8 * 1024**2
@@ -196,3 +197,13 @@ def _argument(data: bytes, position: int, form: int) -> tuple[int, int]:
     if end > len(data):
         raise ValueError("cut off")
     return value, end
+
+
+def why_not_loaded(error: BaseException) -> str:
+    """What torch.load(weights_only=True) says of a file, on one line and without its advice to trust it."""
+    named = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
+    if named:
+        return f"it names {named[1]}, which could run code"
+    text = str(error).rpartition("WeightsUnpickler error: ")[2]  # all of it, where that is not in it
+    text = re.sub("\x1b\\[[0-9;]*m", "", text).strip()
+    return (text.splitlines() or [type(error).__name__])[0][:200]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_patch.checks import divisors, listing, require_positive
-from megatron_patch.sizes import Llava
+from megatron_patch.checks import require_positive
+from megatron_patch.sizes import Llava, divisors, listing
 
 
 @dataclass(frozen=True, kw_only=True)

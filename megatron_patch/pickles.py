@@ -21,8 +21,7 @@ from torch import Tensor
 
 from megatron_patch import opcodes
 from megatron_patch.archives import Archive, check_legacy, check_records, open_archive
-from megatron_patch.files import why_not_loaded
-from megatron_patch.opcodes import Refused
+from megatron_patch.opcodes import Refused, why_not_loaded
 
 RECIPES = "transformer_engine.common.recipe"
 """Module of the settings that Transformer Engine keeps with fp8's scales."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_patch.files import CONFIG, PREPROCESSOR, PROCESSOR, read_json
+from megatron_patch.files import CONFIG, PREPROCESSOR, PROCESSOR
+from megatron_patch.json_object import read_json
 
 Transform = Literal["clip", "pad", "square"]
 """clip: shortest edge to `size`, then the middle. pad: before that, the mean colour around it to make it square, as in

@@ -90,3 +90,14 @@ class Llava:
                 f"--model-size {model_size}: the language model's config.json describes {actual} parameters; "
                 f"give the size of that model, another model, or auto to skip this check"
             )
+
+
+def divisors(number: int) -> list[int]:
+    """The numbers that divide `number`, from 1 up."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def listing(items: list[int]) -> str:
+    """`[1, 2, 4]` -> "1, 2 or 4"."""
+    *head, last = map(str, items)
+    return f"{', '.join(head)} or {last}" if head else last

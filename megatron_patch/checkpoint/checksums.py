@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_patch.files import MARK
+from megatron_patch.marks import MARK
 
 FILE = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64})  ([^/\0]+)")

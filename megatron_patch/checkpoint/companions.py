@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_patch import files
+from megatron_patch import json_object
 from megatron_patch.families.llava import LANGUAGE_FAMILIES, LLAMA3_ROPE, VISION_FAMILIES, vision_config
 from megatron_patch.files import (
     CHAT_TEMPLATE,
@@ -24,9 +24,9 @@ from megatron_patch.files import (
     PROCESSOR,
     TOKENIZER,
     TOKENIZER_CONFIG,
-    beside,
     is_iteration,
 )
+from megatron_patch.marks import beside
 from megatron_patch.preprocessor import (
     NESTED,
     has_preprocessor,
@@ -126,7 +126,7 @@ def complete_processor(folder: Path, model: VisionModel) -> None:
 
 def read_json(folder: Path, name: str = CONFIG) -> dict[str, Any]:
     """A json file that holds an object. Raises FileNotFoundError or ValueError, one line that names the file."""
-    return files.read_json(Path(folder) / name)
+    return json_object.read_json(Path(folder) / name)
 
 
 def check_json(folder: Path) -> None:

@@ -18,7 +18,7 @@ from megatron_patch.checkpoint.hf_files import is_lfs_pointer, weight_file
 from megatron_patch.checkpoint.reader import Reader, existing_file, open_torch_file, reason, stored_view
 from megatron_patch.checkpoint.stream import Target, as_bytes, copy, read
 from megatron_patch.checkpoint.view import Source, View, as_rows
-from megatron_patch.files import read_json
+from megatron_patch.json_object import read_json
 
 # Weights. Whole numbers are codes of a quantized model, which a cast would take for values.
 DTYPES = {

@@ -6,7 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from megatron_patch.files import CONFIG, read_json
+from megatron_patch.files import CONFIG
+from megatron_patch.json_object import read_json
 
 ORDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """In the order in which transformers looks for them (`_get_resolved_checkpoint_files`): the first one is the model."""

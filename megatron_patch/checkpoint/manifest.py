@@ -21,7 +21,7 @@ import torch
 from megatron_patch.checkpoint.digest import RunDigest
 from megatron_patch.checkpoint.stream import Target
 from megatron_patch.checkpoint.torch_zip import frame
-from megatron_patch.files import parse_json
+from megatron_patch.json_object import parse_json
 
 FILE = "manifest.json"
 FORMAT = 1

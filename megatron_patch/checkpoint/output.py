@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_patch import files
+from megatron_patch import marks
 from megatron_patch.checkpoint import disk
 from megatron_patch.checkpoint.disk import sync, sync_tree
 
@@ -63,7 +63,7 @@ def written_aside(target: Path, num_bytes: int = 0) -> Iterator[Path]:
     mark, is_locked = _lock(partial, target)
     is_ours = False
     try:
-        files.claim(partial, None if is_locked else mark)
+        marks.claim(partial, None if is_locked else mark)
         is_ours = True
         check_space(target, num_bytes)
         disk.reached("locked")
@@ -72,13 +72,13 @@ def written_aside(target: Path, num_bytes: int = 0) -> Iterator[Path]:
         sync_tree(partial)
         disk.reached("synced")
         os.rename(partial, target)  # takes the place of an empty folder
-        files.release(target)
+        marks.release(target)
         disk.reached("renamed")
         sync(target.parent)
         sync(target)
     except BaseException:
         if is_ours:
-            files.discard(partial)
+            marks.discard(partial)
         raise
     finally:
         os.close(mark)
@@ -96,13 +96,13 @@ def _lock(partial: Path, target: Path) -> tuple[int, bool]:
     """
     busy = f"{target}: another process is writing it; wait for that, or give another folder"
     try:
-        mark = files.open_mark(partial)
+        mark = marks.open_mark(partial)
     except FileNotFoundError:  # it was renamed or removed meanwhile
         raise ValueError(busy) from None
     try:
-        is_locked = files.lock(mark)
+        is_locked = marks.lock(mark)
         # Its last owner may have renamed or removed it between our opening and our locking it.
-        if not os.path.samestat(os.stat(partial / files.MARK), os.fstat(mark)):
+        if not os.path.samestat(os.stat(partial / marks.MARK), os.fstat(mark)):
             raise BlockingIOError
     except (BlockingIOError, FileNotFoundError):
         os.close(mark)

@@ -12,8 +12,7 @@ from megatron_patch.archives import Archive, Stored, open_archive
 from megatron_patch.checkpoint import stream
 from megatron_patch.checkpoint.torch_zip import describe
 from megatron_patch.checkpoint.view import Source, View, as_rows
-from megatron_patch.files import why_not_loaded
-from megatron_patch.opcodes import Refused
+from megatron_patch.opcodes import Refused, why_not_loaded
 from megatron_patch.pickles import load_plain
 
 

@@ -33,8 +33,9 @@ from megatron_patch.checkpoint.torch_dist import read_metadata
 from megatron_patch.config import Config
 from megatron_patch.families.llava import read_config
 from megatron_patch.files import RUN_CONFIG as CONFIG
-from megatron_patch.files import beside, claim, discard, why_not_loaded
+from megatron_patch.marks import beside, claim, discard
 from megatron_patch.model.llava import LlavaModel
+from megatron_patch.opcodes import why_not_loaded
 from megatron_patch.pickles import check_extra_state
 from megatron_patch.preprocessor import has_preprocessor, read_image_settings
 

@@ -31,7 +31,14 @@ from megatron_patch.checkpoint import checksums, disk
 from megatron_patch.checkpoint.companions import TRACKER
 from megatron_patch.checkpoint.resume import CONFIG, Progress, agree, model_state, optimizer_state, position_file, saved
 from megatron_patch.config import Config
-from megatron_patch.files import MARK, beside, claim, discard, is_ours, release
+from megatron_patch.marks import (
+    MARK,
+    beside,
+    claim,
+    discard,
+    is_ours,
+    release,
+)
 from megatron_patch.model.llava import LlavaModel
 
 logger = logging.getLogger(__name__)

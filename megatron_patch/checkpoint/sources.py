@@ -17,7 +17,8 @@ from megatron_patch.checkpoint.mm_projector import NAMES, read_mm_projector
 from megatron_patch.checkpoint.reader import InMemory, Joined, Reader, Views
 from megatron_patch.families.llava import hub_name, parts, rows, unused_names
 from megatron_patch.families.llava_repository import TOWER, is_repository
-from megatron_patch.files import CONFIG, read_json
+from megatron_patch.files import CONFIG
+from megatron_patch.json_object import read_json
 from megatron_patch.sizes import Llava
 
 EMBED_TOKENS = "language_model.model.embed_tokens.weight"

@@ -30,7 +30,7 @@ from megatron_patch.data.dataset_code import DatasetCodeError, guarded
 from megatron_patch.data.failures import Failures
 from megatron_patch.data.mock import MockLoader
 from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
-from megatron_patch.data.webdataset.output import MANIFEST
+from megatron_patch.files import MANIFEST
 from megatron_patch.sizes import Llava
 from megatron_patch.text import printable
 

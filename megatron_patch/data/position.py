@@ -14,7 +14,7 @@ from megatron.energon import rng, savable_loader, state
 from megatron.energon.flavors.webdataset import sample_loader
 
 from megatron_patch.archives import DTYPES, Stored, Tensors, check_records, open_archive
-from megatron_patch.files import why_not_loaded
+from megatron_patch.opcodes import why_not_loaded
 from megatron_patch.pickles import admitting, build
 
 ADMITTED = {

@@ -9,7 +9,8 @@ from pathlib import Path
 from megatron_patch.config import Config
 from megatron_patch.data.prompts import chat_template, find_format
 from megatron_patch.data.tokenize import load_tokenizer
-from megatron_patch.files import PREPROCESSOR, beside
+from megatron_patch.files import PREPROCESSOR
+from megatron_patch.marks import beside
 from megatron_patch.preprocessor import preprocessor_of, read_image_settings, read_preprocessor
 
 

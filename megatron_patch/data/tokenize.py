@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_patch.data.formats import IMAGE, Piece
-from megatron_patch.files import CONFIG, TOKENIZER_CONFIG, read_json
+from megatron_patch.files import CONFIG, TOKENIZER_CONFIG
+from megatron_patch.json_object import read_json
 
 INSTALLED = "PreTrainedTokenizerFast"
 """The class of tokenizers that `install_tokenizer` writes."""

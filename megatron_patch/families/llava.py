@@ -19,7 +19,8 @@ from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.families.projector import PROJECTOR
 from megatron_patch.families.qwen2 import QWEN2
 from megatron_patch.families.shapes import language_dims, projector_dims, vision_dims
-from megatron_patch.files import CONFIG, read_json
+from megatron_patch.files import CONFIG
+from megatron_patch.json_object import read_json
 from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 
 LANGUAGE_FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2)}

@@ -12,7 +12,7 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
-from megatron_patch import files, parallel
+from megatron_patch import marks, parallel
 from megatron_patch.training.log import logger
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -79,7 +79,7 @@ def lock(folder: Path) -> IO[bytes]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be made or locked ({error.strerror}); move what is there away") from None
     try:
-        if not files.lock(file.fileno()):
+        if not marks.lock(file.fileno()):
             logger.warning(f"{folder}: no locks on this file system; see that no other run writes it")
     except BlockingIOError:
         file.close()

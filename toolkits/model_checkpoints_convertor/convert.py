@@ -37,7 +37,7 @@ try:
     )
     from megatron_patch.families import llava_repository
     from megatron_patch.families.llava import describe
-    from megatron_patch.files import check_page
+    from megatron_patch.marks import check_page
     from megatron_patch.sizes import Llava
     from megatron_patch.terminal import outlive_readers
 except KeyboardInterrupt:

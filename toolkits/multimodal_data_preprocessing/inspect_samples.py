@@ -52,7 +52,7 @@ def _write(config: Config, page: Path, count: int) -> None:
     from megatron_patch.data.tokenize import load_tokenizer
     from megatron_patch.data.webdataset.own import write_whole
     from megatron_patch.families.llava import read_config
-    from megatron_patch.files import check_page
+    from megatron_patch.marks import check_page
 
     check_page(page, HEAD[:100])
     llava = read_config(config.model.description)

@@ -7,8 +7,6 @@ import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
-from megatron_patch.data.webdataset.samples import Rejected
-
 MAX_PIXELS = 89_478_485
 """Pixels that a picture may have, as it is or resized (what PIL calls a decompression bomb beyond)."""
 EDGE = 336
@@ -23,6 +21,10 @@ MAX_PASSES = 12 * MAX_PIXELS
 # Start of scan, and whatever ends one: in between, 0xFF is followed by 0 or by a restart marker.
 _SCAN = re.compile(rb"\xff[\xda]")
 _MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
+
+
+class Rejected(ValueError):
+    """A sample that cannot be used, and why."""
 
 
 def check_present(data: bytes) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 from megatron_patch.data.webdataset.objects import Objects, is_url
 from megatron_patch.data.webdataset.own import (
     LOCK,
-    MANIFEST,
     PLAN,
     RECORDS,
     check_folder,
@@ -30,6 +29,7 @@ from megatron_patch.data.webdataset.own import (
     remove_temporary,
     write_whole,
 )
+from megatron_patch.files import MANIFEST
 
 PIECE = 1024**2
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.files import MANIFEST
 from megatron_patch.text import printable
 
 RECORDS = ".records"
 PLAN = "plan.json"
-MANIFEST = "manifest.json"
 META = ".nv-meta"
 LOCK = "lock"
 SHARD = r"[0-9]{5}\.tar"

@@ -16,9 +16,8 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, takewhile
 from typing import NamedTuple, Protocol
 
-from megatron_patch.data.webdataset.formats import check_decodes, check_header, check_present
+from megatron_patch.data.webdataset.formats import Rejected, check_decodes, check_header, check_present
 from megatron_patch.data.webdataset.objects import ObjectFile, Objects, StoreError, is_url
-from megatron_patch.data.webdataset.samples import Rejected
 from megatron_patch.data.webdataset.settings import Validation
 
 MAX_BYTES = 256 * 1024**2

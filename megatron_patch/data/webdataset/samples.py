@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.data.prompts import IMAGE, Turn, pair_turns
+from megatron_patch.data.webdataset.formats import Rejected
 from megatron_patch.data.webdataset.objects import Objects, is_url
 
 ANNOTATIONS = "blip_laion_cc_sbu_558k.json"
@@ -24,10 +25,6 @@ JSON_LINES = (".jsonl", ".ndjson")
 PIECE = 1024**2
 """Bytes that are looked through at once for what tells that a json holds conversations."""
 CONVERSATIONS = re.compile(rb'"(conversations|messages)"')
-
-
-class Rejected(ValueError):
-    """A sample that cannot be used, and why."""
 
 
 @dataclass(frozen=True)

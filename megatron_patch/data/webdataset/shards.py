@@ -6,9 +6,10 @@ import json
 import math
 from dataclasses import dataclass
 
+from megatron_patch.data.webdataset.formats import Rejected
 from megatron_patch.data.webdataset.output import LocalOutput, NoOutput, ObjectOutput, Record
 from megatron_patch.data.webdataset.pictures import Pictures
-from megatron_patch.data.webdataset.samples import Rejected, Sample, Samples
+from megatron_patch.data.webdataset.samples import Sample, Samples
 from megatron_patch.data.webdataset.tar import TarWriter
 from megatron_patch.data.webdataset.workers import Tell
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_patch.checkpoint import checksums
 from megatron_patch.checkpoint.checksums import FILE
-from megatron_patch.files import MARK
+from megatron_patch.marks import MARK
 from tests.unit.properties import damaged, examples, in_one_line
 
 NAMES = ("__0_0.distcp", ".metadata", "common.pt")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch import files
+from megatron_patch import marks
 from megatron_patch.checkpoint.output import check_target, written_aside
-from tests.unit.test_files import KINDS, make_foreign, tree
+from tests.unit.test_marks import KINDS, make_foreign, tree
 
 
 def listing(folder):
@@ -139,7 +139,7 @@ def test_a_target_apart_from_its_sources(tmp_path):
 
 
 def test_without_locks_a_target_is_written_and_a_line_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(files, "lock", lambda descriptor: False)
+    monkeypatch.setattr(marks, "lock", lambda descriptor: False)
     write(tmp_path / "target")
     assert listing(tmp_path) == ["target"]
     assert f"{tmp_path}: no locks on this file system" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.families.llava import read_config
 from megatron_patch.training.loop import start_or_resume
 from tests import tiny_runs
-from tests.unit.test_files import KINDS, make_foreign, tree
+from tests.unit.test_marks import KINDS, make_foreign, tree
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

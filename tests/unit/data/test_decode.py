@@ -13,8 +13,7 @@ from transformers.image_utils import load_image
 
 from megatron_patch.data import decode as module
 from megatron_patch.data.decode import decode
-from megatron_patch.data.webdataset.formats import check_decodes, check_header
-from megatron_patch.data.webdataset.samples import Rejected
+from megatron_patch.data.webdataset.formats import Rejected, check_decodes, check_header
 from tests.unit.data.webdataset.test_formats import with_scans
 from tests.unit.properties import damaged, examples
 

@@ -8,8 +8,8 @@ from contextlib import suppress
 import pytest
 from hypothesis import example, given
 
+from megatron_patch.data.webdataset.formats import Rejected
 from megatron_patch.data.webdataset.pictures import Pictures, open_roots
-from megatron_patch.data.webdataset.samples import Rejected
 from tests.unit.data.samples import jpeg
 from tests.unit.properties import damaged, examples, one_line
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_patch.data.webdataset.samples import Rejected, Samples, read_samples
+from megatron_patch.data.webdataset.formats import Rejected
+from megatron_patch.data.webdataset.samples import Samples, read_samples
 from tests.unit.data.samples import entry
 from tests.unit.properties import changed, damaged, examples, json_values
 

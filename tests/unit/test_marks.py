@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 from pathlib import Path
 
 import pytest
 
-from megatron_patch import files
-from megatron_patch.files import (
+from megatron_patch import marks
+from megatron_patch.marks import (
     MARK,
-    MAX_DEPTH,
     beside,
     check_page,
     claim,
@@ -21,7 +19,6 @@ from megatron_patch.files import (
     is_ours,
     lock,
     open_mark,
-    read_json,
     release,
 )
 
@@ -99,14 +96,14 @@ def test_without_locks_the_mark_says_who_writes(tmp_path, monkeypatch):
     claim(place, mark)
     claim(place, mark)  # of this process
     (place / "file").touch()
-    for alive in (f"{files.platform.node()} 1", "elsewhere 12", "damaged"):
+    for alive in (f"{marks.platform.node()} 1", "elsewhere 12", "damaged"):
         (place / MARK).write_text(alive)
         with pytest.raises(ValueError, match="another process is writing it"):
             claim(place, mark)
         assert (place / "file").exists()
-    (place / MARK).write_text(f"{files.platform.node()} 99999999")
+    (place / MARK).write_text(f"{marks.platform.node()} 99999999")
     claim(place, mark)
-    assert tree(place) == {MARK: f"{files.platform.node()} {os.getpid()}\n"}
+    assert tree(place) == {MARK: f"{marks.platform.node()} {os.getpid()}\n"}
     os.close(mark)
 
 
@@ -135,7 +132,7 @@ def test_a_removal_that_is_cut_short_can_be_gone_on_with(tmp_path, monkeypatch):
         raise PermissionError(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "remove", is_killed)
+        patch.setattr(marks, "remove", is_killed)
         discard(place)
     assert is_ours(place)
     claim(place)
@@ -180,34 +177,3 @@ def test_pages(tmp_path):
     for place in (link, tmp_path, Path("/dev/null")):
         with pytest.raises(ValueError, match="is a link, a folder or a device"):
             check_page(place, "<html>")
-
-
-@pytest.mark.parametrize(
-    ("content", "why"),
-    [
-        pytest.param(b'{"a": "\\ud800"}', "not valid json .*surrogates not allowed", id="half of a pair"),
-        pytest.param('{"a": "é"}'.encode("latin1"), "not valid json .*expected text in UTF-8", id="another encoding"),
-        pytest.param('{"a": "é"}'.encode("utf-16"), "not valid json .*expected text in UTF-8", id="UTF-16"),
-        pytest.param(b"\xef\xbb\xbf{}", "not valid json", id="a byte order mark, which transformers refuses"),
-        pytest.param(b"[" * 100_000 + b"]" * 100_000, "nested too deep", id="deep"),
-        pytest.param(
-            b'{"a": ' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1), "nested too deep", id="not quite as deep"
-        ),
-        pytest.param(b"[{}]", "holds a list; expected an object", id="a list"),
-        pytest.param(b"null", "holds a NoneType; expected an object", id="nothing"),
-        pytest.param(b"9" * 5000, "not valid json", id="a number of thousands of digits"),
-    ],
-)
-def test_json_that_is_not_an_object_in_utf_8_is_one_line(content, why, tmp_path):
-    path = tmp_path / "config.json"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"config\.json: {why}") as caught:
-        read_json(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_json_is_utf_8_whatever_the_locale(tmp_path):
-    path, content = tmp_path / "config.json", {"a": "日本語 é 😀", "pair": "\U0001f600"}
-    for text in (json.dumps(content), json.dumps(content, ensure_ascii=False)):
-        path.write_bytes(text.encode())
-        assert read_json(path) == content
