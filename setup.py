@@ -20,7 +20,7 @@ setup(
         "tensorboard",
         "sentencepiece",
         "protobuf",
-        # Known to resize in the order in which megatron_patch/data/image.py does it in two steps.
+        # Known to resize in the order in which megatron_patch/data/images.py does it in two steps.
         "pillow>=9.5,<14",
         "tqdm",
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch.config import Parallel
+from megatron_patch.config.train import Parallel
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 

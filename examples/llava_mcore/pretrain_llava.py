@@ -4,10 +4,10 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_patch.arguments import parse
-from megatron_patch.config import Config
-from megatron_patch.launch import is_worker, launch
-from megatron_patch.terminal import outlive_readers
+from megatron_patch.config.flags import parse
+from megatron_patch.config.train import Config
+from megatron_patch.files.terminal import outlive_readers
+from megatron_patch.training.launch import is_worker, launch
 
 if __name__ == "__main__":
     outlive_readers()

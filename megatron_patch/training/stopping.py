@@ -12,7 +12,8 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
-from megatron_patch import marks, parallel
+from megatron_patch.files import marks
+from megatron_patch.model import groups
 from megatron_patch.training.log import logger
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -41,7 +42,7 @@ class Stop:
     def due(self) -> bool:
         """Whether all ranks stop now: after a signal to any of them, or when the time is up. Every rank must ask."""
         late = self.end is not None and time.monotonic() >= self.end
-        reason = torch.tensor([self._noted, late], dtype=torch.int32, device=parallel.device())
+        reason = torch.tensor([self._noted, late], dtype=torch.int32, device=groups.device())
         dist.all_reduce(reason, op=dist.ReduceOp.MAX)
         number, late = reason.tolist()
         if number:

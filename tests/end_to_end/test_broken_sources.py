@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_patch.checkpoint import disk
+from megatron_patch.tensor_io import disk
 from tests.canary import Canary
 from tests.end_to_end.scripts import CONVERT_MODEL, ROOT, call, environment
 from toolkits.model_checkpoints_convertor.convert import main

@@ -115,7 +115,7 @@ def test_mistakes_are_one_line_and_fast(arguments, code, why, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_in_order(number, tmp_path, monkeypatch):
-    """As Ctrl-C does: what was begun is left in order (tests/unit/data/webdataset/test_output.py)."""
+    """As Ctrl-C does: what was begun is left in order (tests/unit/prepare/test_output.py)."""
 
     def interrupted(settings):
         os.kill(os.getpid(), number)

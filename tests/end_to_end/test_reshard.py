@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch.checkpoint import manifest
+from megatron_patch.stores import manifest
 from toolkits.model_checkpoints_convertor.convert import main
 
 

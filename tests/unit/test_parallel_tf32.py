@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_patch.config import Parallel
+from megatron_patch.config.train import Parallel
 from tests.distributed import ranks
 
 

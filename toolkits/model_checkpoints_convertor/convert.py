@@ -20,12 +20,10 @@ from typing import TYPE_CHECKING, Any
 try:
     from tqdm import tqdm
 
-    from megatron_patch.arguments import parse
-    from megatron_patch.checkpoint import companions
-    from megatron_patch.checkpoint.output import check_target, written_aside
-    from megatron_patch.checkpoint.unchanged import Unchanged
-    from megatron_patch.config import Parallel
-    from megatron_patch.conversion import (
+    from megatron_patch.config.flags import parse
+    from megatron_patch.config.train import Parallel
+    from megatron_patch.conversion import companions
+    from megatron_patch.conversion.settings import (
         DTYPES,
         NOT_FROM_HF,
         NOT_FROM_MCORE,
@@ -37,14 +35,16 @@ try:
     )
     from megatron_patch.families import llava_repository
     from megatron_patch.families.llava import describe
-    from megatron_patch.marks import check_page
-    from megatron_patch.sizes import Llava
-    from megatron_patch.terminal import outlive_readers
+    from megatron_patch.families.sizes import Llava
+    from megatron_patch.files.marks import check_page
+    from megatron_patch.files.terminal import outlive_readers
+    from megatron_patch.files.unchanged import Unchanged
+    from megatron_patch.files.whole import check_target, written_aside
 except KeyboardInterrupt:
     sys.exit(130)  # nothing has begun
 
 if TYPE_CHECKING:
-    from megatron_patch.checkpoint.reader import Reader
+    from megatron_patch.stores.reader import Reader
 
 FIXED_PROMPT = (
     "<image>\nWhat is in this picture? It shows a quiet street after the rain, with two people under one umbrella, "
@@ -97,12 +97,12 @@ def import_hf(conversion: Conversion) -> None:
 
     import torch
 
-    from megatron_patch.checkpoint.convert import open_mcore, to_mcore
-    from megatron_patch.checkpoint.hf import save_tensors
-    from megatron_patch.checkpoint.hf_files import passed_over, weight_file
-    from megatron_patch.checkpoint.sources import open_sources, with_rows
+    from megatron_patch.conversion.plan import open_mcore, to_mcore
+    from megatron_patch.conversion.sources import open_sources, with_rows
+    from megatron_patch.data.preprocessor import check_crop, has_preprocessor, read_image_settings
     from megatron_patch.families.llava import rows
-    from megatron_patch.preprocessor import check_crop, has_preprocessor, read_image_settings
+    from megatron_patch.stores.hf import save_tensors
+    from megatron_patch.stores.hf_files import passed_over, weight_file
 
     dtype = getattr(torch, DTYPES[conversion.precision])
     if has_preprocessor(clip or llm):
@@ -136,8 +136,8 @@ def reshard(conversion: Conversion) -> None:
 
     import torch
 
-    from megatron_patch.checkpoint.convert import open_mcore
-    from megatron_patch.checkpoint.reader import Views
+    from megatron_patch.conversion.plan import open_mcore
+    from megatron_patch.stores.reader import Views
 
     dtype = getattr(torch, DTYPES[conversion.precision])
     saved = open_mcore(conversion.source_llm_ckpt_path, llava, not conversion.no_check, conversion.ckpt_step)
@@ -159,12 +159,12 @@ def export_hf(conversion: Conversion) -> None:
 
     import torch
 
-    from megatron_patch.checkpoint.convert import open_mcore, to_hf
-    from megatron_patch.checkpoint.hf import HfReader
-    from megatron_patch.checkpoint.mm_projector import write_mm_projector
-    from megatron_patch.checkpoint.reader import Joined, Views
-    from megatron_patch.checkpoint.sources import open_unused
+    from megatron_patch.conversion.plan import open_mcore, to_hf
+    from megatron_patch.conversion.sources import open_unused
     from megatron_patch.families.llava import hub_name, rows
+    from megatron_patch.stores.hf import HfReader
+    from megatron_patch.stores.mm_projector import write_mm_projector
+    from megatron_patch.stores.reader import Joined, Views
 
     dtype = getattr(torch, DTYPES[conversion.precision])
     mcore = open_mcore(conversion.source_llm_ckpt_path, llava, not conversion.no_check, conversion.ckpt_step)
@@ -205,7 +205,7 @@ def _num_bytes(conversion: Conversion, llava: Llava) -> int:
     """Size of the shards to be written."""
     import torch
 
-    from megatron_patch.checkpoint.convert import num_bytes_written
+    from megatron_patch.conversion.plan import num_bytes_written
 
     dtype = getattr(torch, DTYPES[conversion.precision])
     sizes = conversion.parallel
@@ -214,8 +214,8 @@ def _num_bytes(conversion: Conversion, llava: Llava) -> int:
 
 def _write_mcore(conversion: Conversion, folder: Path, mcore: Reader, llava: Llava, files: list[Path]) -> None:
     """`files`: where the weights come from."""
-    from megatron_patch.checkpoint.convert import write_dist, write_shards
-    from megatron_patch.checkpoint.manifest import identity
+    from megatron_patch.conversion.plan import write_dist, write_shards
+    from megatron_patch.stores.manifest import identity
 
     write = write_dist
     if conversion.ckpt_format == "torch":
@@ -237,7 +237,7 @@ def _wrote(conversion: Conversion) -> str:
 
 def _write_companions(conversion: Conversion, folder: Path, config: dict[str, Any], llava: Llava) -> Llava:
     """Everything beside the shards. Returns the sizes, with the image token's id and rows for new tokens."""
-    from megatron_patch.checkpoint.card import versions
+    from megatron_patch.conversion.card import versions
     from megatron_patch.data.prompts import IMAGE
     from megatron_patch.data.tokenizer_files import install_tokenizer
 
@@ -286,8 +286,8 @@ def _write_companions(conversion: Conversion, folder: Path, config: dict[str, An
 
 def _write_export(conversion: Conversion, folder: Path, config: dict[str, Any], llava: Llava, weights: Reader) -> None:
     """The whole LLaVA: config.json and what is beside it, and the weights."""
-    from megatron_patch.checkpoint.hf import HfWriter
-    from megatron_patch.checkpoint.sources import with_rows
+    from megatron_patch.conversion.sources import with_rows
+    from megatron_patch.stores.hf import HfWriter
 
     vocab_size = _exported_vocab_size(llava)
     writer = HfWriter(folder, conversion.max_shard_bytes)
@@ -310,7 +310,7 @@ def _describe_export(
     conversion: Conversion, folder: Path, config: dict[str, Any], llava: Llava, vocab_size: int
 ) -> None:
     """What is beside the weights of an export, which may be written meanwhile. `vocab_size`: rows of its embedding."""
-    from megatron_patch.checkpoint.generation import write_generation
+    from megatron_patch.conversion.generation_config import write_generation
     from megatron_patch.data.prompts import find_end, find_format
     from megatron_patch.data.tokenize import load_tokenizer
     from megatron_patch.data.tokenizer_files import complete_tokenizer
@@ -330,9 +330,9 @@ def _write_parts(
     conversion: Conversion, folder: Path, config: dict[str, Any], weights: Reader, carriers: Sequence[Path]
 ) -> None:
     """Language model, vision tower and projector by themselves, the language model with its source's tokenizer."""
-    from megatron_patch.checkpoint.mm_projector import write_mm_projector
-    from megatron_patch.checkpoint.parts import LANGUAGE_MODEL, write_parts
+    from megatron_patch.conversion.parts import LANGUAGE_MODEL, write_parts
     from megatron_patch.data.tokenizer_files import remove_image_token
+    from megatron_patch.stores.mm_projector import write_mm_projector
 
     write_mm_projector(folder, weights)
     write_parts(folder, weights, config, DTYPES[conversion.precision], conversion.max_shard_bytes)
@@ -354,20 +354,20 @@ def _verify(conversion: Conversion, folder: Path, llava: Llava, hf: Reader, mcor
     """
     import torch
 
-    from megatron_patch import parallel
-    from megatron_patch.checkpoint.verify import verify
+    from megatron_patch.conversion.verify import verify
     from megatron_patch.data.tokenize import load_tokenizer
+    from megatron_patch.model import groups
 
     dtype = getattr(torch, DTYPES[conversion.precision])
     ids = load_tokenizer(folder)(FIXED_PROMPT, add_special_tokens=False).input_ids
     counts = [llava.vision.num_image_tokens if id == llava.image_token_id else 1 for id in ids]
     prompt = torch.tensor([ids]).repeat_interleave(torch.tensor(counts), dim=1)
     with TemporaryDirectory() as store:
-        parallel.start(Parallel(), seed=0, init_method=f"file://{store}/store", rank=0, world_size=1)
+        groups.start(Parallel(), seed=0, init_method=f"file://{store}/store", rank=0, world_size=1)
         try:
-            parity = verify(llava, companions.read_json(folder), hf, mcore, prompt, dtype, parallel.device())
+            parity = verify(llava, companions.read_json(folder), hf, mcore, prompt, dtype, groups.device())
         finally:
-            parallel.stop()
+            groups.stop()
     report = parity.to_dict()
     first = parity.first_divergence
     if first is not None:
@@ -390,7 +390,7 @@ def _verify(conversion: Conversion, folder: Path, llava: Llava, hf: Reader, mcor
 def _write_card(
     conversion: Conversion, folder: Path, llava: Llava, carriers: Sequence[Path], parity: dict[str, Any] | None
 ) -> None:
-    from megatron_patch.checkpoint.card import model_card
+    from megatron_patch.conversion.card import model_card
 
     record = next((record for record in map(read_record, carriers) if record), {})
     (folder / companions.CARD).write_text(model_card(llava, record, conversion.precision, parity), encoding="utf-8")

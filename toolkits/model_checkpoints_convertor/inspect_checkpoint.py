@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
         print("usage: python inspect_checkpoint.py FOLDER", file=sys.stderr)
         return 2
-    from megatron_patch.checkpoint.summary import summarize
+    from megatron_patch.conversion.summary import summarize
 
     try:
         facts = summarize(Path(arguments[0]))
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from megatron_patch.terminal import outlive_readers
+    from megatron_patch.files.terminal import outlive_readers
 
     outlive_readers()
     sys.exit(main())

@@ -6,9 +6,9 @@ import contextlib
 import signal
 import sys
 
-from megatron_patch.arguments import parse
-from megatron_patch.data.webdataset import Report, Settings, convert
-from megatron_patch.text import printable
+from megatron_patch.config.flags import parse
+from megatron_patch.files.text import printable
+from megatron_patch.prepare import Report, Settings, convert
 
 MAX_SHOWN = 10
 """Rejected samples that a dry run prints."""
@@ -62,7 +62,7 @@ def _describe(settings: Settings, report: Report) -> str:
 
 
 if __name__ == "__main__":
-    from megatron_patch.terminal import outlive_readers
+    from megatron_patch.files.terminal import outlive_readers
 
     outlive_readers()
     sys.exit(main())

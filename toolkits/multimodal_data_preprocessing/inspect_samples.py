@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from megatron_patch.arguments import parse
-from megatron_patch.config import Config
-from megatron_patch.text import printable
+from megatron_patch.config.flags import parse
+from megatron_patch.config.train import Config
+from megatron_patch.files.text import printable
 
 NUM_BATCHES = "--num-batches"
 
@@ -50,9 +50,9 @@ def _write(config: Config, page: Path, count: int) -> None:
     from megatron_patch.data.inspect import HEAD, write_page
     from megatron_patch.data.loader import train_loader
     from megatron_patch.data.tokenize import load_tokenizer
-    from megatron_patch.data.webdataset.own import write_whole
     from megatron_patch.families.llava import read_config
-    from megatron_patch.marks import check_page
+    from megatron_patch.files.marks import check_page
+    from megatron_patch.prepare.own import write_whole
 
     check_page(page, HEAD[:100])
     llava = read_config(config.model.description)
@@ -64,7 +64,7 @@ def _write(config: Config, page: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
-    from megatron_patch.terminal import outlive_readers
+    from megatron_patch.files.terminal import outlive_readers
 
     outlive_readers()
     sys.exit(main(sys.argv[1:]))

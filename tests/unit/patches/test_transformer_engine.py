@@ -40,7 +40,7 @@ def answer(model):
             return str(error)
 
 def make(**changed):
-    with mock.patch("megatron_patch.config.require_transformer_engine"):
+    with mock.patch("megatron_patch.config.train.require_transformer_engine"):
         return Model(pretrained_checkpoint=Path(), **changed)
 
 settings = [{}, {"transformer_impl": "local"}, {"transformer_impl": "transformer_engine"}, {"precision": "fp8"}]

@@ -8,8 +8,8 @@ import signal
 
 import pytest
 
-from megatron_patch import launch, marks
-from megatron_patch.training import stopping
+from megatron_patch.files import marks
+from megatron_patch.training import launch, stopping
 from megatron_patch.training.stopping import Stop, lock
 
 
