@@ -1,4 +1,4 @@
-"""How a run is cut over ranks: the part of `config.py` that knows what divides what. Imports nothing heavy."""
+"""How a run is cut over ranks: the part of a run's settings that knows what divides what. Imports nothing heavy."""
 
 from __future__ import annotations
 

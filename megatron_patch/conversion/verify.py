@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,18 +24,31 @@ from megatron_patch.config.train import (
     Data,
     Model,
     Optimizer,
+    Parallel,
     Training,
 )
+from megatron_patch.conversion import companions
+from megatron_patch.conversion.settings import DTYPES, Conversion
 from megatron_patch.conversion.sources import EMBED_TOKENS, LM_HEAD
+from megatron_patch.data.tokenize import load_tokenizer
 from megatron_patch.families.layout import pad_vocab
 from megatron_patch.families.llava import hub_name
 from megatron_patch.families.sizes import Llava
+from megatron_patch.files.marks import check_page
+from megatron_patch.model import groups
 from megatron_patch.model.llava import LlavaModel, find_patches
 from megatron_patch.stores.reader import Reader
 
 Load = Callable[[str], Tensor]
 See = Callable[[str, Tensor], None]
 
+FIXED_PROMPT = (
+    "<image>\nWhat is in this picture? It shows a quiet street after the rain, with two people under one umbrella, "
+    "a dog that waits beside a red bicycle, and 7 pigeons on the roof of the old town hall."
+)
+"""What --verify asks both models about a picture."""
+REPORT = '{\n  "equal": '
+"""How a parity.json begins."""
 TOLERANCE = 1e-4
 """Largest difference that rounding explains, as a part of the block's largest value (of 1, where that is less)."""
 
@@ -274,3 +288,37 @@ def stream_weights(model: nn.Module, load: Load, stays: nn.Module | None = None)
         empty = dict(module.named_parameters(recurse=False))
         if empty:
             stream(prefix, module, empty)
+
+
+def prove(conversion: Conversion, folder: Path, llava: Llava, hf: Reader, mcore: Reader) -> dict[str, Any]:
+    """Compare both sides, write parity.json into the new `folder`, and return what it says.
+
+    Raises ValueError when they diverge; the report then lies beside the target, of which nothing is left.
+    """
+    dtype = getattr(torch, DTYPES[conversion.precision])
+    ids = load_tokenizer(folder)(FIXED_PROMPT, add_special_tokens=False).input_ids
+    counts = [llava.vision.num_image_tokens if id == llava.image_token_id else 1 for id in ids]
+    prompt = torch.tensor([ids]).repeat_interleave(torch.tensor(counts), dim=1)
+    with TemporaryDirectory() as store:
+        groups.start(Parallel(), seed=0, init_method=f"file://{store}/store", rank=0, world_size=1)
+        try:
+            parity = verify(llava, companions.read_json(folder), hf, mcore, prompt, dtype, groups.device())
+        finally:
+            groups.stop()
+    report = parity.to_dict()
+    first = parity.first_divergence
+    if first is not None:
+        path = conversion.target_ckpt_path.with_name(f"{conversion.target_ckpt_path.name}.{companions.PARITY}")
+        try:
+            check_page(path, REPORT)
+            companions.write_json(path.parent, path.name, report)
+            more = f"{path} has every block"
+        except (ValueError, OSError) as error:
+            more = f"no report of every block: {error}"
+        raise ValueError(
+            f"{conversion.target_ckpt_path}: not written, since its model diverges from the source's at {first.name} "
+            f"(largest difference {first.max_abs_difference:.3g}, cosine {first.cosine:.6f}); {more}"
+        )
+    companions.write_json(folder, companions.PARITY, report)
+    print(f"verified: logits differ by at most {report['logits_max_abs_difference']:.3g}, {companions.PARITY} has more")
+    return report

@@ -1,10 +1,20 @@
-"""What a command prints when nobody reads it any more: `| head` ends a pipe, and no work."""
+"""How a command begins and ends: `| head` ends a pipe, and no work; Ctrl-C ends it without a traceback."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import Any, NoReturn, TextIO
+
+
+def run(command: Callable[[], int]) -> NoReturn:
+    """End this process with what `command` returns."""
+    outlive_readers()
+    try:
+        sys.exit(command())
+    except KeyboardInterrupt:  # before it could say what it leaves
+        sys.exit(130)
 
 
 def outlive_readers() -> None:

@@ -1,8 +1,9 @@
-"""A folder that is either whole or not there: built aside, locked, on the disk, then renamed."""
+"""A file or folder that is either whole or not there: written aside, on the disk, then renamed."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -82,6 +83,23 @@ def written_aside(target: Path, num_bytes: int = 0) -> Iterator[Path]:
         raise
     finally:
         os.close(mark)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file is there as a whole or not at all. Raises OSError that names it."""
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    file = aside.open("x", encoding="utf-8")  # never what is there already, nor through a link
+    try:
+        with file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(path)
+    except BaseException as error:
+        aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk, by the descriptor
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def partial_of(target: Path) -> Path:

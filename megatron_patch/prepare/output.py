@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.files.names import MANIFEST
+from megatron_patch.files.whole import write_whole
 from megatron_patch.prepare.objects import Objects, is_url
 from megatron_patch.prepare.own import (
     LOCK,
@@ -28,7 +29,6 @@ from megatron_patch.prepare.own import (
     check_list,
     lock,
     remove_temporary,
-    write_whole,
 )
 
 PIECE = 1024**2

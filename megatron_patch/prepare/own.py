@@ -6,7 +6,6 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -111,23 +110,6 @@ def _flock(descriptor: int, kind: int) -> None:
             if time.monotonic() > end:
                 raise
             time.sleep(0.05)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file is there as a whole or not at all. Raises OSError that names it."""
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-    file = aside.open("x", encoding="utf-8")  # never what is there already, nor through a link
-    try:
-        with file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(path)
-    except BaseException as error:
-        aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk, by the descriptor
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
 
 
 def _files(folder: Path, *, deep: bool = True) -> Iterator[Path]:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from megatron.energon import WorkerConfig, get_train_dataset
 
+from megatron_patch.prepare import commands as script
 from tests.end_to_end.scripts import processor_seconds
 from tests.unit.data.samples import PHOTOS, copy_photos, write_annotations, write_pretrain
-from toolkits.multimodal_data_preprocessing import convert_llava_pretrain_to_wds as script
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "toolkits" / "multimodal_data_preprocessing" / "convert_llava_pretrain_to_wds.py"

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_patch.conversion.commands import main
 from megatron_patch.conversion.plan import load_rank, open_mcore
 from megatron_patch.families.llava import read_config
 from megatron_patch.families.stages import Stage
@@ -26,7 +27,6 @@ from megatron_patch.tensor_io import disk
 from megatron_patch.tensor_io.archives import open_archive
 from megatron_patch.tensor_io.torch_zip import describe
 from tests.forked import PROCESSES
-from toolkits.model_checkpoints_convertor.convert import main
 
 IMPORT_POINTS = (
     "locked",

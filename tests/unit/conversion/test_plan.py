@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_patch.conversion import plan
+from megatron_patch.conversion.commands import main
 from megatron_patch.conversion.companions import checkpoint_folder
 from megatron_patch.conversion.plan import (
     load_rank,
@@ -24,7 +25,6 @@ from megatron_patch.families.stages import Stage, pipeline_stages, stage_lengths
 from megatron_patch.stores import checksums
 from megatron_patch.stores.reader import InMemory
 from megatron_patch.tensor_io import disk
-from toolkits.model_checkpoints_convertor.convert import main
 
 LAYER = "language_model.decoder.layers."
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.conversion import summary
-from megatron_patch.conversion.summary import summarize
+from megatron_patch.conversion.commands import main as convert
+from megatron_patch.conversion.summary import main, summarize
 from megatron_patch.tensor_io import disk
-from toolkits.model_checkpoints_convertor.convert import main as convert
-from toolkits.model_checkpoints_convertor.inspect_checkpoint import main
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from megatron_patch.conversion import plan
+from megatron_patch.conversion.commands import main
 from megatron_patch.conversion.plan import open_mcore, to_hf
 from megatron_patch.conversion.verify import stream_weights, verify
 from megatron_patch.families.llava import read_config, rows
 from megatron_patch.stores.hf import load_safetensors
 from megatron_patch.stores.reader import InMemory
-from toolkits.model_checkpoints_convertor.convert import main
 
 QKV = "language_model.decoder.layers.2.self_attention.linear_qkv.weight"
 

@@ -9,7 +9,7 @@ import pytest
 
 CODE = """
 import sys
-from megatron_patch.terminal import outlive_readers
+from megatron_patch.files.terminal import outlive_readers
 outlive_readers()
 for number in range(30000):
     print("line", number)

@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 
 import megatron_patch
-from megatron_patch.config import Model
+from megatron_patch.config.train import Model
 from megatron_patch.model.specs import uses_transformer_engine
 
 def answer(model):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_patch.files import whole
 from megatron_patch.prepare import output, own
 from megatron_patch.prepare.output import LocalOutput, Record
 from megatron_patch.prepare.tar import TarWriter
@@ -308,9 +309,9 @@ def test_a_disk_that_is_full_at_the_last_moment_is_named(tmp_path, monkeypatch):
     def full(descriptor):  # a mock of a disk
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(own.os, "fsync", full)
+    monkeypatch.setattr(whole.os, "fsync", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*/manifest\.json'"):
-        own.write_whole(tmp_path / "manifest.json", "{}")
+        whole.write_whole(tmp_path / "manifest.json", "{}")
     assert not list(tmp_path.iterdir())
 
 
@@ -352,9 +353,9 @@ def test_links_that_are_made_after_the_look_are_not_followed(tmp_path, monkeypat
         output.partial = tmp_path
         with pytest.raises(OSError, match="tmp"), output.new_shard("00000.tar", Record(shard="00000.tar", given=1)):
             pass
-        monkeypatch.setattr(own.secrets, "token_hex", lambda _: "0")
+        monkeypatch.setattr(whole.secrets, "token_hex", lambda _: "0")
         with pytest.raises(FileExistsError):
-            own.write_whole(tmp_path / "list", "ours")
+            whole.write_whole(tmp_path / "list", "ours")
         assert (tmp_path / "list.0.tmp").is_symlink()
     assert there.read_text() == "theirs"
     assert not (tmp_path / "nowhere").exists()

@@ -43,6 +43,38 @@ def test_what_was_written_is_read(folder):
     assert manifest.read(folder)["mp_rank_00"].tensors["a"] == manifest.TensorRecord(**TENSOR)
 
 
+@pytest.mark.parametrize(
+    ("rank", "tensor", "why"),
+    [
+        ({"file": "../../theirs"}, {}, r"it names the file '\.\./\.\./theirs'"),
+        ({"file": "/etc/passwd"}, {}, "it names the file '/etc/passwd'"),
+        ({"file": "a/b/c"}, {}, "it names the file 'a/b/c'"),
+        ({"size": -1}, {}, "a size is no whole number"),
+        ({"size": True}, {}, "a size is no whole number"),
+        ({"frame_sha256": None}, {}, "a name or a sum is no text"),
+        ({}, {"rows": [1, 1]}, "its runs, their sums or its axis do not belong together"),
+        ({}, {"axis": 2}, "its runs, their sums or its axis do not belong together"),
+        ({}, {"shape": [2, 3.0]}, "a size is no whole number"),
+        ({}, {"ranges": [[0, 2**63]]}, "a size is no whole number"),
+        ({}, {"whole": 7}, "a name or a sum is no text"),
+    ],
+)
+def test_values_that_nobody_wrote_are_refused(folder, rank, tensor, why):
+    """Their sum was made again."""
+    whole = {**CONTENT["ranks"]["mp_rank_00"], "tensors": {"a": {**TENSOR, **tensor}}, **rank}
+    signed(folder, {**CONTENT, "ranks": {"mp_rank_00": whole}})
+    with pytest.raises(ValueError, match=rf"manifest\.json: damaged or changed \(.*{why}"):
+        manifest.read(folder)
+
+
+@pytest.mark.parametrize("changed", [{"tools": {"torch": 2}}, {"source": [{"file": ["a"], "size": 1}]}])
+def test_sources_and_tools_are_named_by_text(folder, changed):
+    """They are shown."""
+    signed(folder, {**CONTENT, **changed})
+    with pytest.raises(ValueError, match="it names sources or tools by something else than text"):
+        manifest.load(folder)
+
+
 @examples
 @given(changed(CONTENT))
 def test_whatever_it_says(folder, content):

@@ -18,6 +18,7 @@ from megatron.core.parallel_state import get_pipeline_model_parallel_rank, get_t
 
 from megatron_patch.config.train import Parallel
 from megatron_patch.conversion import companions
+from megatron_patch.conversion.commands import main as convert
 from megatron_patch.conversion.plan import load_rank, open_mcore, write_shards
 from megatron_patch.families.llava import read_config, rows
 from megatron_patch.families.stages import pipeline_stages, stage_lengths
@@ -31,7 +32,6 @@ from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
 from tests.canary import Canary
 from tests.distributed.ranks import run_ranks
-from toolkits.model_checkpoints_convertor.convert import main as convert
 
 ONE = Parallel()
 TP2 = Parallel(tensor_model_parallel_size=2)

@@ -173,8 +173,8 @@ def test_a_tensor_without_values():
 SPARSE = """
 import resource, sys, torch
 from pathlib import Path
-from megatron_patch.checkpoint.stream import Target, copy
-from megatron_patch.checkpoint.view import Source, View
+from megatron_patch.tensor_io.stream import Target, copy
+from megatron_patch.tensor_io.view import Source, View
 
 class Nowhere:
     def write(self, offset, data):

@@ -15,11 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_patch.data.inspect import write_page
 from megatron_patch.data.loader import train_loader
+from megatron_patch.data.preview import main, write_page
 from megatron_patch.data.tokenize import load_tokenizer
 from tests.unit.data.samples import describe, settings
-from toolkits.multimodal_data_preprocessing.inspect_samples import main
 
 CHROMIUM = shutil.which("chromium")
 
