@@ -10,10 +10,10 @@ from contestants import Contestant, Ours, Transformers
 from inputs import Batch
 from timing import Memory, Result, out_of_memory_told, release, timed, warm_up
 
-from megatron_patch import parallel
-from megatron_patch.config import Config, Parallel
+from megatron_patch.config.train import Config, Parallel
 from megatron_patch.estimate.memory import plan
 from megatron_patch.families.llava import read_config
+from megatron_patch.model import groups
 
 
 def contest(config: Config, batches: list[Batch], rounds: int) -> dict[str, Result]:
@@ -22,7 +22,7 @@ def contest(config: Config, batches: list[Batch], rounds: int) -> dict[str, Resu
     `config`: as `make_config` gives it. Before the first round each warms up over all batches. The first step of a
     round is not measured.
     """
-    parallel.start(Parallel(), seed=1, init_method=f"file://{config.model.description}/store", rank=0, world_size=1)
+    groups.start(Parallel(), seed=1, init_method=f"file://{config.model.description}/store", rank=0, world_size=1)
     results: dict[str, Result] = {}
     contestants: dict[str, tuple[Contestant, Memory]] = {}
     steps = [[batch] for batch in batches]
@@ -46,7 +46,7 @@ def contest(config: Config, batches: list[Batch], rounds: int) -> dict[str, Resu
         results[name].peak_bytes = max(0, results[name].peak_bytes - contestant.kept_bytes)
     contestants.clear()
     release()
-    parallel.stop()
+    groups.stop()
     return results
 
 

@@ -13,17 +13,17 @@ from inputs import IGNORE, Batch
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from megatron_patch import parallel
-from megatron_patch.checkpoint.stages import Stage
-from megatron_patch.config import Config, Data
-from megatron_patch.data.image import normalize
+from megatron_patch.config.train import Config, Data
+from megatron_patch.data.images import normalize
+from megatron_patch.data.preprocessor import read_image_settings
+from megatron_patch.families.fused_names import to_transformer_engine_name
 from megatron_patch.families.layout import merge, pad_vocab
 from megatron_patch.families.llava import hub_name, read_config, rows, unused_names
-from megatron_patch.families.transformer_engine import to_transformer_engine_name
+from megatron_patch.families.sizes import Llava
+from megatron_patch.families.stages import Stage
+from megatron_patch.model import groups
 from megatron_patch.model.llava import DTYPES
 from megatron_patch.model.specs import uses_transformer_engine
-from megatron_patch.preprocessor import read_image_settings
-from megatron_patch.sizes import Llava
 from megatron_patch.training.loop import build_model
 from megatron_patch.training.optimizer import build_optimizer, build_scheduler, wrap
 from megatron_patch.training.step import batch_runner, train_step
@@ -77,12 +77,12 @@ class Transformers(Contestant):
         settings = self.settings
         # A copy of an fp32 weight is the weight itself.
         self.stepped = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.trained]
-        groups = [
+        parameters = [
             {"params": [p for p in self.stepped if p.ndim > 1], "weight_decay": settings.weight_decay},
             {"params": [p for p in self.stepped if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(
-            groups,
+            parameters,
             lr=settings.lr,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_eps,
@@ -170,7 +170,7 @@ class Ours(Contestant):
 def transformers_model(config: Config) -> LlavaForConditionalGeneration:
     """transformers' LLaVA with SDPA and random weights, the same each time, on the device."""
     torch.manual_seed(1)
-    with parallel.device():
+    with groups.device():
         model = LlavaForConditionalGeneration._from_config(
             LlavaConfig.from_pretrained(config.model.description),
             attn_implementation="sdpa",

@@ -35,7 +35,7 @@ ANNOTATIONS = "blip_laion_cc_sbu_558k.json"
 PER_FOLDER = 1000
 DRAWN = 64
 # What the converter does before it writes: its modules, the json as bytes and parsed.
-IMPORT = "import json, sys, time, megatron_patch.data.webdataset; time.sleep(0.3); "
+IMPORT = "import json, sys, time, megatron_patch.prepare; time.sleep(0.3); "
 PARSE = IMPORT + "entries = json.loads(open(sys.argv[1], 'rb').read()); time.sleep(0.3)"
 
 

@@ -69,10 +69,10 @@ class Run:
     def start(self) -> None:
         """Begin torch.distributed and megatron.core's groups, for one process."""
         if not self.is_started:
-            from megatron_patch import parallel
-            from megatron_patch.config import Parallel
+            from megatron_patch.config.train import Parallel
+            from megatron_patch.model import groups
 
-            parallel.start(Parallel(), seed=1, init_method=f"file://{self.folder}/store", rank=0, world_size=1)
+            groups.start(Parallel(), seed=1, init_method=f"file://{self.folder}/store", rank=0, world_size=1)
             self.is_started = True
 
     def description(self, name: str, num_layers: int | None = None) -> Path:
@@ -166,9 +166,9 @@ def run_phases(options: argparse.Namespace) -> int:
 
                 release()
         if run.is_started:
-            from megatron_patch import parallel
+            from megatron_patch.model import groups
 
-            parallel.stop()
+            groups.stop()
     return int(failed)
 
 

@@ -17,9 +17,9 @@ from gpu_training import padded_batches, resize
 from inputs import SIZES, Batch, make_config
 from timing import allocated_bytes, release, warm_up
 
-from megatron_patch import parallel
-from megatron_patch.checkpoint.resume import Progress
-from megatron_patch.checkpoint.saving import Saver
+from megatron_patch.model import groups
+from megatron_patch.training.resume import Progress
+from megatron_patch.training.saving import Saver
 
 if TYPE_CHECKING:
     from gpu import Run
@@ -116,7 +116,7 @@ def memory(run: Run) -> None:
     ours = Ours(config, keep_start=False)
     if run.has_gpu:
         kept = torch.cuda.mem_get_info()[0]  # where torch keeps the memory of tensors that are gone
-        told = parallel.free_memory()
+        told = groups.free_memory()
         release()
         run.rows.add(
             "free memory", free_gb=kept / 1e9, told_gb=told / 1e9, emptied_gb=torch.cuda.mem_get_info()[0] / 1e9

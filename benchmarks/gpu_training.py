@@ -14,7 +14,7 @@ from timing import Memory, Result, allocated_bytes, measure, release
 from toggles import STAGE1, STAGE2, TRANSFORMER_ENGINE, Absent, Toggle
 from work import TOLERANCE, figures, largest_difference
 
-from megatron_patch.config import Config
+from megatron_patch.config.train import Config
 from megatron_patch.estimate.memory import plan
 from megatron_patch.families.llava import read_config
 

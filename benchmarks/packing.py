@@ -22,9 +22,9 @@ from contestants import Ours, transformers_model
 from inputs import IGNORE, SIZES, machine, make_batch, make_config, write_description
 from timing import Result, release, warm_up
 
-from megatron_patch import parallel
-from megatron_patch.config import Parallel
+from megatron_patch.config.train import Parallel
 from megatron_patch.data.task_encoder import Batch, EncodedSample, pack_samples
+from megatron_patch.model import groups
 
 LONGEST = 1024
 TOLERANCE = 1e-5
@@ -44,7 +44,7 @@ def main() -> int:
     results = {name: Result() for name in ways}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         write_description(Path(folder), options.size)
-        parallel.start(Parallel(), seed=1, init_method=f"file://{folder}/store", rank=0, world_size=1)
+        groups.start(Parallel(), seed=1, init_method=f"file://{folder}/store", rank=0, world_size=1)
         config = make_config(Path(folder), True, "fp32", ways["padded to 1,024"])
         data = replace(config.data, micro_batch_size=1, global_batch_size=1, packing_buffer_size=options.samples)
         weights = transformers_model(config)
@@ -55,7 +55,7 @@ def main() -> int:
                 run_round(contestant, mine, results[name])
                 del contestant
                 release()
-        parallel.stop()
+        groups.stop()
     print(f"{options.size}, the projector trains, fp32: {machine()}; load average {os.getloadavg()[0]:.1f}")
     tokens = statistics.mean(sum(lengths(batch)) for batch in batches[1:])
     print(

@@ -18,10 +18,10 @@ import torch
 import transformers
 from PIL import Image
 
-from megatron_patch.checkpoint.companions import preprocessor_config
-from megatron_patch.data.image import load_pixels, normalize
-from megatron_patch.preprocessor import preprocessor_of, read_image_settings
-from megatron_patch.sizes import VisionModel
+from megatron_patch.conversion.companions import preprocessor_config
+from megatron_patch.data.images import load_pixels, normalize
+from megatron_patch.data.preprocessor import preprocessor_of, read_image_settings
+from megatron_patch.families.sizes import VisionModel
 
 CLIP_L_336 = VisionModel(
     family="clip",

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from work import TOLERANCE, count_flops, count_tokens, figures, largest_difference, mean_work, peak_tflops
 
-from megatron_patch.config import Config
+from megatron_patch.config.train import Config
 from megatron_patch.families.llava import read_config
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ import statistics
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_patch.config import Config, Model
+from megatron_patch.config.train import Config, Model
 from megatron_patch.estimate.flops import Work, forward_flops, step_flops
 from megatron_patch.estimate.memory import plan
 from megatron_patch.families.llava import read_config
-from megatron_patch.sizes import Llava
+from megatron_patch.families.sizes import Llava
 
 if TYPE_CHECKING:
     from inputs import Batch

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch.config import Parallel
+from megatron_patch.config.train import Parallel
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 
@@ -57,7 +57,7 @@ def mcore(tmp_path_factory, mistral, clip) -> Path:
 @pytest.fixture(scope="session")
 def hf(tmp_path_factory, mcore) -> Path:
     """The same model as a LlavaForConditionalGeneration, fp32."""
-    from toolkits.model_checkpoints_convertor.convert import main as convert
+    from megatron_patch.conversion.commands import main as convert
 
     target = tmp_path_factory.mktemp("hf") / "llava"
     flags = {
@@ -75,6 +75,6 @@ def one_process(tmp_path):
     """megatron.core's groups, for this process alone."""
     from tests.distributed import ranks
 
-    ranks.parallel.start(Parallel(), seed=1, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    ranks.groups.start(Parallel(), seed=1, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     ranks.stop()

@@ -18,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from toolkits.model_checkpoints_convertor.convert import main as convert
+from megatron_patch.conversion.commands import main as convert
 
 # Awkward on purpose: three query heads per group, head_dim given and unlike hidden / heads, a vocabulary that 128 does
 # not divide, a norm epsilon and a rope theta that are no default.

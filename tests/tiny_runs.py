@@ -7,9 +7,17 @@ from pathlib import Path
 
 import torch
 
-from megatron_patch.config import Checkpoint, Config, Data, Model, Optimizer, Parallel, Training
+from megatron_patch.config.train import (
+    Checkpoint,
+    Config,
+    Data,
+    Model,
+    Optimizer,
+    Parallel,
+    Training,
+)
 from megatron_patch.data.task_encoder import Batch
-from megatron_patch.sizes import Llava
+from megatron_patch.families.sizes import Llava
 
 
 def config(mcore: Path, output: Path, *, parallel: Parallel | None = None, **changed) -> Config:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.energon.errors import FatalSampleError
 
-from megatron_patch.text import printable
+from megatron_patch.files.text import printable
 
 logger = logging.getLogger(__name__)
 

@@ -24,15 +24,15 @@ from megatron.energon.epathlib import EPath
 from megatron.energon.errors import FatalSampleError
 from megatron.energon.metadataset.loader_interface import LoadedDatasetList
 
-from megatron_patch.config import MOCK, Config
+from megatron_patch.config.train import MOCK, Config
 from megatron_patch.data import position, readers
 from megatron_patch.data.dataset_code import DatasetCodeError, guarded
 from megatron_patch.data.failures import Failures
 from megatron_patch.data.mock import MockLoader
 from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
-from megatron_patch.data.webdataset.output import MANIFEST
-from megatron_patch.sizes import Llava
-from megatron_patch.text import printable
+from megatron_patch.families.sizes import Llava
+from megatron_patch.files.names import MANIFEST
+from megatron_patch.files.text import printable
 
 logger = logging.getLogger(__name__)
 

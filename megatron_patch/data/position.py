@@ -13,9 +13,15 @@ import torch
 from megatron.energon import rng, savable_loader, state
 from megatron.energon.flavors.webdataset import sample_loader
 
-from megatron_patch.archives import DTYPES, Stored, Tensors, check_records, open_archive
-from megatron_patch.files import why_not_loaded
-from megatron_patch.pickles import admitting, build
+from megatron_patch.tensor_io.archives import (
+    DTYPES,
+    Stored,
+    Tensors,
+    check_records,
+    open_archive,
+)
+from megatron_patch.tensor_io.opcodes import why_not_loaded
+from megatron_patch.tensor_io.pickles import admitting, build
 
 ADMITTED = {
     # What energon's loaders keep: each only holds values.

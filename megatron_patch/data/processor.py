@@ -6,11 +6,12 @@ import json
 import os
 from pathlib import Path
 
-from megatron_patch.config import Config
+from megatron_patch.config.train import Config
+from megatron_patch.data.preprocessor import preprocessor_of, read_image_settings, read_preprocessor
 from megatron_patch.data.prompts import chat_template, find_format
 from megatron_patch.data.tokenize import load_tokenizer
-from megatron_patch.files import PREPROCESSOR, beside
-from megatron_patch.preprocessor import preprocessor_of, read_image_settings, read_preprocessor
+from megatron_patch.files.marks import beside
+from megatron_patch.files.names import PREPROCESSOR
 
 
 def write_processor(config: Config, family: str, folder: Path) -> None:

@@ -14,7 +14,15 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_patch.data.formats import FAMILY_FORMATS, IMAGE, PROMPT_FORMATS, Piece, PromptFormat, Turn, question_text
+from megatron_patch.data.prompt_formats import (
+    FAMILY_FORMATS,
+    IMAGE,
+    PROMPT_FORMATS,
+    Piece,
+    PromptFormat,
+    Turn,
+    question_text,
+)
 from megatron_patch.data.templates import read_template, writer
 
 MARKED_IMAGE = "<im_start><image><im_end>"

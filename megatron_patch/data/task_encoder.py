@@ -16,14 +16,14 @@ from megatron.energon.flavors import PinMemoryMixin
 from torch import Tensor
 from webdataset.autodecode import Decoder
 
-from megatron_patch.config import Config
+from megatron_patch.config.train import Config
 from megatron_patch.data import conversation
-from megatron_patch.data.image import load_pixels
+from megatron_patch.data.images import load_pixels
+from megatron_patch.data.preprocessor import check_crop, read_image_settings
 from megatron_patch.data.prompts import IMAGE, MARKED_IMAGE, Piece, document_pieces, find_format, prompt_format
 from megatron_patch.data.tokenize import IGNORE, encode, load_tokenizer
-from megatron_patch.preprocessor import check_crop, read_image_settings
-from megatron_patch.sizes import Llava
-from megatron_patch.text import printable
+from megatron_patch.families.sizes import Llava
+from megatron_patch.files.text import printable
 
 MULTIPLE = 8
 """Batches are padded to a multiple of this many positions."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.files import OLD_CHAT_TEMPLATE, PROCESSOR
+from megatron_patch.files.names import OLD_CHAT_TEMPLATE, PROCESSOR
 
 SECONDS = 5
 """A template that takes longer to write two messages is refused: real ones take a thousandth of a second."""

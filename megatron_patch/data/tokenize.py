@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_patch.data.formats import IMAGE, Piece
-from megatron_patch.files import CONFIG, TOKENIZER_CONFIG, read_json
+from megatron_patch.data.prompt_formats import IMAGE, Piece
+from megatron_patch.files.json_object import read_json
+from megatron_patch.files.names import CONFIG, TOKENIZER_CONFIG
 
 INSTALLED = "PreTrainedTokenizerFast"
 """The class of tokenizers that `install_tokenizer` writes."""

@@ -14,12 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from megatron_patch.data.formats import IMAGE
+from megatron_patch.data.prompt_formats import IMAGE
 from megatron_patch.data.prompts import blank_after_bos, chat_template, find_format
 from megatron_patch.data.sentence_piece import add_pieces, remove_last_piece, tokenizer_json
 from megatron_patch.data.templates import read_template
 from megatron_patch.data.tokenize import INSTALLED, load_tokenizer, open_tokenizer
-from megatron_patch.files import TOKENIZER, TOKENIZER_CONFIG
+from megatron_patch.files.names import TOKENIZER, TOKENIZER_CONFIG
 
 BACKEND = "tokenizer.json"
 PIECES = "tokenizer.model"

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_patch.config import Config
-from megatron_patch.sizes import Llava
+from megatron_patch.config.train import Config
+from megatron_patch.families.sizes import Llava
 
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 2}
 """Bytes of a weight and of an activation's element."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_patch.config import Model
-from megatron_patch.sizes import Llava
+from megatron_patch.config.train import Model
+from megatron_patch.families.sizes import Llava
 
 
 @dataclass(frozen=True, kw_only=True)

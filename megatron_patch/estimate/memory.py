@@ -13,11 +13,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_patch.config import Config
+from megatron_patch.config.train import Config
 from megatron_patch.estimate.activations import ELEMENT, FP32, activations
-from megatron_patch.families.family import Weight
 from megatron_patch.families.llava import pipeline_copies, rows
-from megatron_patch.sizes import Llava
+from megatron_patch.families.sizes import Llava
+from megatron_patch.families.table import Weight
 
 GIB = 2**30
 BUCKET = 40_000_000

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_patch.checks import divisors
-from megatron_patch.config import Config
+from megatron_patch.config.train import Config
 from megatron_patch.estimate.cards import CARDS, Card
 from megatron_patch.estimate.memory import GIB, memory_report, plan
 from megatron_patch.estimate.time import Time, predict
-from megatron_patch.sizes import Llava
+from megatron_patch.families.sizes import Llava, divisors
 
 ROOM = 0.8
 """Part of a GPU's memory that the plan may take: caches, communication's buffers and the CUDA context come on top."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_patch.config import Config
+from megatron_patch.config.train import Config
 from megatron_patch.estimate.activations import ELEMENT, FP32, activations
 from megatron_patch.estimate.cards import (
     ATTENTION_LAUNCHES,
@@ -38,7 +38,7 @@ from megatron_patch.estimate.cards import (
 )
 from megatron_patch.estimate.flops import Work, step_flops
 from megatron_patch.estimate.memory import Memory, optimizer_bytes, plan
-from megatron_patch.sizes import Llava
+from megatron_patch.families.sizes import Llava
 
 TOKENS, LABELS = 48, 30
 """Beside its image, a sample of LLaVA-Pretrain has so many tokens, padding included; so many of them are labels."""

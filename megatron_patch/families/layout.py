@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from megatron_patch.families.family import Weight
+from megatron_patch.families.table import Weight
 
 T = TypeVar("T")  # Tensor or View
 

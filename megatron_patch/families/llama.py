@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from megatron_patch.families.family import Family, Setting, gated, qkv, replicated, row, vocab
+from megatron_patch.families.table import (
+    Family,
+    Setting,
+    gated,
+    qkv,
+    replicated,
+    row,
+    vocab,
+)
 
 HF = "model.layers.*."
 MCORE = "decoder.layers.*."

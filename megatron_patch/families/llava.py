@@ -13,14 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.families.clip import CLIP
-from megatron_patch.families.family import MAX_SIZE, Family, Weight, checked, short
 from megatron_patch.families.llama import LLAMA
 from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.families.projector import PROJECTOR
 from megatron_patch.families.qwen2 import QWEN2
 from megatron_patch.families.shapes import language_dims, projector_dims, vision_dims
-from megatron_patch.files import CONFIG, read_json
-from megatron_patch.sizes import LanguageModel, Llava, VisionModel
+from megatron_patch.families.sizes import LanguageModel, Llava, VisionModel
+from megatron_patch.families.table import (
+    MAX_SIZE,
+    Family,
+    Weight,
+    checked,
+    short,
+)
+from megatron_patch.files.json_object import read_json
+from megatron_patch.files.names import CONFIG
 
 LANGUAGE_FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2)}
 VISION_FAMILIES = {family.name: family for family in (CLIP,)}

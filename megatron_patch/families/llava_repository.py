@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.families.family import short
-from megatron_patch.sizes import VisionModel
+from megatron_patch.families.sizes import VisionModel
+from megatron_patch.families.table import short
 
 LANGUAGE_MODELS = {"llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2", "llava": "llama"}
 """`model_type` of the checkpoint -> of its language model. The first LLaVAs say `llava`, as Hugging Face's do."""

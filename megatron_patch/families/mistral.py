@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_patch.families.family import Family, Setting
 from megatron_patch.families.llama import REQUIRED, SETTINGS, WEIGHTS
+from megatron_patch.families.table import Family, Setting
 
 MISTRAL = Family(
     name="mistral",

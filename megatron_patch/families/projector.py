@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from megatron_patch.families.family import Family, column, replicated, row
+from megatron_patch.families.table import (
+    Family,
+    column,
+    replicated,
+    row,
+)
 
 PROJECTOR = Family(
     name="projector",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_patch.families.family import Family, Setting, qkv
 from megatron_patch.families.llama import HF, MCORE, SETTINGS, WEIGHTS
+from megatron_patch.families.table import Family, Setting, qkv
 
 QWEN2 = Family(
     name="qwen2",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_patch.sizes import LanguageModel, VisionModel
+from megatron_patch.families.sizes import LanguageModel, VisionModel
 
 # The end of a parameter's name -> the names of its dimensions. A bias has its weight's first dimension.
 SHAPES = {

@@ -21,10 +21,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_patch.config import Config
+from megatron_patch.config.train import Config
+from megatron_patch.families.sizes import LanguageModel, Llava, VisionModel
 from megatron_patch.model.offload import ActivationOffload
 from megatron_patch.model.specs import block_spec, norm, projector_submodules, uses_transformer_engine
-from megatron_patch.sizes import LanguageModel, Llava, VisionModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 """Of weights and activations. Transformer Engine takes bf16 to fp8 and back around its matrix products."""

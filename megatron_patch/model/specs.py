@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_patch.config import Model
+from megatron_patch.config.train import Model
 from megatron_patch.model.attention import SDPAttention
 from megatron_patch.patches.transformer_engine import transformer_engine_fault
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.serialization import safe_globals
 
 from megatron_patch.patches import Repair
-from megatron_patch.pickles import load_plain
+from megatron_patch.tensor_io.pickles import load_plain
 
 
 def plain_objects(module: ModuleType) -> None:

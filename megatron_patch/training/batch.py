@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_patch.config import Parallel
+from megatron_patch.config.train import Parallel
 from megatron_patch.data.task_encoder import PADDING, Batch
 from megatron_patch.data.tokenize import IGNORE
 from megatron_patch.model.llava import find_patches, find_positions

@@ -17,16 +17,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megatron_patch import parallel
-from megatron_patch.config import Config
-from megatron_patch.data.image import normalize
+from megatron_patch.config.train import Config
+from megatron_patch.data.images import normalize
 from megatron_patch.data.loader import valid_loader
+from megatron_patch.data.preprocessor import read_image_settings
 from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
 from megatron_patch.data.tokenize import IGNORE
+from megatron_patch.families.sizes import Llava
+from megatron_patch.model import groups
 from megatron_patch.model.llava import DTYPES, find_positions
 from megatron_patch.model.specs import FP8_MULTIPLE
-from megatron_patch.preprocessor import read_image_settings
-from megatron_patch.sizes import Llava
 from megatron_patch.training.batch import cut_text, place_images, to_device
 
 MAX_NEW_TOKENS = 32
@@ -153,7 +153,7 @@ def _next_words(
 ) -> Callable[[list[DistributedDataParallel], Tensor, Tensor], Tensor]:
     """A function (chunks, input_ids [b, s], lengths [b]) -> the likeliest next ids [b], the same on all ranks."""
     image, schedule = read_image_settings(config.model.description), get_forward_backward_func()
-    pixel_values = normalize(pixels.to(parallel.device()), image.mean, image.std, DTYPES[config.model.precision])
+    pixel_values = normalize(pixels.to(groups.device()), image.mean, image.std, DTYPES[config.model.precision])
     # The interleaved pipeline needs as many micro batches as stages: it computes the same one again.
     cut = config.parallel
     num_micro_batches = cut.pipeline_model_parallel_size if cut.virtual_pipeline_model_parallel_size > 1 else 1
@@ -164,7 +164,7 @@ def _next_words(
         batch = Batch(keys=[], input_ids=input_ids, labels=positions, pixels=pixels)
         text = cut_text(batch, llava.image_token_id, cut, _multiple(config))
         last = find_positions(text["labels"] == (lengths - 1).unsqueeze(1))  # those that are on this rank
-        inputs = to_device({**place_images(text, cut), "wanted": last}, parallel.device())
+        inputs = to_device({**place_images(text, cut), "wanted": last}, groups.device())
         outputs = schedule(
             forward_step_func=lambda _, chunk: (chunk(pixel_values=pixel_values, **inputs), None),
             data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
@@ -174,7 +174,7 @@ def _next_words(
             micro_batch_size=len(input_ids),
             forward_only=True,
         )
-        likeliest = torch.full(lengths.shape, -1, device=parallel.device())  # [b]
+        likeliest = torch.full(lengths.shape, -1, device=groups.device())  # [b]
         if parallel_state.is_pipeline_last_stage():
             rows = inputs["wanted"] % len(input_ids)  # in the order of the logits
             logits = gather_from_tensor_model_parallel_region(outputs[0])  # [rows, vocabulary]

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_patch.data.task_encoder import Batch
-from megatron_patch.parallel import HostGroups
+from megatron_patch.model.groups import HostGroups
 
 AHEAD = 2
 """Micro batches that wait for the model."""

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_patch.terminal import Outliving
+from megatron_patch.files.terminal import Outliving
 
 logger = logging.getLogger("megatron_patch")
 

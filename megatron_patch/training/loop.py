@@ -14,27 +14,27 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_patch import parallel
-from megatron_patch.checkpoint import resume
-from megatron_patch.checkpoint.companions import copy_companions
-from megatron_patch.checkpoint.convert import load_rank
-from megatron_patch.checkpoint.resume import Progress
-from megatron_patch.checkpoint.saving import Saver
-from megatron_patch.checkpoint.stages import Stage
-from megatron_patch.config import Config
+from megatron_patch.config.train import Config
+from megatron_patch.conversion.companions import copy_companions
+from megatron_patch.conversion.plan import load_rank
 from megatron_patch.data import position, readers
 from megatron_patch.data.loader import Loader, reading, resumed_loader, save_position, train_loader, valid_loader
 from megatron_patch.data.mock import MockLoader
 from megatron_patch.data.processor import write_processor
+from megatron_patch.families.fused_names import to_transformer_engine_name
 from megatron_patch.families.llava import read_config
-from megatron_patch.families.transformer_engine import to_transformer_engine_name
+from megatron_patch.families.sizes import Llava
+from megatron_patch.families.stages import Stage
+from megatron_patch.model import groups
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.model.specs import uses_transformer_engine
-from megatron_patch.sizes import Llava
+from megatron_patch.training import resume
 from megatron_patch.training.captions import captioner, evaluating
 from megatron_patch.training.log import logger
 from megatron_patch.training.metrics import Metrics
 from megatron_patch.training.optimizer import build_optimizer, build_scheduler, gather_weights, wrap
+from megatron_patch.training.resume import Progress
+from megatron_patch.training.saving import Saver
 from megatron_patch.training.step import Totals, batch_runner, train_step
 from megatron_patch.training.stopping import Stop
 from megatron_patch.training.totals import Unlearned
@@ -129,7 +129,7 @@ def build_model(config: Config, llava: Llava) -> list[LlavaModel]:
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
         )
-        chunks.append(chunk.to(parallel.device()))
+        chunks.append(chunk.to(groups.device()))
     return chunks
 
 

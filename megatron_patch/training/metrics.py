@@ -15,10 +15,10 @@ from typing import IO
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_patch.config import Config
+from megatron_patch.config.train import Config
 from megatron_patch.estimate.flops import megatron_lm_flops, step_flops
-from megatron_patch.sizes import Llava
-from megatron_patch.text import printable
+from megatron_patch.families.sizes import Llava
+from megatron_patch.files.text import printable
 from megatron_patch.training.captions import Caption
 from megatron_patch.training.log import logger
 from megatron_patch.training.step import Step, Totals

@@ -12,11 +12,11 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
-from megatron_patch import parallel
-from megatron_patch.config import Config
+from megatron_patch.config.train import Config
 from megatron_patch.estimate.memory import GIB, offload_fraction, plan
+from megatron_patch.families.sizes import Llava
+from megatron_patch.model import groups
 from megatron_patch.model.llava import LlavaModel
-from megatron_patch.sizes import Llava
 from megatron_patch.training.log import logger
 from megatron_patch.training.weight_gradients import accumulate_in_place
 
@@ -112,8 +112,8 @@ def fuse(optimizer: MegatronOptimizer) -> None:
             inner.register_load_state_dict_pre_hook(lambda _, state: _set_fused(state["param_groups"]))
 
 
-def _set_fused(groups: list[dict[str, Any]]) -> None:
-    for group in groups:
+def _set_fused(param_groups: list[dict[str, Any]]) -> None:
+    for group in param_groups:
         group["fused"] = True
 
 
@@ -124,12 +124,12 @@ def offloaded_fraction(config: Config, llava: Llava) -> float:
     """
     if config.optimizer.optimizer_offload != "auto":
         return float(config.optimizer.optimizer_offload == "static")
-    free = parallel.free_memory()
+    free = groups.free_memory()
     if free is None:
         logger.info("--optimizer-offload auto: 0% of the optimizer states offloaded, since there is no GPU")
         return 0.0
     memory = plan(config, llava, dist.get_world_size())[parallel_state.get_pipeline_model_parallel_rank()]
-    fraction = torch.tensor(offload_fraction(memory, free), device=parallel.device())
+    fraction = torch.tensor(offload_fraction(memory, free), device=groups.device())
     dist.all_reduce(fraction, op=dist.ReduceOp.MAX)
     logger.info(
         f"--optimizer-offload auto: {fraction.item():.0%} of the optimizer states offloaded; on this rank "

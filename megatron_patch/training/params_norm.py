@@ -10,7 +10,7 @@ from megatron.core.transformer.module import MegatronModule, param_is_not_shared
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_patch import parallel
+from megatron_patch.model import groups
 
 
 def params_norm(chunks: list[MegatronModule]) -> float:
@@ -19,7 +19,7 @@ def params_norm(chunks: list[MegatronModule]) -> float:
     Weights that several tensor-parallel ranks or pipeline stages hold alike count once. Frozen ones are read the first
     time, and again when they have changed.
     """
-    squares = torch.zeros((), dtype=torch.float64, device=parallel.device())
+    squares = torch.zeros((), dtype=torch.float64, device=groups.device())
     for chunk in chunks:
         mine = [
             parameter
@@ -45,6 +45,6 @@ def _frozen_squares(chunk: MegatronModule, frozen: list[Parameter]) -> Tensor:
 def _squares(weights: list[Parameter]) -> Tensor:
     """Sum of their squares, fp64."""
     if not weights:
-        return torch.zeros((), dtype=torch.float64, device=parallel.device())
+        return torch.zeros((), dtype=torch.float64, device=groups.device())
     norms = torch._foreach_norm([weight.detach() for weight in weights], 2, dtype=torch.float32)
     return torch.stack(norms).double().square().sum()

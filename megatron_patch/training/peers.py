@@ -20,7 +20,7 @@ from torch.distributed import FileStore, Store, TCPStore
 from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
 
 from megatron_patch.data import processes, readers
-from megatron_patch.files import STORE, TRAINING
+from megatron_patch.files.names import STORE, TRAINING
 
 INTERVAL = 1.0
 """Seconds between two looks."""

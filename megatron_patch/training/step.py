@@ -18,14 +18,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_patch import parallel
-from megatron_patch.config import Config
-from megatron_patch.data.image import normalize
+from megatron_patch.config.train import Config
+from megatron_patch.data.images import normalize
+from megatron_patch.data.preprocessor import read_image_settings
 from megatron_patch.data.task_encoder import Batch
+from megatron_patch.families.sizes import Llava
+from megatron_patch.model import groups
 from megatron_patch.model.llava import DTYPES, LlavaModel
 from megatron_patch.model.specs import FP8_MULTIPLE, uses_transformer_engine
-from megatron_patch.preprocessor import read_image_settings
-from megatron_patch.sizes import Llava
 from megatron_patch.training.batch import (
     count,
     cut_text,
@@ -126,10 +126,10 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
         feed = Feed(
             batches,
             num_micro_batches,
-            parallel.host_groups(),
+            groups.host_groups(),
             takes=any(map(takes, parts)),
             takes_pixels=any(part.pre_process for part in parts),
-            device=parallel.device(),
+            device=groups.device(),
         )
         with feed.reading() as longest:
             length = longest and padded_length(longest, config.parallel, multiple)
@@ -160,7 +160,7 @@ def _preparer(
 
     The batch is padded to `length`, or else to the next that ranks can share in multiples of `multiple`.
     """
-    cut, device = config.parallel, parallel.device()
+    cut, device = config.parallel, groups.device()
     image, dtype = read_image_settings(config.model.description), DTYPES[config.model.precision]
     # Transformer Engine wants borders on the device; megatron.core's own layers would wait for them there.
     borders_on_device = config.data.packs and uses_transformer_engine(config.model)

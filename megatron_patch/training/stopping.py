@@ -12,7 +12,8 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
-from megatron_patch import files, parallel
+from megatron_patch.files import marks
+from megatron_patch.model import groups
 from megatron_patch.training.log import logger
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -41,7 +42,7 @@ class Stop:
     def due(self) -> bool:
         """Whether all ranks stop now: after a signal to any of them, or when the time is up. Every rank must ask."""
         late = self.end is not None and time.monotonic() >= self.end
-        reason = torch.tensor([self._noted, late], dtype=torch.int32, device=parallel.device())
+        reason = torch.tensor([self._noted, late], dtype=torch.int32, device=groups.device())
         dist.all_reduce(reason, op=dist.ReduceOp.MAX)
         number, late = reason.tolist()
         if number:
@@ -79,7 +80,7 @@ def lock(folder: Path) -> IO[bytes]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be made or locked ({error.strerror}); move what is there away") from None
     try:
-        if not files.lock(file.fileno()):
+        if not marks.lock(file.fileno()):
             logger.warning(f"{folder}: no locks on this file system; see that no other run writes it")
     except BlockingIOError:
         file.close()

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_patch import parallel
 from megatron_patch.estimate.flops import Work
+from megatron_patch.model import groups
 from megatron_patch.training.log import logger
 
 MAX_UNLEARNED = 20
@@ -105,9 +105,9 @@ def add_up(done: list[Done], losses: list[float], data_seconds: float, num_readi
         sums = [sum(losses), *(sum(batch.counts[name] for batch in done) for name in COUNTS)]
     keys = [batch.keys for batch in done]
     # Reduced before anything is raised: ranks that wait for one that raised alone would wait until their time is up.
-    totals = torch.tensor([*sums, _difference(keys, num_reading)], dtype=torch.float64, device=parallel.device())
+    totals = torch.tensor([*sums, _difference(keys, num_reading)], dtype=torch.float64, device=groups.device())
     dist.all_reduce(totals)
-    longest = torch.tensor(data_seconds, dtype=torch.float64, device=parallel.device())
+    longest = torch.tensor(data_seconds, dtype=torch.float64, device=groups.device())
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
     loss, *counts, difference = totals.tolist()
     if not math.isfinite(loss):

@@ -9,7 +9,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
-from megatron_patch import parallel
+from megatron_patch.model import groups
 
 Accumulate = Callable[[Tensor, Tensor, Tensor], None]
 """Of inputs [t, in] and output gradients [t, out], whose product is added to a third, fp32 [out, in]."""
@@ -22,7 +22,7 @@ def accumulate_in_place(chunks: list[DistributedDataParallel]) -> None:
     weight. Transformer Engine's layers have kernels of their own; megatron.core's take Apex's or torch's.
     """
     can = layers._grad_accum_fusion_available and is_exact(
-        layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32, chunks[0].config.params_dtype, parallel.device()
+        layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32, chunks[0].config.params_dtype, groups.device()
     )
     for chunk in chunks:
         for module in chunk.modules():

@@ -6,8 +6,8 @@ import logging
 import os
 import re
 
-from megatron_patch.config import Config
-from megatron_patch.files import STORE
+from megatron_patch.config.train import Config
+from megatron_patch.files.names import STORE
 from megatron_patch.training.log import start_log
 
 EXPECTED = (ValueError, OSError, FloatingPointError)
@@ -26,7 +26,7 @@ def run(config: Config) -> int:
         _tell_launcher(f"{error.filename}: cannot be written ({error.strerror}); move what is there away")
         return 1
     # Here, so that what libraries remark while they are loaded goes to the log.
-    from megatron_patch import parallel
+    from megatron_patch.model import groups
     from megatron_patch.training import peers
     from megatron_patch.training.loop import train
     from megatron_patch.training.stopping import end_with_parent, lock
@@ -36,7 +36,7 @@ def run(config: Config) -> int:
     try:
         # Held until this process ends.
         held = lock(config.checkpoint.folder) if rank == 0 else None
-        parallel.start(
+        groups.start(
             config.parallel,
             config.training.seed,
             config.training.distributed_timeout_minutes,
@@ -48,7 +48,7 @@ def run(config: Config) -> int:
         mark.write_text(str(os.getpid()))
         code = train(config)
         mark.unlink()
-        parallel.stop()
+        groups.stop()
         if held is not None:
             held.close()
     except Exception as error:

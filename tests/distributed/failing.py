@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from megatron_patch.launch import _torchrun, is_worker
+from megatron_patch.training.launch import _torchrun, is_worker
 
 
 def blocked() -> int:
@@ -75,7 +75,7 @@ def main() -> int:
     action = globals()[end]
     start = action if place == "start" else lambda *arguments: None
     # Mocks: seconds of imports that have no part in this.
-    sys.modules["megatron_patch.parallel"] = SimpleNamespace(
+    sys.modules["megatron_patch.model.groups"] = SimpleNamespace(
         start=lambda *arguments, **rank: start(), stop=lambda: None
     )
     sys.modules["megatron_patch.training.loop"] = SimpleNamespace(train=lambda config: action())

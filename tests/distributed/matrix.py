@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from megatron_patch.config import Config, Parallel
+from megatron_patch.config.train import Config, Parallel
 from megatron_patch.families.llava import read_config
 from megatron_patch.model import offload
 from megatron_patch.training.loop import start_or_resume

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from megatron_patch import parallel
-from megatron_patch.config import Parallel
+from megatron_patch.config.train import Parallel
+from megatron_patch.model import groups
 from tests.forked import PROCESSES
 
 Job = tuple[Callable[..., Any], Parallel, tuple]
@@ -56,7 +56,7 @@ def _rank(rank: int, variables: dict[str, str], world_size: int, folder: Path, j
     results = []
     for number, (function, sizes, args) in enumerate(jobs):
         init_method = f"file://{folder}/store{number}"
-        parallel.start(sizes, seed=1, timeout_minutes=2, init_method=init_method, rank=rank, world_size=world_size)
+        groups.start(sizes, seed=1, timeout_minutes=2, init_method=init_method, rank=rank, world_size=world_size)
         results.append(function(*args))
         stop()
     (folder / str(rank)).write_bytes(pickle.dumps(results))
@@ -71,7 +71,7 @@ def stop() -> None:
     """
     from megatron.core.distributed import DistributedDataParallel  # not before megatron_patch
 
-    parallel.stop()
+    groups.stop()
     for found in gc.get_objects():
         if type(found) is DistributedDataParallel:
             found.__dict__.clear()

@@ -24,12 +24,13 @@ import torch
 import torch._dynamo  # torch's optimizers import it when they are built
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_patch import parallel
-from megatron_patch.checkpoint import checksums, disk, resume, saving
-from megatron_patch.checkpoint.companions import checkpoint_folder
-from megatron_patch.config import Config
+from megatron_patch.config.train import Config
+from megatron_patch.conversion.companions import checkpoint_folder
 from megatron_patch.data.task_encoder import LlavaTaskEncoder
-from megatron_patch.training import loop
+from megatron_patch.model import groups
+from megatron_patch.stores import checksums
+from megatron_patch.tensor_io import disk
+from megatron_patch.training import loop, resume, saving
 from megatron_patch.training.metrics import Metrics
 from tests.forked import PROCESSES
 
@@ -87,7 +88,7 @@ def _rank(rank: int, world_size: int, folder: Path, config: Config, fault: Fault
         action(*arguments)
     try:
         init_method = f"file://{folder}/store"
-        parallel.start(config.parallel, 1, timeout_minutes=2, init_method=init_method, rank=rank, world_size=world_size)
+        groups.start(config.parallel, 1, timeout_minutes=2, init_method=init_method, rank=rank, world_size=world_size)
         code = loop.train(config)
     except Exception as error:
         (folder / f"error_{rank}").write_text(f"{type(error).__name__}: {error}")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from megatron_patch.config import Config, Parallel
+from megatron_patch.config.train import Config, Parallel
 from megatron_patch.families.llava import read_config
 from megatron_patch.training.captions import MAX_NEW_TOKENS, Caption, captioner
 from megatron_patch.training.loop import start_or_resume

@@ -9,7 +9,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_patch.config import Config, Parallel
+from megatron_patch.config.train import Config, Parallel
 from megatron_patch.families.llava import read_config
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.step import batch_runner, train_step

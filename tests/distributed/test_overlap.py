@@ -8,14 +8,14 @@ import itertools
 import pytest
 from megatron.core import parallel_state
 
-from megatron_patch.checkpoint import resume
-from megatron_patch.checkpoint.resume import Progress
-from megatron_patch.checkpoint.saving import Saver
-from megatron_patch.config import Config, Parallel
+from megatron_patch.config.train import Config, Parallel
 from megatron_patch.families.llava import read_config
 from megatron_patch.training import optimizer as optimizer_module
+from megatron_patch.training import resume
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.optimizer import build_scheduler, gather_weights
+from megatron_patch.training.resume import Progress
+from megatron_patch.training.saving import Saver
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
 from tests.distributed.ranks import run_jobs

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_patch.config import Config, Parallel
+from megatron_patch.config.train import Config, Parallel
 from megatron_patch.families.llava import read_config
 from megatron_patch.training import optimizer
 from megatron_patch.training.loop import build_model

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch.checkpoint import checksums
-from megatron_patch.checkpoint.companions import TRACKER
-from megatron_patch.config import Config, Parallel
+from megatron_patch.config.train import Config, Parallel
+from megatron_patch.conversion.companions import TRACKER
+from megatron_patch.stores import checksums
 from tests import tiny_runs
 from tests.distributed import runs
 from tests.unit.data.samples import convert_folder, write_annotations, write_pretrain

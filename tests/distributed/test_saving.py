@@ -17,15 +17,16 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed import checkpoint as torch_checkpoint
 
-from megatron_patch.checkpoint import checksums, resume, saving
-from megatron_patch.checkpoint.companions import checkpoint_folder
-from megatron_patch.checkpoint.resume import Progress, model_state, optimizer_state
-from megatron_patch.checkpoint.saving import Saver
-from megatron_patch.checkpoint.torch_dist import model_tensors, read_metadata
-from megatron_patch.config import Config, Parallel
+from megatron_patch.config.train import Config, Parallel
+from megatron_patch.conversion.companions import checkpoint_folder
 from megatron_patch.families.llava import read_config
+from megatron_patch.stores import checksums
+from megatron_patch.stores.torch_dist import model_tensors, read_metadata
 from megatron_patch.training import optimizer as optimizer_module
+from megatron_patch.training import resume, saving
 from megatron_patch.training.loop import start_or_resume
+from megatron_patch.training.resume import Progress, model_state, optimizer_state
+from megatron_patch.training.saving import Saver
 from tests import tiny_runs
 from tests.distributed.ranks import run_jobs
 

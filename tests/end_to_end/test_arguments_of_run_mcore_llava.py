@@ -10,12 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch.arguments import parse
-from megatron_patch.config import Checkpoint, Config, Data, Model, Optimizer, Parallel, Training
+from megatron_patch.config.flags import parse
+from megatron_patch.config.train import (
+    Checkpoint,
+    Config,
+    Data,
+    Model,
+    Optimizer,
+    Parallel,
+    Training,
+)
 from megatron_patch.estimate.cards import CARDS
 from megatron_patch.estimate.report import suggest
 from tests.end_to_end.scripts import TRAIN
-from tests.unit.test_config import LLAVA
+from tests.unit.config.test_train import LLAVA
 
 # As tutorials of Pai-Megatron-Patch have it.
 PUBLISHED = (

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_patch.checkpoint import disk
+from megatron_patch.conversion.commands import main
+from megatron_patch.tensor_io import disk
 from tests.canary import Canary
 from tests.end_to_end.scripts import CONVERT_MODEL, ROOT, call, environment
-from toolkits.model_checkpoints_convertor.convert import main
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +194,8 @@ def test_no_shell_reads_a_path(tmp_path):
 def test_an_interruption_is_one_line_and_leaves_nothing(tmp_path, mistral, clip, number, code):
     """In the middle of the weights."""
     slow = (
-        "import time, toolkits.model_checkpoints_convertor.convert as c\n"
-        "from megatron_patch.checkpoint import disk\n"
+        "import time, megatron_patch.conversion.commands as c\n"
+        "from megatron_patch.tensor_io import disk\n"
         "disk.reached = lambda point: point == 'bytes written' and (print('there', flush=True), time.sleep(0.2))\n"
         "import sys; sys.exit(c.main())"
     )

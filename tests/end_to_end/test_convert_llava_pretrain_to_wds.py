@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from megatron.energon import WorkerConfig, get_train_dataset
 
+from megatron_patch.prepare import commands as script
 from tests.end_to_end.scripts import processor_seconds
 from tests.unit.data.samples import PHOTOS, copy_photos, write_annotations, write_pretrain
-from toolkits.multimodal_data_preprocessing import convert_llava_pretrain_to_wds as script
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "toolkits" / "multimodal_data_preprocessing" / "convert_llava_pretrain_to_wds.py"
@@ -115,7 +115,7 @@ def test_mistakes_are_one_line_and_fast(arguments, code, why, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_in_order(number, tmp_path, monkeypatch):
-    """As Ctrl-C does: what was begun is left in order (tests/unit/data/webdataset/test_output.py)."""
+    """As Ctrl-C does: what was begun is left in order (tests/unit/prepare/test_output.py)."""
 
     def interrupted(settings):
         os.kill(os.getpid(), number)

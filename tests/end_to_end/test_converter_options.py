@@ -24,15 +24,15 @@ from transformers import (
     pipeline,
 )
 
-from megatron_patch.checkpoint import disk
-from megatron_patch.checkpoint.companions import read_json, write_json
-from megatron_patch.checkpoint.hf import HfReader
-from megatron_patch.checkpoint.mm_projector import NAMES
-from megatron_patch.checkpoint.summary import summarize
+from megatron_patch.conversion.commands import main
+from megatron_patch.conversion.companions import read_json, write_json
+from megatron_patch.conversion.summary import summarize
 from megatron_patch.data.tokenize import load_tokenizer
 from megatron_patch.families.llava import hub_name, read_config
+from megatron_patch.stores.hf import HfReader
+from megatron_patch.stores.mm_projector import NAMES
+from megatron_patch.tensor_io import disk
 from tests.tiny import LANGUAGE_MODELS
-from toolkits.model_checkpoints_convertor.convert import main
 
 EMBED_TOKENS = "language_model.model.embed_tokens.weight"
 LM_HEAD = "language_model.lm_head.weight"

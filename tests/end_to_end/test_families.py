@@ -13,22 +13,22 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
-from megatron_patch.checkpoint import resume
-from megatron_patch.checkpoint.hf import HfReader
-from megatron_patch.checkpoint.resume import Progress
-from megatron_patch.checkpoint.saving import Saver
-from megatron_patch.config import Config, Parallel
-from megatron_patch.data.image import normalize
+from megatron_patch.config.train import Config, Parallel
+from megatron_patch.conversion.commands import main
+from megatron_patch.data.images import normalize
+from megatron_patch.data.preprocessor import read_image_settings
 from megatron_patch.families.llava import hub_name, parts, read_config
 from megatron_patch.model.llava import find_patches, language_config
-from megatron_patch.preprocessor import read_image_settings
+from megatron_patch.stores.hf import HfReader
+from megatron_patch.training import resume
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.optimizer import build_scheduler
+from megatron_patch.training.resume import Progress
+from megatron_patch.training.saving import Saver
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
 from tests.distributed.ranks import run_ranks
 from tests.tiny import LANGUAGE_MODELS, save_clip
-from toolkits.model_checkpoints_convertor.convert import main
 
 CUTS = ((1, 1), (2, 1), (4, 1), (2, 2))
 TEXT = torch.arange(5, 295).reshape(2, -1)

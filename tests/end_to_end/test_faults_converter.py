@@ -16,16 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_patch.archives import open_archive
-from megatron_patch.checkpoint import disk, manifest
-from megatron_patch.checkpoint.convert import load_rank, open_mcore
-from megatron_patch.checkpoint.hf import HfReader
-from megatron_patch.checkpoint.output import written_aside
-from megatron_patch.checkpoint.stages import Stage
-from megatron_patch.checkpoint.torch_zip import describe
+from megatron_patch.conversion.commands import main
+from megatron_patch.conversion.plan import load_rank, open_mcore
 from megatron_patch.families.llava import read_config
+from megatron_patch.families.stages import Stage
+from megatron_patch.files.whole import written_aside
+from megatron_patch.stores import manifest
+from megatron_patch.stores.hf import HfReader
+from megatron_patch.tensor_io import disk
+from megatron_patch.tensor_io.archives import open_archive
+from megatron_patch.tensor_io.torch_zip import describe
 from tests.forked import PROCESSES
-from toolkits.model_checkpoints_convertor.convert import main
 
 IMPORT_POINTS = (
     "locked",

@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, CLIPConfig, CLIPModel, LlavaForConditionalGeneration
 
-from megatron_patch.checkpoint.hf import HfReader
+from megatron_patch.conversion.commands import main
 from megatron_patch.families.llava import hub_name, parts, read_config
+from megatron_patch.stores.hf import HfReader
 from tests.end_to_end.scripts import processor_seconds
 from tests.tiny import VISION_SIZES, save_clip, save_llama, save_mistral
-from toolkits.model_checkpoints_convertor.convert import main
 
 REPO = Path(__file__).parents[2]
 FLAGS = (

@@ -82,9 +82,9 @@ def test_captions_survive_the_tokenizer(tmp_path):
 def test_the_small_models_can_be_cut_in_two(tmp_path):
     import quickstart_make as make
 
-    from megatron_patch.config import Parallel
+    from megatron_patch.config.train import Parallel
     from megatron_patch.families.llava import describe_language_model, describe_vision_model
-    from megatron_patch.sizes import Llava
+    from megatron_patch.families.sizes import Llava
 
     make.save_language_model(tmp_path / "llm", seed=1)
     make.save_vision_tower(tmp_path / "clip", seed=1)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch.checkpoint import manifest
-from toolkits.model_checkpoints_convertor.convert import main
+from megatron_patch.conversion.commands import main
+from megatron_patch.stores import manifest
 
 
 def convert(source: Path, target: Path, tp_size: int, pp_size: int, clip: Path | None = None, **flags: object) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch.checkpoint.companions import checkpoint_folder
+from megatron_patch.conversion.companions import checkpoint_folder
 from tests.end_to_end.scripts import TRAIN, call, environment, train_arguments
 from tests.unit.data.samples import convert_folder, write_pretrain
 

@@ -48,7 +48,7 @@ def collect(folder: Path, *arguments: str) -> dict[str, dict]:
 @pytest.mark.parametrize(
     ("arguments", "devices", "marks"),
     [
-        (["tests/unit/test_parallel.py"], "", []),
+        (["tests/unit/model/test_groups.py"], "", []),
         (["-m", "gpu", "tests/unit/test_architecture.py", "tests/gpu"], "0", ["gpu"]),
         (["tests/unit/test_architecture.py", "tests/gpu/test_run.py::test_train_and_resume"], "0", ["gpu"]),
     ],

@@ -13,9 +13,8 @@ from transformers.image_utils import load_image
 
 from megatron_patch.data import decode as module
 from megatron_patch.data.decode import decode
-from megatron_patch.data.webdataset.formats import check_decodes, check_header
-from megatron_patch.data.webdataset.samples import Rejected
-from tests.unit.data.webdataset.test_formats import with_scans
+from megatron_patch.data.image_headers import Rejected, check_decodes, check_header
+from tests.unit.data.test_image_headers import with_scans
 from tests.unit.properties import damaged, examples
 
 KINDS = ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "MPO", "JPEG2000"]

@@ -14,7 +14,7 @@ from itertools import islice
 import pytest
 import torch
 
-from megatron_patch.config import Parallel
+from megatron_patch.config.train import Parallel
 from megatron_patch.data import loader as loader_module
 from megatron_patch.data.loader import batches_ahead, save_position, valid_loader
 from tests.unit.data.loaders import COUNT, assert_same, build, flat, keys, resume, take

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlavaProcessor
 
-from megatron_patch.config import PromptFormatName
+from megatron_patch.config.train import PromptFormatName
 from megatron_patch.data.prompts import (
     MARKED_IMAGE,
     PROMPT_FORMATS,

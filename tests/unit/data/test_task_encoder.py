@@ -10,7 +10,7 @@ import torch
 from megatron.energon import SkipSample, VQASample
 from PIL import Image
 
-from megatron_patch.config import Parallel
+from megatron_patch.config.train import Parallel
 from megatron_patch.data.task_encoder import LlavaTaskEncoder
 from megatron_patch.data.tokenizer_files import install_tokenizer
 from tests.unit.data.samples import CLIP, QUESTION, describe, encode, jpeg, settings

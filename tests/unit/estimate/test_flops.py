@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_patch.estimate.flops import Work, megatron_lm_flops, step_flops
 from megatron_patch.families.llava import read_config
-from megatron_patch.sizes import LanguageModel, Llava, VisionModel
+from megatron_patch.families.sizes import LanguageModel, Llava, VisionModel
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs

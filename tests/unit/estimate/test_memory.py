@@ -9,13 +9,13 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_patch.config import Config, Parallel
-from megatron_patch.data.image import normalize
+from megatron_patch.config.train import Config, Parallel
+from megatron_patch.data.images import normalize
 from megatron_patch.data.task_encoder import Batch
 from megatron_patch.estimate.memory import chunk_weights, plan
 from megatron_patch.families.llava import read_config
-from megatron_patch.launch import launch
 from megatron_patch.training.batch import cut_text, place_images, place_labels
+from megatron_patch.training.launch import launch
 from megatron_patch.training.loop import start_or_resume
 from tests import tiny_runs
 from tests.distributed.ranks import run_ranks
@@ -139,7 +139,7 @@ def test_what_is_offloaded_is_on_the_cpu(mcore, tmp_path):
 @pytest.fixture
 def transformer_engine(monkeypatch):
     """As if it were installed. A mock: its sources say what it keeps."""
-    monkeypatch.setattr("megatron_patch.config.require_transformer_engine", lambda given, instead: None)
+    monkeypatch.setattr("megatron_patch.config.train.require_transformer_engine", lambda given, instead: None)
 
 
 @pytest.mark.usefixtures("transformer_engine")

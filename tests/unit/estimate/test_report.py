@@ -6,13 +6,13 @@ from unittest import mock
 
 import pytest
 
-from megatron_patch.config import Parallel
+from megatron_patch.config.train import Parallel
 from megatron_patch.estimate import memory
 from megatron_patch.estimate.cards import CARDS
 from megatron_patch.estimate.memory import GIB, plan
 from megatron_patch.estimate.report import ROOM, line, report, suggest
+from tests.unit.config.test_train import LLAVA
 from tests.unit.estimate.test_time import stage_one
-from tests.unit.test_config import LLAVA
 
 H100 = CARDS["H100"]
 TP4 = {"cut": Parallel(tensor_model_parallel_size=4), "recompute": "true"}

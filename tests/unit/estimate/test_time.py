@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch.config import Config, Parallel
+from megatron_patch.config.train import Config, Parallel
 from megatron_patch.estimate.cards import CARDS, COLLECTIVE, KERNELS, LAUNCH, Kernels, find_card
 from megatron_patch.estimate.time import Time, matmul_seconds, predict
 from tests.tiny_runs import config
-from tests.unit.test_config import LLAVA
+from tests.unit.config.test_train import LLAVA
 
 # megatron.core's own rotary embedding and SwiGLU, operation by operation; SwiGLU compiled; the rotation too.
 UNFUSED = Kernels(rope=(12, 12.8), swiglu=(7, 13), launches=(38, 39), syncs=6, handover=1.5e-3, gradient_bytes=12)

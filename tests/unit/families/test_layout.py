@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_patch.families import family, layout
-from megatron_patch.families.family import Weight
+from megatron_patch.families import layout, table
+from megatron_patch.families.table import Weight
 
 DIMS = {
     "hidden": 4,
@@ -20,13 +20,13 @@ DIMS = {
     "one": 1,
 }
 ROWS = {
-    "qkv": family.qkv("x.linear_qkv.weight", "attention"),
-    "qkv bias": family.qkv("x.linear_qkv.bias", "attention", "bias"),
-    "gated": family.gated("x.linear_fc1.weight", "gate", "up"),
-    "column": family.column("x.linear_fc1.weight", "fc1"),
-    "row": family.row("x.linear_fc2.weight", "fc2"),
-    "vocab": family.vocab("x.word_embeddings.weight", "embed"),
-    "replicated": family.replicated("x.input_layernorm.weight", "norm"),
+    "qkv": table.qkv("x.linear_qkv.weight", "attention"),
+    "qkv bias": table.qkv("x.linear_qkv.bias", "attention", "bias"),
+    "gated": table.gated("x.linear_fc1.weight", "gate", "up"),
+    "column": table.column("x.linear_fc1.weight", "fc1"),
+    "row": table.row("x.linear_fc2.weight", "fc2"),
+    "vocab": table.vocab("x.word_embeddings.weight", "embed"),
+    "replicated": table.replicated("x.input_layernorm.weight", "norm"),
     "class_token": Weight("class_token", ("class_embedding",), layout="class_token"),
 }
 

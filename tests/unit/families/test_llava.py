@@ -22,10 +22,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from megatron_patch.checkpoint.hf import HfReader
 from megatron_patch.families import llava as families
+from megatron_patch.families.fused_names import FUSED_NORMS, to_local_name, to_transformer_engine_name
 from megatron_patch.families.layout import hf_shapes
-from megatron_patch.families.transformer_engine import FUSED_NORMS, to_local_name, to_transformer_engine_name
+from megatron_patch.stores.hf import HfReader
 from tests.tiny import LANGUAGE_SIZES, LLAMA3_ROPE, VISION_SIZES
 from tests.unit import properties
 from tests.unit.properties import damaged, examples, one_line

@@ -11,12 +11,12 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.enums import AttnBackend
 from transformers import LlavaForConditionalGeneration
 
-from megatron_patch.config import Parallel
-from megatron_patch.data.image import normalize
+from megatron_patch.config.train import Parallel
+from megatron_patch.data.images import normalize
+from megatron_patch.data.preprocessor import read_image_settings
 from megatron_patch.families.llava import read_config
 from megatron_patch.model import llava as llava_module
 from megatron_patch.model.llava import LlavaModel
-from megatron_patch.preprocessor import read_image_settings
 from megatron_patch.training.batch import cut_text, place_images, place_labels
 from megatron_patch.training.loop import load_pretrained
 from tests import tiny_runs

@@ -221,9 +221,9 @@ def positions_without_memory() -> None:
     _start()
     from megatron.core.tensor_parallel import layers
 
-    from megatron_patch.checkpoint.verify import _config
+    from megatron_patch.conversion.verify import _config
     from megatron_patch.model.llava import LlavaModel
-    from tests.unit.test_config import LLAVA
+    from tests.unit.config.test_train import LLAVA
 
     with (
         mock.patch.object(torch.Tensor, "cuda", torch._C.TensorBase.cuda),  # torch's own, which moves tensors
@@ -431,11 +431,11 @@ def kernels(function: Callable[[], object]) -> list[str]:
 
 
 def _start() -> None:
-    from megatron_patch import parallel
-    from megatron_patch.config import Parallel
+    from megatron_patch.config.train import Parallel
+    from megatron_patch.model import groups
 
     store = f"file://{tempfile.mkdtemp()}/store"
-    parallel.start(Parallel(), seed=1, init_method=store, rank=0, world_size=1)
+    groups.start(Parallel(), seed=1, init_method=store, rank=0, world_size=1)
 
 
 def _wrapped_model(**ddp):

@@ -45,7 +45,7 @@ def test_offloaded_weights_are_pinned_once():
 
 
 def test_importing_the_package_loads_neither_torch_nor_megatron():
-    code = "import megatron_patch.config, sys; sys.exit('torch' in sys.modules or 'megatron.core' in sys.modules)"
+    code = "import megatron_patch.config.train, sys; sys.exit('torch' in sys.modules or 'megatron.core' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

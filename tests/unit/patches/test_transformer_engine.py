@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 
 import megatron_patch
-from megatron_patch.config import Model
+from megatron_patch.config.train import Model
 from megatron_patch.model.specs import uses_transformer_engine
 
 def answer(model):
@@ -40,7 +40,7 @@ def answer(model):
             return str(error)
 
 def make(**changed):
-    with mock.patch("megatron_patch.config.require_transformer_engine"):
+    with mock.patch("megatron_patch.config.train.require_transformer_engine"):
         return Model(pretrained_checkpoint=Path(), **changed)
 
 settings = [{}, {"transformer_impl": "local"}, {"transformer_impl": "transformer_engine"}, {"precision": "fp8"}]

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from transformers import LlavaForConditionalGeneration
 
-from megatron_patch.config import Optimizer
-from megatron_patch.data.image import normalize
+from megatron_patch.config.train import Optimizer
+from megatron_patch.data.images import normalize
+from megatron_patch.data.preprocessor import read_image_settings
 from megatron_patch.families.llava import read_config
-from megatron_patch.preprocessor import read_image_settings
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.optimizer import build_scheduler
 from megatron_patch.training.step import batch_runner, train_step

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
-from megatron_patch.config import Parallel
+from megatron_patch.config.train import Parallel
 from megatron_patch.data.task_encoder import Batch
 from megatron_patch.training.batch import (
     count,

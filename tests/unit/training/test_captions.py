@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_patch import config
-from megatron_patch.config import Parallel
+from megatron_patch.config import train
+from megatron_patch.config.train import Parallel
 from megatron_patch.data.task_encoder import Batch
 from megatron_patch.training.captions import MAX_NEW_TOKENS, _generate, _prompt_and_answer
 from tests import tiny_runs
@@ -37,7 +37,7 @@ def test_a_caption_ends_with_its_end(tmp_path):
 
 def test_sequences_are_padded_for_fp8(tmp_path, monkeypatch):
     """To 16 tokens in each of a rank's two slices. (A mock: Transformer Engine, which is not asked for.)"""
-    monkeypatch.setattr(config, "require_transformer_engine", lambda *words: None)
+    monkeypatch.setattr(train, "require_transformer_engine", lambda *words: None)
     answers = [[7, 8, 2], [3, 9], [5, 6, 7, 2]]
     assert generate(tmp_path, [[1], [1, 3, 4], [1, 3]], answers, 128, "fp8") == [[7, 8], [], [5, 6, 7]]
 

@@ -10,10 +10,10 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from megatron_patch import parallel
-from megatron_patch.config import Parallel
+from megatron_patch.config.train import Parallel
 from megatron_patch.data.task_encoder import Batch
-from megatron_patch.parallel import HostGroups
+from megatron_patch.model import groups
+from megatron_patch.model.groups import HostGroups
 from megatron_patch.training.feed import AHEAD, Feed, from_bytes, to_bytes
 from tests.distributed.ranks import run_ranks
 
@@ -54,10 +54,10 @@ def test_the_wait_for_batches_is_measured():
 def take(lengths: list[int], takes_alone: bool) -> tuple[int | None, list[str], list[int], int]:
     """The longest, keys, numbers of pixels, and how many this rank has read, of an iteration of its own batches."""
     read = itertools.count()
-    stage = parallel.parallel_state.get_pipeline_model_parallel_rank()
+    stage = groups.parallel_state.get_pipeline_model_parallel_rank()
     batches = (batch(next(read), length) for length in itertools.cycle(lengths))
     takes = not takes_alone or stage == 0
-    feed = Feed(batches, len(lengths), parallel.host_groups(), takes=takes, takes_pixels=stage == 0, device=CPU)
+    feed = Feed(batches, len(lengths), groups.host_groups(), takes=takes, takes_pixels=stage == 0, device=CPU)
     with feed.reading() as longest:
         taken = [next(feed) for _ in range(len(lengths) if takes else 0)]
     assert not [thread for thread in threading.enumerate() if thread.name == "micro batches"]
@@ -89,7 +89,7 @@ def fail() -> list[str]:
         yield batch(2)
         yield batch(3)
 
-    feed, said = Feed(read(), 4, parallel.host_groups(), takes=True, takes_pixels=True, device=CPU), []
+    feed, said = Feed(read(), 4, groups.host_groups(), takes=True, takes_pixels=True, device=CPU), []
     try:
         with feed.reading():
             for _ in range(4):

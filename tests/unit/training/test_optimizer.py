@@ -7,12 +7,12 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_patch.checkpoint import resume
-from megatron_patch.checkpoint.resume import Progress
-from megatron_patch.checkpoint.saving import Saver
-from megatron_patch.config import Parallel
+from megatron_patch.config.train import Parallel
 from megatron_patch.families.llava import read_config
+from megatron_patch.training import resume
 from megatron_patch.training.loop import start_or_resume
+from megatron_patch.training.resume import Progress
+from megatron_patch.training.saving import Saver
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
 

@@ -10,16 +10,16 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_patch import parallel
-from megatron_patch.checkpoint import resume
-from megatron_patch.checkpoint.resume import Progress
-from megatron_patch.checkpoint.saving import Saver
 from megatron_patch.estimate.memory import plan
 from megatron_patch.families.llava import read_config
-from megatron_patch.files import PREPROCESSOR, PROCESSOR
+from megatron_patch.files.names import PREPROCESSOR, PROCESSOR
+from megatron_patch.model import groups
 from megatron_patch.training import optimizer as optimizer_module
+from megatron_patch.training import resume
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.optimizer import build_scheduler
+from megatron_patch.training.resume import Progress
+from megatron_patch.training.saving import Saver
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
 
@@ -127,5 +127,5 @@ def test_auto_takes_what_free_memory_asks_for(mcore, tmp_path, one_process, monk
     (memory,) = plan(config, llava, world_size=1)
     for part, expected in ((0.0, 1.0), (0.5, 0.5), (2.0, 0.0)):
         free = (memory.activations + memory.working + part * memory.optimizer) / 0.9
-        monkeypatch.setattr(parallel, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(groups, "free_memory", lambda free=free: free)
         assert fraction(config, llava) == pytest.approx(expected)

@@ -18,7 +18,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from megatron_patch.data import processes, readers
-from megatron_patch.files import STORE, TRAINING
+from megatron_patch.files.names import STORE, TRAINING
 from megatron_patch.training import peers
 from megatron_patch.training.peers import _dead, _Stopped, _Store
 

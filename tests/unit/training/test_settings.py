@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_patch.config import Parallel
+from megatron_patch.config.train import Parallel
 from megatron_patch.families.llava import read_config
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.step import batch_runner, train_step

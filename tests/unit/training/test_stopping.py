@@ -8,8 +8,8 @@ import signal
 
 import pytest
 
-from megatron_patch import files, launch
-from megatron_patch.training import stopping
+from megatron_patch.files import marks
+from megatron_patch.training import launch, stopping
 from megatron_patch.training.stopping import Stop, lock
 
 
@@ -57,7 +57,7 @@ def test_a_folder_is_one_runs(tmp_path, monkeypatch, caplog):
     with lock(tmp_path / "run"), pytest.raises(ValueError, match="another run is writing it"):
         lock(tmp_path / "run")
     lock(tmp_path / "run").close()
-    monkeypatch.setattr(files, "lock", lambda descriptor: False)  # a mock of a file system without locks
+    monkeypatch.setattr(marks, "lock", lambda descriptor: False)  # a mock of a file system without locks
     lock(tmp_path / "run").close()
     assert "run: no locks on this file system" in caplog.text
 

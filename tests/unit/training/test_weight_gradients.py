@@ -9,8 +9,8 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import layers
 
-from megatron_patch.config import Parallel
-from megatron_patch.data.image import normalize
+from megatron_patch.config.train import Parallel
+from megatron_patch.data.images import normalize
 from megatron_patch.families.llava import read_config
 from megatron_patch.patches.gradients import add_product
 from megatron_patch.training import optimizer, weight_gradients

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.distributed import DistBackendError, DistStoreError, FileStore, ProcessGroupGloo
 
-from megatron_patch import parallel
-from megatron_patch.files import STORE
+from megatron_patch.files.names import STORE
+from megatron_patch.model import groups
 from megatron_patch.training import peers, stopping, worker
 from megatron_patch.training.worker import _line
 
@@ -50,7 +50,7 @@ def test_the_time_that_is_given_reaches_whoever_waits(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "start_log", lambda folder, rank: None)
     monkeypatch.setattr(worker, "_tell_launcher", told.append)
     monkeypatch.setattr(stopping, "end_with_parent", lambda: None)
-    monkeypatch.setattr(parallel, "start", started)
+    monkeypatch.setattr(groups, "start", started)
     monkeypatch.setattr(peers, "watch", told.append)
     monkeypatch.setattr(peers, "tell", told.append)
     given = MagicMock(training=SimpleNamespace(distributed_timeout_minutes=7, seed=3))
@@ -70,10 +70,10 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 
 def test_who_waited_too_long_for_the_others_says_so(tmp_path):
     """gloo's own error, and that of the place where its ranks meet."""
-    groups = {}
+    made = {}
 
     def join(rank: int) -> None:
-        groups[rank] = ProcessGroupGloo(FileStore(f"{tmp_path}/store", 2), rank, 2, timedelta(seconds=0.1))
+        made[rank] = ProcessGroupGloo(FileStore(f"{tmp_path}/store", 2), rank, 2, timedelta(seconds=0.1))
 
     threads = [threading.Thread(target=join, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -82,7 +82,7 @@ def test_who_waited_too_long_for_the_others_says_so(tmp_path):
         thread.join()
     store = FileStore(f"{tmp_path}/other", 2)
     store.set_timeout(timedelta(seconds=0.1))
-    for wait in (lambda: groups[0].recv([torch.zeros(1)], 1, 0).wait(), lambda: store.get("never")):
+    for wait in (lambda: made[0].recv([torch.zeros(1)], 1, 0).wait(), lambda: store.get("never")):
         with pytest.raises(RuntimeError) as raised:
             wait()
         said = _line(raised.value, CONFIG)

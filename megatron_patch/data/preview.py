@@ -1,0 +1,146 @@
+"""Batches as one HTML page: pictures after the transform, every token with its label, where pictures are expanded."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from megatron_patch.config.flags import parse
+from megatron_patch.config.train import Config
+from megatron_patch.data.task_encoder import Batch
+from megatron_patch.data.tokenize import IGNORE, load_tokenizer
+from megatron_patch.families.llava import read_config
+from megatron_patch.files.marks import check_page
+from megatron_patch.files.text import printable
+from megatron_patch.files.whole import write_whole
+
+USAGE = """\
+Write one HTML page of samples as the model sees them: the picture after its transform, each token with its label.
+
+    python inspect_samples.py CHECKPOINT DATASET PAGE.html [--num-batches 20] [flags of training]
+
+CHECKPOINT is a folder with config.json, tokenizer and processor, such as the converter writes; DATASET is what
+DATASET_PATH is. The flags are training's: --decoder-seq-length, --prompt-format, --packing-buffer-size and others."""
+NUM_BATCHES = "--num-batches"
+HEAD = """\
+<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Samples as the model sees them</title><style>
+body { font: 15px/1.9 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
+h2 { font-size: 1em; margin: 2em 0 .3em; border-top: 1px solid #ccc; padding-top: 1em }
+img { margin-right: .5em; vertical-align: top; max-width: 20em }
+span { border-radius: 3px; padding: 1px 2px; margin-right: 1px; white-space: pre-wrap }
+.given { background: #eee }
+.learned { background: #b7e4b0 }
+.picture { background: #b9d7f5 }
+.padding { color: #999; background: #f8f8f8 }
+</style></head><body>
+<p><span class="given">given</span> <span class="learned">learned</span>
+<span class="picture">a picture's positions</span> <span class="padding">padding</span>
+&mdash; the title of a token is its position and its id. The last learned token of a sample is a label alone: the model
+never sees it.</p>
+"""
+
+
+def write_page(batches: Iterable[Batch], tokenizer: Any, image_token_id: int) -> str:
+    """The page, which refers to nothing outside of itself."""
+    return (
+        HEAD
+        + "".join(part for batch in batches for part in _batch(batch, tokenizer, image_token_id))
+        + "</body></html>"
+    )
+
+
+def _batch(batch: Batch, tokenizer: Any, image_token_id: int) -> Iterator[str]:
+    """Sample by sample, whether each has a row of its own or they share one."""
+    lengths = batch.segment_lengths or [batch.input_ids.shape[1]]
+    rows = (
+        (ids, labels)
+        for row, row_labels in zip(batch.input_ids, batch.labels, strict=True)
+        for ids, labels in zip(row.split(lengths), row_labels.split(lengths), strict=True)
+    )
+    pictures = iter(batch.pixels)
+    patches = int((batch.input_ids == image_token_id).sum()) // max(1, len(batch.pixels))
+    for key, (ids, labels) in zip(batch.keys, rows, strict=True):
+        num_learned = int((labels != IGNORE).sum())
+        yield f"<h2>{html.escape(key)}: {len(ids)} positions, {num_learned} learned</h2>\n<p>"
+        for _ in range(int((ids == image_token_id).sum()) // max(1, patches)):
+            yield _picture(next(pictures))
+        yield "</p>\n<p>" + "".join(_tokens(ids, labels, tokenizer, image_token_id, patches)) + "</p>\n"
+
+
+def _picture(pixels: Tensor) -> str:
+    """uint8 [3, h, w] -> an img with its bytes in it."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
+    height, width = pixels.shape[1:]
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{width} x {height} pixels" title="{width} x {height} pixels">'
+
+
+def _tokens(ids: Tensor, labels: Tensor, tokenizer: Any, image_token_id: int, patches: int) -> Iterator[str]:
+    """A span for each token, and for each picture's run of placeholders."""
+    targets = [IGNORE, *labels.tolist()]
+    last = max((place for place, target in enumerate(targets) if target != IGNORE), default=0)
+    tokens = [*ids.tolist(), None][: max(last + 1, len(ids))]
+    number = 0
+    for is_image, run in groupby(enumerate(tokens), key=lambda item: item[1] == image_token_id):
+        places = list(run)
+        if is_image:
+            for first in range(places[0][0], places[-1][0] + 1, patches):
+                number += 1
+                yield f'<span class="picture">picture {number}: {first} to {first + patches - 1}</span>'
+            continue
+        for place, token in places:
+            target = targets[place] if place < len(targets) else IGNORE
+            kind = "learned" if target != IGNORE else "given" if place <= last else "padding"
+            shown = target if token is None or target != IGNORE else token
+            text = html.escape(tokenizer.decode([shown])).replace("\n", "&#8629;\n") or "&#8709;"
+            yield f'<span class="{kind}" title="position {place}, id {shown}">{text}</span>'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0; 1 or 2 with one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) < 3 or argv[0].startswith("-"):
+        print(USAGE, file=sys.stderr)
+        return 2
+    checkpoint, dataset, page, *flags = argv
+    count = "20"
+    if NUM_BATCHES in flags:
+        place = flags.index(NUM_BATCHES)
+        count = next(iter(flags[place + 1 :]), "without a number")
+        flags[place : place + 2] = []
+    if not count.isdecimal() or not int(count):
+        print(f"error: {NUM_BATCHES} {count}: expected 1 or more", file=sys.stderr)
+        return 2
+    # Training's own settings, of which only the data's are used.
+    needed = {"--model-config": checkpoint, "--pretrained-checkpoint": checkpoint, "--data-path": dataset}
+    needed |= {"--lr": "1", "--train-iters": "1", "--output": page, "--num-workers": "0"}
+    config = parse(Config, [*(word for pair in needed.items() for word in pair), *flags])
+    try:
+        _write(config, Path(page), int(count))
+    except (ValueError, OSError) as error:
+        print(f"error: {printable(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _write(config: Config, page: Path, count: int) -> None:
+    from megatron_patch.data.loader import train_loader
+
+    check_page(page, HEAD[:100])
+    llava = read_config(config.model.description)
+    config.check(llava)
+    loader = train_loader(config, llava, rank=0, world_size=1)
+    tokenizer = load_tokenizer(config.model.description)
+    write_whole(page, write_page(islice(loader, count), tokenizer, llava.image_token_id))
+    print(f"wrote {page}: {count} batches of {config.data.data_path}")
