@@ -4,7 +4,7 @@
 #
 #   sh quickstart.sh [FOLDER]
 #
-# FOLDER (default: quickstart/ in the repository) is made anew on each run.
+# FOLDER (default: quickstart/ in the repository) is emptied at the start of each run.
 set -eu
 
 HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)

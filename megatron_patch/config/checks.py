@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def require_finite(settings: object) -> None:
-    """Raise ValueError for the first field that is infinite or no number."""
+    """Raise ValueError for the first field that is infinite or NaN."""
     for setting in fields(settings):
         value = getattr(settings, setting.name)
         if isinstance(value, float) and not math.isfinite(value):

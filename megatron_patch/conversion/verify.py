@@ -64,7 +64,7 @@ class Block:
 
     @property
     def diverges(self) -> bool:
-        """Whether more than rounding is between them (or a value is no number)."""
+        """Whether more than rounding is between them (or a value is NaN)."""
         return not self.max_abs_difference <= TOLERANCE * max(1.0, self.largest_value)
 
 
@@ -83,7 +83,7 @@ class Parity:
         return next((block for block in self.blocks if block.diverges), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of parity.json; a value that is no number is null there."""
+        """The content of parity.json; NaN is null there."""
         first = self.first_divergence
         blocks = [
             {name: value if name == "name" or math.isfinite(value) else None for name, value in asdict(block).items()}

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 SAMPLES_PER_SLICE = 100
 """Neighbours in a shard that are read one after another; slices come in random order."""
 SHARES = ("data-parallel size", "num_workers")
-"""How many processes share the reading: what a position does not depend on where it can be dealt out anew."""
+"""How many processes share the reading: these may differ on resume where a position can be redistributed."""
 PREPARE = (
     "prepare one with: python toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py DIR, "
     "or energon prepare --non-interactive"
@@ -110,7 +110,7 @@ class Loader(SavableDataLoader[Batch]):
             self.raise_if_killed(error)
             # Not one sample's: of a shard. From a worker, the last line says what it was.
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise ValueError(f"{self.failures.dataset}: reading failed ({reason}); convert the data anew") from error
+            raise ValueError(f"{self.failures.dataset}: reading failed ({reason}); convert the data again") from error
         finally:
             self.close()
 
@@ -178,7 +178,7 @@ def train_loader(config: Config, llava: Llava, *, rank: int, world_size: int) ->
 
 
 def valid_loader(config: Config, llava: Llava, *, rank: int, world_size: int) -> Loader | MockLoader:
-    """Endless micro batches of the val split in its order, beginning anew when it is through; see `train_loader`."""
+    """Endless micro batches of the val split in its order, which starts over at its end; see `train_loader`."""
     if config.data.valid_data_path is None:
         raise ValueError("--valid-data-path none: nothing to validate on")
     return _loader(config, llava, config.data.valid_data_path, "val", rank=rank, world_size=world_size)

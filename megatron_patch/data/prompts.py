@@ -69,7 +69,7 @@ class ChatTemplate:
             messages.append(("assistant", answer.strip()))
             whole = self._write(messages)
             if not (prompt.startswith(written) and whole.startswith(prompt)):
-                raise ValueError("the chat template writes earlier turns anew when others follow; name a prompt format")
+                raise ValueError("the chat template rewrites earlier turns when others follow; name a prompt format")
             # A line that ends behind the answer's end is not part of it.
             learned = whole[len(prompt) :].rstrip()
             yield prompt[len(written) :], False

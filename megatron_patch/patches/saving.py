@@ -18,7 +18,7 @@ from megatron_patch.patches import Repair
 def no_process_for_results(module: ModuleType) -> None:
     """What was written is handed back in memory that the trainer shares with the process it forks to write.
 
-    strategies/filesystem_async.py:51 starts a server process for the purpose, which imports the training script anew
+    strategies/filesystem_async.py:51 starts a server process for the purpose, which imports the training script again
     (seconds in the first save) and outlives a killed trainer, with its memory and its hold on the terminal.
     Needed as long as results pass through a multiprocessing.Manager.
     """

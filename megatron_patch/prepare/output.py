@@ -324,7 +324,7 @@ def _differing(begun: Any, plan: dict[str, Any]) -> str:
 
 
 def _to_record(shard: str, content: Any) -> Record | None:
-    """None for whatever is no record of that shard: it is written anew."""
+    """None for whatever is no record of that shard: it is written again."""
     try:
         rejected = [(int(position), str(name), str(why)) for position, name, why in content["rejected"]]
         record = Record(**{**content, "rejected": rejected})

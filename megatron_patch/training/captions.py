@@ -104,7 +104,7 @@ def _first_samples(config: Config, llava: Llava, count: int) -> list[Batch]:
     """The val split's first samples as batches of one, read by every rank for itself. Fewer where there are fewer."""
     data = replace(config.data, micro_batch_size=1, num_workers=0, packing_buffer_size=0)
     batches = iter(valid_loader(replace(config, data=data), llava, rank=0, world_size=1))
-    samples = {batch.keys[0]: batch for batch in islice(batches, count)}  # the split begins anew when it is through
+    samples = {batch.keys[0]: batch for batch in islice(batches, count)}  # the split starts over at its end
     batches.close()
     return list(samples.values())
 

@@ -65,7 +65,7 @@ def latest(folder: Path, step: int | None = None) -> Path | None:
         if there:
             raise ValueError(
                 f"{folder}: has {there[-1].name} and no {TRACKER}; write the iteration to go on from into it, or give "
-                f"another output folder to start anew"
+                f"another output folder to start over"
             )
         return None
     checkpoint = checkpoint_folder(folder, step)
@@ -266,7 +266,7 @@ def _check_same_training(config: Config, checkpoint: Path) -> None:
 def _check_same_model(description: Path, folder: Path) -> None:
     """Raise ValueError when `description` is not of the model whose run is in `folder`, be the shapes the same."""
     if not (folder / MODEL_CONFIG).is_file():
-        return  # removed by hand, and written anew
+        return  # removed by hand, and written again
     before, now = _facts(folder), _facts(description)
     for name in before:
         if before[name] != now[name]:

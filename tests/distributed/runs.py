@@ -35,7 +35,7 @@ from megatron_patch.training.metrics import Metrics
 from tests.forked import PROCESSES
 
 LOADED = (torch._dynamo, AutoTokenizer, PreTrainedTokenizerFast)
-"""What every run would import anew, seconds long."""
+"""What every run would import again, for seconds."""
 
 Fault = tuple[Callable[..., None], int, tuple]
 """What goes wrong, on which rank, and the function's arguments."""

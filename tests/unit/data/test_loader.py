@@ -348,7 +348,7 @@ def test_a_damaged_shard_is_one_line(model, dataset, tmp_path, num_workers):
     copy = shutil.copytree(dataset, tmp_path / "copy")
     for tar in copy.glob("*.tar"):
         tar.write_bytes(tar.read_bytes()[:512] + b"\xff" * (tar.stat().st_size - 512))
-    with pytest.raises(ValueError, match=r"copy: reading failed \(.*\); convert the data anew") as caught:
+    with pytest.raises(ValueError, match=r"copy: reading failed \(.*\); convert the data again") as caught:
         take(build(model, copy, num_workers=num_workers), 30)
     assert "\n" not in str(caught.value)
     assert "Traceback" not in str(caught.value)

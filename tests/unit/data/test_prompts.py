@@ -290,7 +290,7 @@ def test_templates_mark_pictures_as_training_does(name, source, tmp_path):
         (PUBLISHED["llava-1.5-7b-hf"][1], "would not learn to stop"),
         ("{{ messages[0]['content'] }}", "leaves out what is said"),
         ("{{ raise_exception('no') }}", "leaves out what is said"),
-        ("{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}</s>{% endfor %}", "writes earlier turns anew"),
+        ("{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}</s>{% endfor %}", "rewrites earlier turns"),
     ],
 )
 def test_a_template_that_cannot_be_learned_from_is_refused(template, why, source, tmp_path):

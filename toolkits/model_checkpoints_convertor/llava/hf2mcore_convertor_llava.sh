@@ -7,7 +7,7 @@
 #   MODEL_SIZE             7B | 13B | ... | auto    checked against the language model's config.json; auto: not checked
 #   SOURCE_LLM_CKPT_PATH   folder                   mg2hf=false: a Llama, Vicuna, Mistral, Qwen2 or whole
 #                                                   LLaVA from Hugging Face, or a Megatron-Core checkpoint, which is
-#                                                   cut anew for TP and PP
+#                                                   resharded for TP and PP
 #                                                   mg2hf=true: a Megatron-Core checkpoint, saved at any TP and PP
 #   SOURCE_CLIP_CKPT_PATH  folder | none            a CLIP from Hugging Face; none where the source is a whole
 #                                                   LLaVA or Megatron-Core's
