@@ -39,7 +39,7 @@ def pad(batch: Batch, length: int) -> Batch:
     )
 
 
-def cut_text(batch: Batch, image_token_id: int, cut: Parallel, multiple: int = 1) -> dict[str, Tensor]:
+def shard_sequence(batch: Batch, image_token_id: int, cut: Parallel, multiple: int = 1) -> dict[str, Tensor]:
     """This context-parallel rank's part of a batch's text, on the CPU: int64 [b, s / CP] each.
 
     `input_ids`, 0 where there is a patch; `image_rows`: the number of the patch, of all the batch's, that lies at a
@@ -59,7 +59,7 @@ def cut_text(batch: Batch, image_token_id: int, cut: Parallel, multiple: int = 1
 
 
 def place_images(text: dict[str, Tensor], cut: Parallel) -> dict[str, Tensor]:
-    """What LlavaModel's first stage takes of `cut_text`'s part: `input_ids`, `image_positions`, `image_rows`.
+    """What LlavaModel's first stage takes of `shard_sequence`'s part: `input_ids`, `image_positions`, `image_rows`.
 
     The last only where the part may lack some patches: under context parallelism.
     """
@@ -70,7 +70,7 @@ def place_images(text: dict[str, Tensor], cut: Parallel) -> dict[str, Tensor]:
 
 
 def place_labels(text: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What LlavaModel's last stage takes of `cut_text`'s part: `labels` and `wanted`, int64 [number of labels] each."""
+    """What LlavaModel's last stage takes of `shard_sequence`'s part: `labels` and `wanted`, int64 [number of labels] each."""
     labels = text["labels"]
     wanted = find_positions(labels != IGNORE)
     return {"labels": labels.transpose(0, 1).flatten()[wanted], "wanted": wanted}

@@ -27,7 +27,7 @@ from megatron_patch.families.sizes import Llava
 from megatron_patch.model import groups
 from megatron_patch.model.llava import DTYPES, find_positions
 from megatron_patch.model.specs import FP8_MULTIPLE
-from megatron_patch.training.batch import cut_text, place_images, to_device
+from megatron_patch.training.batch import place_images, shard_sequence, to_device
 
 MAX_NEW_TOKENS = 32
 """A caption that is longer is cut off."""
@@ -162,7 +162,7 @@ def _next_words(
         positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         # Context parallelism deals out sequences: the positions go along in the place of labels.
         batch = Batch(keys=[], input_ids=input_ids, labels=positions, pixels=pixels)
-        text = cut_text(batch, llava.image_token_id, cut, _multiple(config))
+        text = shard_sequence(batch, llava.image_token_id, cut, _multiple(config))
         last = find_positions(text["labels"] == (lengths - 1).unsqueeze(1))  # those that are on this rank
         inputs = to_device({**place_images(text, cut), "wanted": last}, groups.device())
         outputs = schedule(

@@ -28,7 +28,6 @@ from megatron_patch.model.llava import DTYPES, LlavaModel
 from megatron_patch.model.specs import FP8_MULTIPLE, uses_transformer_engine
 from megatron_patch.training.batch import (
     count,
-    cut_text,
     find_borders,
     packed_seq_params,
     pad,
@@ -36,6 +35,7 @@ from megatron_patch.training.batch import (
     pixels_to_device,
     place_images,
     place_labels,
+    shard_sequence,
     to_device,
 )
 from megatron_patch.training.feed import Feed
@@ -167,7 +167,7 @@ def _preparer(
 
     def prepare(batch: Batch, part: LlavaModel, length: int | None) -> tuple[dict[str, Any], dict[str, int]]:
         batch = pad(batch, length or padded_length(batch.labels.shape[1], cut, multiple))
-        text = cut_text(batch, llava.image_token_id, cut)
+        text = shard_sequence(batch, llava.image_token_id, cut)
         labels = place_labels(text)
         tensors = {
             **(place_images(text, cut) if part.pre_process else {}),

@@ -14,7 +14,7 @@ from megatron_patch.data.images import normalize
 from megatron_patch.data.task_encoder import Batch
 from megatron_patch.estimate.memory import chunk_weights, plan
 from megatron_patch.families.llava import read_config
-from megatron_patch.training.batch import cut_text, place_images, place_labels
+from megatron_patch.training.batch import place_images, place_labels, shard_sequence
 from megatron_patch.training.launch import launch
 from megatron_patch.training.loop import start_or_resume
 from tests import tiny_runs
@@ -34,7 +34,7 @@ def longest_batch(config: Config, llava) -> Batch:
 def kept_bytes(config: Config, llava, model) -> int:
     """Distinct storages that autograd keeps in the forward pass of one micro batch, weights left out."""
     batch = longest_batch(config, llava)
-    text = cut_text(batch, llava.image_token_id, config.parallel)
+    text = shard_sequence(batch, llava.image_token_id, config.parallel)
     pixels = normalize(batch.pixels, (0.5,) * 3, (0.5,) * 3, torch.float32)
     if not model.pre_process:
         length = text["input_ids"].shape[1]

@@ -17,7 +17,7 @@ from megatron_patch.data.preprocessor import read_image_settings
 from megatron_patch.families.llava import read_config
 from megatron_patch.model import llava as llava_module
 from megatron_patch.model.llava import LlavaModel
-from megatron_patch.training.batch import cut_text, place_images, place_labels
+from megatron_patch.training.batch import place_images, place_labels, shard_sequence
 from megatron_patch.training.loop import load_pretrained
 from tests import tiny_runs
 
@@ -35,7 +35,7 @@ def pictures(mcore, batch):
 
 
 def text_inputs(batch, llava, *, labels: bool) -> dict[str, torch.Tensor]:
-    text = cut_text(batch, llava.image_token_id, Parallel())
+    text = shard_sequence(batch, llava.image_token_id, Parallel())
     return place_images(text, Parallel()) | (place_labels(text) if labels else {})
 
 

@@ -12,11 +12,11 @@ from megatron_patch.config.train import Parallel
 from megatron_patch.data.task_encoder import Batch
 from megatron_patch.training.batch import (
     count,
-    cut_text,
     packed_seq_params,
     pad,
     place_images,
     place_labels,
+    shard_sequence,
     to_device,
 )
 
@@ -30,7 +30,7 @@ def batch() -> Batch:
 
 
 def test_patches_are_counted_over_the_whole_batch():
-    text = cut_text(batch(), IMAGE, Parallel())
+    text = shard_sequence(batch(), IMAGE, Parallel())
     assert text["image_rows"].tolist() == [[-1, 0, 1, -1, -1], [2, 3, -1, -1, -1]]
     assert text["input_ids"].tolist() == [[1, 0, 0, 2, 3], [0, 0, 4, 5, 6]]
     assert torch.equal(text["labels"], batch().labels)
@@ -42,12 +42,12 @@ def test_sequences_are_padded_to_what_ranks_can_share(monkeypatch):
     assert cut.sequence_multiple == 8
     for rank, places in ((0, [0, 1, 6, 7]), (1, [2, 3, 4, 5])):
         monkeypatch.setattr(parallel_state, "get_context_parallel_rank", lambda rank=rank: rank)
-        text = cut_text(batch(), IMAGE, cut)
+        text = shard_sequence(batch(), IMAGE, cut)
         whole = F.pad(batch().labels, (0, 3), value=-100)
         assert torch.equal(text["labels"], whole[:, places])
         rows = torch.tensor([[-1, 0, 1, -1, -1, -1, -1, -1], [2, 3, -1, -1, -1, -1, -1, -1]])
         assert torch.equal(text["image_rows"], rows[:, places])
-    assert cut_text(batch(), IMAGE, cut, multiple=16)["input_ids"].shape == (2, 64)  # fp8: 16 on each rank
+    assert shard_sequence(batch(), IMAGE, cut, multiple=16)["input_ids"].shape == (2, 64)  # fp8: 16 on each rank
     assert replace(cut, sequence_parallel=False).sequence_multiple == 4
     assert Parallel(tensor_model_parallel_size=2).sequence_multiple == 2
 
@@ -57,7 +57,7 @@ def test_packed_samples_are_cut_one_by_one(monkeypatch):
     monkeypatch.setattr(parallel_state, "get_context_parallel_rank", lambda: 1)
     row = torch.arange(12)[None]
     packed = Batch(keys=["a", "b"], input_ids=row, labels=row, pixels=torch.zeros(0), segment_lengths=[4, 8])
-    assert cut_text(packed, IMAGE, Parallel(context_parallel_size=2))["labels"].tolist() == [[1, 2, 6, 7, 8, 9]]
+    assert shard_sequence(packed, IMAGE, Parallel(context_parallel_size=2))["labels"].tolist() == [[1, 2, 6, 7, 8, 9]]
     borders = packed_seq_params(packed.segment_lengths)
     assert borders.cu_seqlens_q.tolist() == [0, 4, 12]
     assert borders.max_seqlen_q == 8
@@ -65,7 +65,7 @@ def test_packed_samples_are_cut_one_by_one(monkeypatch):
 
 def test_positions_count_as_hidden_states_lie():
     """[s, b]: position s of sample b is 2 s + b. Patches in their order, labels in the order of positions."""
-    text = cut_text(batch(), IMAGE, Parallel())
+    text = shard_sequence(batch(), IMAGE, Parallel())
     assert place_images(text, Parallel())["image_positions"].tolist() == [2, 4, 1, 3]
     labels = place_labels(text)
     assert labels["wanted"].tolist() == [3, 5, 6, 7, 8]
@@ -75,7 +75,7 @@ def test_positions_count_as_hidden_states_lie():
 def test_a_context_parallel_rank_says_which_patches_it_has(monkeypatch):
     monkeypatch.setattr(parallel_state, "get_context_parallel_rank", lambda: 1)
     cut = Parallel(context_parallel_size=2)
-    text = cut_text(batch(), IMAGE, cut)  # positions 2 to 5 of 8
+    text = shard_sequence(batch(), IMAGE, cut)  # positions 2 to 5 of 8
     placed = place_images(text, cut)
     assert placed["image_positions"].tolist() == [0]
     assert placed["image_rows"].tolist() == [1]

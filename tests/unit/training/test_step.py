@@ -62,7 +62,7 @@ def waits_in_a_step(config, num_micro_batches: int, monkeypatch) -> Counter[str]
         return call
 
     # These have the text while it is on the CPU.
-    for name in ("cut_text", "place_images", "place_labels", "count"):
+    for name in ("shard_sequence", "place_images", "place_labels", "count"):
         monkeypatch.setattr(step_module, name, outside(getattr(batch_module, name)))
     with mode:
         train_step(wrapped, optimizer, batches, run)

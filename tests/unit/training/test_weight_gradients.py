@@ -14,7 +14,7 @@ from megatron_patch.data.images import normalize
 from megatron_patch.families.llava import read_config
 from megatron_patch.patches.gradients import add_product
 from megatron_patch.training import optimizer, weight_gradients
-from megatron_patch.training.batch import cut_text, place_images, place_labels
+from megatron_patch.training.batch import place_images, place_labels, shard_sequence
 from megatron_patch.training.loop import build_model
 from tests import tiny_runs
 
@@ -60,7 +60,7 @@ def test_equals_what_is_added_up_afterwards(mcore, tmp_path, one_process, monkey
             module.gradient_accumulation_fusion = fused
         add.reset_mock()
         for batch in micro_batches:
-            text = cut_text(batch, llava.image_token_id, config.parallel)
+            text = shard_sequence(batch, llava.image_token_id, config.parallel)
             pixels = normalize(batch.pixels, (0.5,) * 3, (0.5,) * 3, torch.float32)
             text = {**place_images(text, config.parallel), **place_labels(text)}
             wrapped(pixel_values=pixels, **text).sum().backward()
@@ -76,7 +76,7 @@ def test_a_model_without_a_wrapper_has_its_gradients_as_usual(mcore, tmp_path, o
     (chunk,) = build_model(tiny_runs.config(None, tmp_path, model_config=mcore), read_config(mcore))
     (batch,) = tiny_runs.batches(read_config(mcore), 1, pictures=((0, 0),))
     size = read_config(mcore).vision.img_size
-    text = cut_text(batch, read_config(mcore).image_token_id, Parallel())
+    text = shard_sequence(batch, read_config(mcore).image_token_id, Parallel())
     text = {**place_images(text, Parallel()), **place_labels(text)}
     chunk(pixel_values=torch.zeros(0, 3, size, size), **text).sum().backward()
     assert all(parameter.grad is not None for parameter in chunk.parameters())
