@@ -24,7 +24,7 @@ Row = dict[str, Any]
 LONGEST_PROBLEM = 160
 TRAINING = ("stage1", "packing", "stage2", "engine")
 TITLES = {
-    "stage1": "Stage 1, the projector trains; samples of a step behind each name",
+    "stage1": "Stage 1, the projector trains; samples of a step after each name",
     "packing": "Packing, six samples",
     "stage2": "Stage 2, the tower is frozen, a quarter of the layers; samples (x micro batches)",
     "engine": "Transformer Engine's layers, stage 1",

@@ -97,5 +97,5 @@ model and through this one, in fp32, block by block ([parity.json](parity.json))
 |---|---|
 | Largest difference of the logits | {parity["logits_max_abs_difference"]:.3g} |
 | Same likeliest word | {parity["top1_agreement"]:.2%} of the positions |
-| Largest difference behind a block | {worst["max_abs_difference"]:.3g} ({worst["name"]}) |
-| Lowest cosine behind a block | {lowest:.9f} |"""
+| Largest difference after a block | {worst["max_abs_difference"]:.3g} ({worst["name"]}) |
+| Lowest cosine after a block | {lowest:.9f} |"""

@@ -55,7 +55,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Block:
-    """How far apart both sides are behind one block."""
+    """How far apart both sides are after one block."""
 
     name: str
     max_abs_difference: float
@@ -79,7 +79,7 @@ class Parity:
 
     @property
     def first_divergence(self) -> Block | None:
-        """The first block behind which the sides differ by more than rounding."""
+        """The first block after which the sides differ by more than rounding."""
         return next((block for block in self.blocks if block.diverges), None)
 
     def to_dict(self) -> dict[str, Any]:

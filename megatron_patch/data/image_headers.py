@@ -92,7 +92,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _is_whole_jpeg(data: bytes) -> bool:
-    """Whether its end is there: near the bytes' end, else behind its scans, with a film or settings appended."""
+    """Whether its end is there: near the bytes' end, else after its scans, with a film or settings appended."""
     if data.rfind(b"\xff\xd9", -TAIL) >= 0:
         return True
     place = 2
@@ -105,7 +105,7 @@ def _is_whole_jpeg(data: bytes) -> bool:
 
 
 def _is_whole_png(data: bytes) -> bool:
-    """Whether its end is there: near the bytes' end, else behind its chunks."""
+    """Whether its end is there: near the bytes' end, else after its chunks."""
     place, end = 8, b"IEND\xaeB`\x82"
     if data.rfind(end, -TAIL) >= 0:
         return True
@@ -117,7 +117,7 @@ def _is_whole_png(data: bytes) -> bool:
 
 
 def _is_whole_gif(data: bytes) -> bool:
-    """Whether its end is there: near the bytes' end, else behind its blocks (GIF89a's appendix A)."""
+    """Whether its end is there: near the bytes' end, else after its blocks (GIF89a's appendix A)."""
     if data.rstrip(b"\0").endswith(b";"):
         return True
     if len(data) < 13:

@@ -70,7 +70,7 @@ class ChatTemplate:
             whole = self._write(messages)
             if not (prompt.startswith(written) and whole.startswith(prompt)):
                 raise ValueError("the chat template rewrites earlier turns when others follow; name a prompt format")
-            # A line that ends behind the answer's end is not part of it.
+            # A line that ends after the answer's end is not part of it.
             learned = whole[len(prompt) :].rstrip()
             yield prompt[len(written) :], False
             yield learned, True
@@ -128,7 +128,7 @@ def blank_after_bos(tokenizer: Any, text: str) -> str:
     """The blank that stands between a beginning of sequence and `text`, as where the tokenizer itself adds the former.
 
     SentencePiece puts a blank before a text's first word, and `<s>` comes before that: so were Llama and Vicuna
-    trained. Behind a `<s>` that is part of the text, transformers puts none. Empty where nothing changes.
+    trained. After a `<s>` that is part of the text, transformers puts none. Empty where nothing changes.
     """
     bos = tokenizer.bos_token
     if not bos or not text:
@@ -246,7 +246,7 @@ FLATTENED = "{#- pictures have become text #}"
 
 
 def _with_pictures(template: str, image: str) -> str:
-    """A language model's template behind one that writes each message's pictures into its text."""
+    """A language model's template after one that writes each message's pictures into its text."""
     template = template.rpartition(FLATTENED)[2]  # which may have been put before it already, with another `image`
     return (
         f"{{%- set flat = namespace(messages=[]) -%}}{{%- for message in messages -%}}{CONTENT}"

@@ -151,7 +151,7 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
             sample,
             input_ids=encoded.input_ids,
             labels=encoded.labels,
-            # A picture behind the last position is not needed.
+            # A picture after the last position is not needed.
             pictures=pictures[: encoded.num_images],
             num_cut=encoded.num_cut,
         )
@@ -201,7 +201,7 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
 
     @stateless
     def batch(self, samples: list[EncodedSample] | list[Pack]) -> Batch:
-        """Pad and stack, or put a pack's samples one behind the other."""
+        """Pad and stack, or put a pack's samples one after the other."""
         if isinstance(samples[0], Pack):
             (pack,) = samples
             return pack_samples(pack.samples, self.segment_multiple)
@@ -239,7 +239,7 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
 
 
 def pack_samples(samples: list[EncodedSample], multiple: int) -> Batch:
-    """The samples one behind the other, each padded to a multiple of `multiple`, and the last to one of 8 too."""
+    """The samples one after the other, each padded to a multiple of `multiple`, and the last to one of 8 too."""
     lengths = [_round_up(len(sample.input_ids), multiple) for sample in samples]
     lengths[-1] += -sum(lengths) % math.lcm(MULTIPLE, multiple)
     return _batch(samples, lengths, packed=True)

@@ -29,8 +29,8 @@ class Work:
 def step_flops(llava: Llava, model: Model, work: Work) -> dict[str, float]:
     """Part of the model -> what a step computes there: forward, and the gradients that are asked for.
 
-    A trained matrix costs its forward pass three times (output, input's gradient, weight's gradient), a frozen one in
-    front of something trained twice, a frozen one behind nothing trained once. Words are predicted at labels alone.
+    A trained matrix costs three passes (output, gradient of the input, gradient of the weight). A frozen one costs two
+    where something trained comes before it, else one. Tokens are predicted at labels alone.
     """
     language = 2 if model.freeze_lm else 3
     vision = 1 if model.freeze_vit else 3

@@ -247,7 +247,7 @@ def _layer_collectives(config: Config, llava: Llava, batch: _Batch, card: Card, 
     calls = seconds = 0.0
     if tp > 1:
         hidden = batch.tokens * model.hidden_size * w * (tp - 1) / tp
-        # Gathered in front of qkv and fc1, reduced and scattered behind proj and fc2; the other way round in the
+        # Gathered in front of qkv and fc1, reduced and scattered after proj and fc2; the other way round in the
         # backward pass, which gathers the inputs of trained weights once more. Or all-reduced: twice the bytes.
         forward, backward, times = (
             (4, 4 + 2 * (not config.model.freeze_lm), 1) if cut.uses_sequence_parallel else (2, 2, 2)

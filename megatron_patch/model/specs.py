@@ -73,7 +73,7 @@ def norm(model: Model) -> type:
 def block_spec(
     config: TransformerConfig, model: Model, mask_type: AttnMaskType, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The layers that this pipeline stage (or this virtual one of its stages) builds, and the norm behind them.
+    """The layers that this pipeline stage (or this virtual one of its stages) builds, and the norm after them.
 
     `mask_type`: causal for the language model. The vision tower's is no_mask (megatron.core's own local vision spec
     says causal, which is silently wrong).

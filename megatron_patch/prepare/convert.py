@@ -62,7 +62,7 @@ def convert(settings: Settings) -> Report:
     """Write the shards that `settings` describe, or those of one part.
 
     Their bytes depend on nothing but the input and `validate`: not on the number of processes or parts. A shard is
-    there when it is whole, and is recorded; a run that was ended goes on behind the last one. The folder appears under
+    there when it is whole, and is recorded; a run that was ended goes on after the last one. The folder appears under
     its name when all shards are there. Raises ValueError or OSError in one line: missing input, an existing output
     (unless `overwrite`), more rejected samples than allowed.
     """

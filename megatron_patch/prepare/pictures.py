@@ -232,7 +232,7 @@ class ZipRoot:
         return next((self._members[name] for name in names if name in self._members), None)
 
     def _read_stored(self, name: str, member: _Member) -> bytes:
-        """The member's bytes as they lie there, behind its own header, whose length is only written in itself."""
+        """The member's bytes as they lie there, after its own header, whose length is only written in itself."""
         guess = 30 + len(name.encode()) + 64
         data = self._file.pread(guess + member.stored, member.offset)
         if len(data) < 30 or not data.startswith(b"PK\x03\x04"):

@@ -227,7 +227,7 @@ def _parse_list(place: str, text: str) -> list[Any]:
 
 
 def _has_lines(place: str, text: str) -> bool:
-    """Whether it is JSON Lines: by its name, or by an object behind the first one."""
+    """Whether it is JSON Lines: by its name, or by an object after the first one."""
     return bool(re.match(r"\s*\{", text) and (place.endswith(JSON_LINES) or re.search(r"\}\s*\{", text)))
 
 

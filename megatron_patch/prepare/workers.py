@@ -157,7 +157,7 @@ def _look(workers: Iterable[_Worker]) -> None:
     silent = max(workers, key=lambda worker: worker.silent, default=None)
     if silent is not None and silent.silent and silent.silent % REMARK_AFTER == 0:
         pid = silent.process.pid
-        begin = "\n" if sys.stderr.isatty() else ""  # behind the line that counts
+        begin = "\n" if sys.stderr.isatty() else ""  # after the line that counts
         with contextlib.suppress(OSError):  # nobody reads it
             print(
                 f"{begin}process {pid} ({in_words(pid)}) has said nothing of shard {silent.shard} for "

@@ -70,7 +70,7 @@ def place_images(text: dict[str, Tensor], cut: Parallel) -> dict[str, Tensor]:
 
 
 def place_labels(text: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What LlavaModel's last stage takes of `shard_sequence`'s part: `labels` and `wanted`, int64 [number of labels] each."""
+    """What LlavaModel's last stage takes of `shard_sequence`'s part: int64 `labels` and `wanted` [number of labels]."""
     labels = text["labels"]
     wanted = find_positions(labels != IGNORE)
     return {"labels": labels.transpose(0, 1).flatten()[wanted], "wanted": wanted}
@@ -119,7 +119,7 @@ def count(batch: Batch, num_labels: int) -> dict[str, int]:
     is_label = batch.labels != IGNORE  # [b, s]
     size, length = is_label.shape
     lengths = batch.segment_lengths or [length]
-    # Positions behind the last label of each row or segment.
+    # Positions after the last label of each row or segment.
     padding = sum(int(part.flip(1).int().argmax(dim=1).sum()) for part in is_label.split(lengths, dim=1))
     counts = {
         "num_samples": len(batch.keys),

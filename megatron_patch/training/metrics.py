@@ -33,7 +33,7 @@ class Metrics:
     """Rank 0's log and TensorBoard; on other ranks it does nothing.
 
     Scalars carry Megatron-LM's names where it has them. `first_iteration` is the first that this process computes:
-    points that a killed run wrote at or behind it are dropped, so that a resumed curve has no double points. (So there
+    points that a killed run wrote at or after it are dropped, so that a resumed curve has no double points. (So there
     are no curves `vs samples`: those would be dropped by a number of samples.)
     """
 
@@ -153,7 +153,7 @@ class Metrics:
 
 
 def _open_lines(path: Path) -> IO[str]:
-    """Open a file for further lines behind its last whole one: a run may have been killed while it wrote another.
+    """Open a file for further lines after its last whole one: a run may have been killed while it wrote another.
 
     Lines before that stay as they are, whatever a crash of the machine left in them. Raises OSError that names it.
     """

@@ -37,7 +37,7 @@ class Totals(Work):
     """Sum of the learned tokens' losses / their number."""
     num_samples: int
     num_tokens: int
-    """Positions up to the last learned one of every sample: the padding behind it is not counted."""
+    """Positions up to the last learned one of every sample: the padding after it is not counted."""
     data_seconds: float = field(compare=False)
     """How long the rank that waited longest for its micro batches waited for them."""
     num_cut: int = 0

@@ -23,7 +23,7 @@ MULTIPLE = 8
 
 
 def pack(batch: Batch) -> Batch:
-    """The rows of a batch one behind the other, each without its padding but for what CP and TP need."""
+    """The rows of a batch one after the other, each without its padding but for what CP and TP need."""
     parts = []
     for row, labels in zip(batch.input_ids, batch.labels, strict=True):
         length = -(-(int((labels != -100).nonzero()[-1]) + 1) // MULTIPLE) * MULTIPLE

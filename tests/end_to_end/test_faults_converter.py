@@ -215,7 +215,7 @@ def test_order_on_the_disk(tmp_path, monkeypatch, mistral, clip):
     tracker = "latest_checkpointed_iteration.txt"
     assert renames == [("rename", partial / f"{tracker}.partial"), ("rename", partial)]
     first, second = (events.index(event) for event in renames)
-    # What the proof found is written behind the tracker, which is within the folder that is renamed last.
+    # What the proof found is written after the tracker, which is within the folder that is renamed last.
     names = sorted(path.relative_to(target) for path in target.rglob("*") if path.name.endswith((".pt", ".json")))
     shards = [path for path in names if path.name != "parity.json"]
     assert len(shards) > 3

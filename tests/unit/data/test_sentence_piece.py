@@ -58,7 +58,7 @@ def test_transformers_reads_them_where_nothing_else_says_them(source, tmp_path):
 
 
 def test_ids_that_other_files_gave_away_are_kept(source, tmp_path):
-    """As in Vicuna's: a token behind the pieces, known to added_tokens.json alone. A gap becomes an unused piece."""
+    """As in Vicuna's: a token after the pieces, known to added_tokens.json alone. A gap becomes an unused piece."""
     path = source / "tokenizer.model"
     known = {"<pad>": 32768, "<image>": 32770}
     assert add_pieces(path, known)

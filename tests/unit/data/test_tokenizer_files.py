@@ -48,9 +48,9 @@ def test_tokenizer_model_alone_is_cut_as_sentencepiece_does(text, pieces):
     tokenizer = load_tokenizer(pieces / "copy")
     wanted = judge.encode(text)
     assert tokenizer(text).input_ids == wanted
-    # Behind a token, where a prompt's texts stand; SentencePiece's own blank is the one that the prompt has there.
+    # After a token, where a prompt's texts stand; SentencePiece's own blank is the one that the prompt has there.
     assert tokenizer(f"[/INST] {text}").input_ids == [4, *wanted]
-    # Behind a beginning of sequence, which a tokenizer adds to what it has cut.
+    # After a beginning of sequence, which a tokenizer adds to what it has cut.
     blank = blank_after_bos(tokenizer, text)
     assert (blank, tokenizer(f"<s>{blank}{text}").input_ids) == (" ", [1, *wanted])
 

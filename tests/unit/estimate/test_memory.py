@@ -154,9 +154,9 @@ def test_fp8_keeps_weights_and_transposes_beside_the_16_bit_ones(mcore, tmp_path
     heads, groups = (n * language.kv_channels for n in (language.num_attention_heads, language.num_query_groups))
     layer = language.hidden_size * (2 * heads + 2 * groups + 3 * language.ffn_hidden_size)
     before = vision.hidden_size * (3 * vision.hidden_size + vision.ffn_hidden_size)  # qkv, fc1
-    behind = vision.hidden_size * (vision.hidden_size + vision.ffn_hidden_size)  # proj, fc2
+    after = vision.hidden_size * (vision.hidden_size + vision.ffn_hidden_size)  # proj, fc2
     copies = language.num_layers * 2 * layer
-    copies += vision.num_layers * (2 * before + (1 if freeze_vit else 2) * behind)
+    copies += vision.num_layers * (2 * before + (1 if freeze_vit else 2) * after)
     assert (usual.fp8_copies, memory.fp8_copies) == (0, copies)
     assert memory.total == usual.total + copies
 

@@ -131,7 +131,7 @@ LIES = {
     "a length beyond all": ({"a": ENTRY}, 2**63),
     "a length beyond the file": ({"a": ENTRY}, 90_000_000),
     "tensors that overlap": ({"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}},),
-    "bytes behind the file": ({"a": {**ENTRY, "data_offsets": [0, 2**40]}},),
+    "bytes after the file": ({"a": {**ENTRY, "data_offsets": [0, 2**40]}},),
     "a shape beyond its bytes": ({"a": {**ENTRY, "shape": [2**40, 2**40]}},),
     "a negative shape": ({"a": {**ENTRY, "shape": [-2]}},),
     "a tensor twice": (b'{"a":' + WHOLE + b',"a":' + WHOLE + b"}",),

@@ -138,7 +138,7 @@ def whole_records(path):
 
 
 def one_record(path):
-    """Tensors that are cut out of one storage, as Megatron-LM's parameters are, with bytes between and behind."""
+    """Tensors that are cut out of one storage, as Megatron-LM's parameters are, with bytes between and after."""
     flat = torch.arange(6000.0)
     torch.save({"a": flat[10:5010].view(50, 100), "b": flat[5010:5017], "twin": flat[5010:5017]}, path)
 
@@ -170,7 +170,7 @@ def test_what_is_whole_is_copied(tmp_path, save):
         (one_record, 4321.0, "ab"),
         (one_record, 5012.0, "ab"),
         (one_record, 5.0, "ab"),  # before the first tensor
-        (one_record, 5900.0, "ab"),  # behind the last one
+        (one_record, 5900.0, "ab"),  # after the last one
         (one_record, 4321.0, "b"),  # in one that nothing needs
     ],
 )

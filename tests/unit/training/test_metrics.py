@@ -144,7 +144,7 @@ def test_captions_stand_beside_the_very_picture(run, mcore, tmp_path):
     [b"", b"\xff\xfe\x80\n", b'{"iteration": 3, "lm', bytes(200_000), b"\xff" * 70_000 + b"\n" + b"half", b"\r\r"],
 )
 def test_lines_behind_what_a_crash_left(left, tmp_path):
-    """Whole lines stay as they are, of whatever bytes; what comes behind the last one goes."""
+    """Whole lines stay as they are, of whatever bytes; what comes after the last one goes."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"iteration": 1}\n' + left)
     with _open_lines(path) as file:

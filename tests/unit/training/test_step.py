@@ -74,7 +74,7 @@ def waits_in_a_step(config, num_micro_batches: int, monkeypatch) -> Counter[str]
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("frozen", [False, True], ids=["everything", "projector"])
 def test_the_host_waits_once_per_iteration_at_most(mcore, tmp_path, monkeypatch, frozen):
-    """However many micro batches a step has: for a GPU they are queued one behind the other."""
+    """However many micro batches a step has: for a GPU they are queued one after the other."""
     config = tiny_runs.config(mcore, tmp_path, freeze_lm=frozen, freeze_vit=frozen)
     few, many = (waits_in_a_step(config, count, monkeypatch) for count in (1, 4))
     assert many == few
