@@ -48,7 +48,7 @@ def batches(
 ) -> list[Batch]:
     """Micro batches of two samples with random words and pixels, of different lengths, padded on the right.
 
-    `pictures`: how many the two samples of a micro batch have, one pair after another and then from the start again.
+    `images`: how many the two samples of a micro batch have, one pair after another and then from the start again.
     """
     generator = torch.Generator().manual_seed(seed)
     image = torch.full((llava.vision.num_image_tokens,), llava.image_token_id)

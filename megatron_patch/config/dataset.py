@@ -12,22 +12,22 @@ Validation = Literal["none", "header", "full"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Turn LLaVA's json and pictures into an energon dataset: DIR/wds, tar shards, ready to train on.
+    """Turn LLaVA's json and images into an energon dataset: DIR/wds, tar shards, ready to train on.
 
     DIR holds a json of conversations (LLaVA-Pretrain's, LLaVA-CC3M-Pretrain-595K's, an instruction mix) and its
-    pictures, unzipped or as images.zip. Samples that cannot be used are listed in DIR/wds.rejected.tsv, one line each:
+    images, unzipped or as images.zip. Samples that cannot be used are listed in DIR/wds.rejected.tsv, one line each:
     position in the json, id, why. Ended too early, the same command goes on where it was. All places may be URLs of an
     object store, such as s3://bucket/folder.
     """
 
     dir: str
-    """Folder with the json and the pictures; a URL's json is LLaVA-Pretrain's, or --annotations."""
+    """Folder with the json and the images; a URL's json is LLaVA-Pretrain's, or --annotations."""
 
     annotations: str | None = None
     """The json (or JSON Lines); none: the one in DIR that holds conversations."""
 
     images: str | None = None
-    """Where the json's picture names begin: folders and zip archives, separated by commas, asked in this order; none:
+    """Where the json's image names begin: folders and zip archives, separated by commas, asked in this order; none:
     DIR, DIR/images, DIR/images.zip."""
 
     output: str | None = None
@@ -40,7 +40,7 @@ class Settings:
     """Processes that write shards; none: as many as there are cores."""
 
     validate: Validation = "header"
-    """How pictures are checked. none: there and not empty; header: also begin and end as their format does, and have
+    """How images are checked. none: there and not empty; header: also begin and end as their format does, and have
     no more pixels than training takes, resized to a shortest edge of 336 included; full: also decoded."""
 
     max_rejected_share: float = 0.01

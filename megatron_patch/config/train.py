@@ -42,10 +42,10 @@ class Model:
     """Folder with config.json, tokenizer and processor of the LLaVA to train; none: the pretrained checkpoint's."""
 
     seq_length: int | None = None
-    """Positions of one picture (576 for CLIP at 336 pixels), checked against the tower; none: the tower's own."""
+    """Positions of one image (576 for CLIP at 336 pixels), checked against the tower; none: the tower's own."""
 
     decoder_seq_length: int = 1024
-    """Longest sequence of the language model, pictures included, in tokens."""
+    """Longest sequence of the language model, images included, in tokens."""
 
     freeze_lm: bool = True
     """Keep the language model's weights as they are."""
@@ -114,11 +114,11 @@ class Data:
     """How a conversation becomes text; v1: Vicuna's; tokenizer: its own chat template; auto: the checkpoint's own."""
 
     image_transform: Literal["auto", "clip", "pad", "square"] = "auto"
-    """How a picture gets the tower's size. clip: shortest edge, then the middle; pad: the mean colour around it, as in
+    """How an image gets the tower's size. clip: shortest edge, then the middle; pad: the mean colour around it, as in
     LLaVA-1.5's second stage; square: stretched; auto: as the checkpoint's preprocessor_config.json says."""
 
     use_im_start_end: bool = False
-    """Put <im_start> and <im_end> around each picture, as NeVA does. The converter adds them: --add-tokens neva."""
+    """Put <im_start> and <im_end> around each image, as NeVA does. The converter adds them: --add-tokens neva."""
 
     allow_dataset_code: bool = False
     """Run what a dataset's yaml files name beside energon's own classes, and its Python files."""
@@ -357,12 +357,12 @@ class Config:
         tokens = llava.vision.num_image_tokens
         if self.model.seq_length not in (None, tokens):
             raise ValueError(
-                f"--seq-length {self.model.seq_length}: a picture of {llava.vision.img_size} pixels in patches of "
+                f"--seq-length {self.model.seq_length}: an image of {llava.vision.img_size} pixels in patches of "
                 f"{llava.vision.patch_dim} takes {tokens} positions; use {tokens}"
             )
         length, window = self.model.decoder_seq_length, llava.language.sliding_window
         if length <= tokens:
-            raise ValueError(f"--decoder-seq-length {length}: a picture alone takes {tokens} positions; use more")
+            raise ValueError(f"--decoder-seq-length {length}: an image alone takes {tokens} positions; use more")
         if window is not None and length > window:
             raise ValueError(
                 f"--decoder-seq-length {length}: the language model's sliding window is {window}, and megatron.core "

@@ -32,7 +32,7 @@ def model_card(llava: Llava, record: dict[str, Any], precision: str, parity: dic
         f"{language.num_query_groups} groups, vocabulary {language.vocab_size}"
         + (", tied embeddings" if language.share_embeddings_and_output_weights else ""),
         "Sizes of the tower": f"{vision.family}, {vision.num_layers} layers used, of {vision.hidden_size}, "
-        f"{vision.img_size} pixels in patches of {vision.patch_dim}: {vision.num_image_tokens} positions per picture",
+        f"{vision.img_size} pixels in patches of {vision.patch_dim}: {vision.num_image_tokens} positions per image",
         "Image token": f"`<image>`, id {llava.image_token_id}",
         "Tokens added": ", ".join(f"`{_plain(token, '<>|')}`" for token in _list(record.get("added_tokens")))
         or "none but `<image>`",
@@ -90,12 +90,12 @@ def _proof(parity: dict[str, Any] | None) -> str:
         return "Not verified: the conversion ran with `--verify false`, or the model was too large for `auto`."
     worst = max(parity["blocks"], key=lambda block: block["max_abs_difference"])
     lowest = min(block["cosine"] for block in parity["blocks"])
-    return f"""The same picture and prompt of {parity["num_positions"]} positions went through the Megatron-Core
+    return f"""The same image and prompt of {parity["num_positions"]} positions went through the Megatron-Core
 model and through this one, in fp32, block by block ([parity.json](parity.json)):
 
 | | |
 |---|---|
 | Largest difference of the logits | {parity["logits_max_abs_difference"]:.3g} |
-| Same likeliest word | {parity["top1_agreement"]:.2%} of the positions |
+| Same likeliest token | {parity["top1_agreement"]:.2%} of the positions |
 | Largest difference after a block | {worst["max_abs_difference"]:.3g} ({worst["name"]}) |
 | Lowest cosine after a block | {lowest:.9f} |"""

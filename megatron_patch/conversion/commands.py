@@ -354,7 +354,7 @@ def _write_chat_template(name: str, folder: Path, source: Path, llava: Llava, *,
 
 
 def _exported_vocab_size(llava: Llava) -> int:
-    """Rows of the exported embedding: transformers looks the image token up before it puts the picture there."""
+    """Rows of the exported embedding: transformers looks the image token up before it puts the image there."""
     size, needed = llava.language.vocab_size, llava.image_token_id + 1
     return size if needed <= size else math.ceil(needed / 64) * 64
 

@@ -211,7 +211,7 @@ def remove_code(folder: Path) -> None:
 
 
 def preprocessor_config(model: VisionModel) -> dict[str, Any]:
-    """CLIP's picture transform at the tower's size, for a tower that comes without preprocessor_config.json."""
+    """CLIP's image transform at the tower's size, for a tower that comes without preprocessor_config.json."""
     size = model.img_size
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -230,7 +230,7 @@ def preprocessor_config(model: VisionModel) -> dict[str, Any]:
 
 
 def processor_config(model: VisionModel) -> dict[str, Any]:
-    """LlavaProcessor's settings: a picture becomes (size / patch)^2 placeholders, the class token is dropped."""
+    """LlavaProcessor's settings: an image becomes (size / patch)^2 placeholders, the class token is dropped."""
     return {
         "processor_class": "LlavaProcessor",
         "image_token": "<image>",

@@ -233,7 +233,7 @@ def _check_vocabulary(folder: Path, target: Path, llava: Llava) -> None:
     for path, own in said.items():
         if own not in (None, llava.language.vocab_size):
             raise ValueError(
-                f"{path}: the vocabulary has {own} words, and the model that was asked for "
+                f"{path}: the vocabulary has {own} tokens, and the model that was asked for "
                 f"{llava.language.vocab_size}; describe the model by the checkpoint's own config.json, or one like it"
             )
 

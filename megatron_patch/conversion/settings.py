@@ -105,7 +105,7 @@ class Conversion:
     """With --mg2hf true: largest file of weights, such as 500MB or 5GB."""
 
     verify: Literal["true", "false", "auto"] = "auto"
-    """Run both models block by block on a fixed picture and prompt, and write parity.json; auto: with less than 1 GB of
+    """Run both models block by block on a fixed image and prompt, and write parity.json; auto: with less than 1 GB of
     weights."""
 
     no_check: bool = False

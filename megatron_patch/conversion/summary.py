@@ -167,7 +167,7 @@ def _language(model: LanguageModel) -> str:
 
 def _vision(model: VisionModel) -> str:
     return (
-        f"{model.family}: {model.num_layers} layers used, of {model.hidden_size}; pictures of {model.img_size} pixels "
+        f"{model.family}: {model.num_layers} layers used, of {model.hidden_size}; images of {model.img_size} pixels "
         f"in patches of {model.patch_dim}, {model.num_image_tokens} tokens each"
     )
 

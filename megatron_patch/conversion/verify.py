@@ -1,4 +1,4 @@
-"""Proof that a conversion is right: transformers' network and megatron.core's see the same picture and prompt.
+"""Proof that a conversion is right: transformers' network and megatron.core's see the same image and prompt.
 
 Both networks are built without memory for their weights. While one runs, each module's weights are read when it is
 called and let go when it returns, so that a block of a model is in memory and never a model. What every block gave is
@@ -46,7 +46,7 @@ FIXED_PROMPT = (
     "<image>\nWhat is in this picture? It shows a quiet street after the rain, with two people under one umbrella, "
     "a dog that waits beside a red bicycle, and 7 pigeons on the roof of the old town hall."
 )
-"""What --verify asks both models about a picture."""
+"""What --verify asks both models about an image."""
 REPORT = '{\n  "equal": '
 """How a parity.json begins."""
 TOLERANCE = 1e-4
@@ -75,7 +75,7 @@ class Parity:
     num_positions: int
     blocks: list[Block]
     top1_agreement: float
-    """Part of the positions at which both sides find the same word the likeliest."""
+    """Part of the positions at which both sides predict the same token."""
 
     @property
     def first_divergence(self) -> Block | None:
@@ -109,7 +109,7 @@ def verify(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Parity:
-    """Run both sides in fp32 on a fixed picture and the prompt `input_ids`, int64 [1, s] with its placeholders.
+    """Run both sides in fp32 on a fixed image and the prompt `input_ids`, int64 [1, s] with its placeholders.
 
     `hf`: tensors under the hub's names, the unused ones included. `mcore`: whole tensors under the local spec's names.
     `hf_config`: a LlavaConfig. `dtype`: the type of the conversion, to which the source's weights are rounded first.
@@ -135,7 +135,7 @@ def verify(
 
 
 def fixed_picture(size: int) -> Tensor:
-    """A picture with something in every patch, normalised as CLIP's are: fp32 [1, 3, size, size]."""
+    """An image with something in every patch, normalised as CLIP's are: fp32 [1, 3, size, size]."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(1, 3, 8, 8, generator=generator)
     smooth = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")

@@ -1,4 +1,4 @@
-"""What energon's samples say: questions and answers with pictures in them, or a document of text and pictures.
+"""What energon's samples say: questions and answers with images in them, or a document of text and images.
 
 A data set of another kind needs no code here: energon's `sample_loader` in its dataset.yaml makes a `Conversation` of
 what lies in its shards (see docs/formats.md).
@@ -26,12 +26,12 @@ from megatron.energon import (
 from megatron_patch.data.prompts import IMAGE, Turn, pair_turns
 
 PICTURE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp|gif|bmp|tiff?)")
-"""Fields of a shard that hold a picture: `jpg`, then `1.jpg`, `2.jpg`, ..."""
+"""Fields of a shard that hold an image: `jpg`, then `1.jpg`, `2.jpg`, ..."""
 
 
 @edataclass
 class Conversation(Sample):
-    """Questions and answers, and the pictures that their `<image>` stand for."""
+    """Questions and answers, and the images that their `<image>` stand for."""
 
     turns: list[Turn]
     """(question, answer) each."""
@@ -57,7 +57,7 @@ def read(sample: Sample) -> Conversation | InterleavedSample:
 
 @stateless
 def cook(sample: CrudeSample) -> Conversation:
-    """A crude sample: `json`, a list of {"from", "value"} turns, and its pictures `jpg`, `1.jpg`, `2.jpg`, ..."""
+    """A crude sample: `json`, a list of {"from", "value"} turns, and its images `jpg`, `1.jpg`, `2.jpg`, ..."""
     numbered = {}
     for name, data in sample.items():
         if (match := PICTURE.fullmatch(name)) is not None:
@@ -80,9 +80,9 @@ def _captioning(sample: CaptioningSample) -> Conversation:
 
 
 def _similarity(sample: SimilarityInterleavedSample) -> Conversation | InterleavedSample:
-    """Turns as Megatron-LM's examples/multimodal stores them, or MMC4's texts with the pictures that belong to each.
+    """Turns as Megatron-LM's examples/multimodal stores them, or MMC4's texts with the images that belong to each.
 
-    Each picture goes before the text that it is matched to (arXiv:2304.06939).
+    Each image goes before the text that it is matched to (arXiv:2304.06939).
     """
     if any(isinstance(text, dict) for text in sample.texts):
         return Conversation.derive_from(sample, turns=pair_turns(sample.texts), pictures=list(sample.images))
@@ -91,12 +91,12 @@ def _similarity(sample: SimilarityInterleavedSample) -> Conversation | Interleav
         places = sample.similarity_matrix.argmax(dim=1).tolist()  # [images, texts]
     if places is None or len(places) != len(sample.images):
         raise ValueError(
-            f"{len(sample.images)} pictures and {'no' if places is None else len(places)} places for them; expected "
-            f"matched_text_indices or a similarity_matrix with one row per picture"
+            f"{len(sample.images)} images and {'no' if places is None else len(places)} places for them; expected "
+            f"matched_text_indices or a similarity_matrix with one row per image"
         )
     outside = [place for place in places if not 0 <= place < len(sample.texts)]
     if outside:
-        raise ValueError(f"a picture's place is {outside[0]}, expected 0 to {len(sample.texts) - 1}, a text's number")
+        raise ValueError(f"an image's place is {outside[0]}, expected 0 to {len(sample.texts) - 1}, a text's number")
     sequence: list[Any] = []
     for index, text in enumerate(sample.texts):
         sequence += [image for image, place in zip(sample.images, places, strict=True) if place == index]
@@ -125,11 +125,11 @@ def _only(answers: str | list[str] | None) -> str:
 
 
 def _check(said: Conversation | InterleavedSample) -> None:
-    """Every `<image>` in a question has its picture, and nothing else is said about pictures; something is learned."""
+    """Every `<image>` in a question has its image, and nothing else is said about images; something is learned."""
     if isinstance(said, InterleavedSample):
         texts = [part for part in said.sequence if isinstance(part, str)]
         if not all(isinstance(part, str | bytes) for part in said.sequence) or not any(map(str.strip, texts)):
-            raise ValueError("sequence: expected texts and encoded pictures, and some text")
+            raise ValueError("sequence: expected texts and encoded images, and some text")
         _check_count(sum(text.count(IMAGE) for text in texts), 0, "texts have")
         return
     if not said.turns:
@@ -144,9 +144,9 @@ def _check(said: Conversation | InterleavedSample) -> None:
 def _check_pictures(pictures: Sequence[Any]) -> None:
     for picture in pictures:
         if not isinstance(picture, bytes):
-            raise ValueError(f"a picture is a {type(picture).__name__}, expected its encoded bytes")
+            raise ValueError(f"an image is a {type(picture).__name__}, expected its encoded bytes")
 
 
 def _check_count(found: int, expected: int, whose: str) -> None:
     if found != expected:
-        raise ValueError(f"{whose} {found} {IMAGE}, expected {expected}, one for each picture")
+        raise ValueError(f"{whose} {found} {IMAGE}, expected {expected}, one for each image")

@@ -1,4 +1,4 @@
-"""Whether bytes are a whole picture that training can use: by their headers, or decoded."""
+"""Whether bytes are a whole image that training can use: by their headers, or decoded."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 MAX_PIXELS = 89_478_485
-"""Pixels that a picture may have, as it is or resized (what PIL calls a decompression bomb beyond)."""
+"""Pixels that an image may have, as it is or resized (what PIL calls a decompression bomb beyond)."""
 EDGE = 336
-"""Shortest edge that pictures are resized to, LLaVA-1.5's: what is very long and narrow becomes large then."""
+"""Shortest edge that images are resized to, LLaVA-1.5's: what is very long and narrow becomes large then."""
 DEEP = ", which transformers would show the model white; make it 8 bits"
 """What is wrong with gray of more than 8 bits: Pillow clips it."""
 TAIL = 1024
-"""Bytes after a picture's end, of what a camera or a server appended, among which that end is looked for first."""
+"""Bytes after an image's end, of what a camera or a server appended, among which that end is looked for first."""
 MAX_PASSES = 12 * MAX_PIXELS
 """Pixels times scans of a JPEG: each scan is a pass over all of them. Encoders write about ten."""
 
@@ -34,7 +34,7 @@ def check_present(data: bytes) -> None:
 
 
 def check_header(data: bytes) -> None:
-    """Whether it begins and ends as a picture, whatever its suffix says, and is not too large. Raises Rejected.
+    """Whether it begins and ends as an image, whatever its suffix says, and is not too large. Raises Rejected.
 
     Formats that are rare are decoded.
     """
@@ -159,7 +159,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
             if (len(data) - place) // 10 * width * height > MAX_PASSES:  # a scan takes 10 bytes or more
                 _check_scans(data, place, marker & 3 == 2, components, width * height)
             return width, height
-        if marker == 0xDA or length < 2:  # the picture itself begins, and its size was not told
+        if marker == 0xDA or length < 2:  # the image itself begins, and its size was not told
             raise IndexError
         place += 2 + length
 
@@ -167,7 +167,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
 def _check_scans(data: bytes, place: int, is_progressive: bool, components: int, pixels: int) -> None:
     first = _SCAN.search(data, place)
     if not is_progressive and first and data[first.end() + 2 : first.end() + 3] == bytes([components]):
-        return  # one scan of all components is the whole picture, whatever follows
+        return  # one scan of all components is the whole image, whatever follows
     scans = len(_SCAN.findall(data, place))
     if scans * pixels > MAX_PASSES:
         raise Rejected(f"{scans} scans of {pixels} pixels each, more than {MAX_PASSES} pixels in all")
@@ -194,7 +194,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 class Format(NamedTuple):
-    """What tells a picture's format, whether it is whole, and its width and height in pixels."""
+    """What tells an image's format, whether it is whole, and its width and height in pixels."""
 
     begin: bytes
     is_whole: Callable[[bytes], bool]

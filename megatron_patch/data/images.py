@@ -1,4 +1,4 @@
-"""Pictures as transformers' CLIPImageProcessor or LlavaImageProcessor (PIL) gives them, bit for bit, cut in two.
+"""Images as transformers' CLIPImageProcessor or LlavaImageProcessor (PIL) gives them, bit for bit, cut in two.
 
 The data side resizes and crops to uint8, a quarter of the bytes; the device normalises.
 """
@@ -18,21 +18,21 @@ from megatron_patch.data.preprocessor import ImageSettings
 
 
 def load_pixels(data: bytes, settings: ImageSettings) -> Tensor:
-    """Decode, turn upright, convert to RGB, resize and crop an encoded picture -> uint8 [3, h, w].
+    """Decode, turn upright, convert to RGB, resize and crop an encoded image -> uint8 [3, h, w].
 
     Raises ValueError for what `decode` refuses, and for what is too large when it is resized.
     """
     try:
         rgb = decode(data)
     except ValueError as error:
-        raise ValueError(f"picture cannot be read: {error}") from error
+        raise ValueError(f"image cannot be read: {error}") from error
     rgb = transform(rgb, settings)
     planes = bytearray().join(rgb.tobytes("raw", band) for band in "RGB")
     return torch.frombuffer(planes, dtype=torch.uint8).view(3, rgb.height, rgb.width)  # [3, h, w]
 
 
 def transform(rgb: Image.Image, settings: ImageSettings) -> Image.Image:
-    """The tower's part of an RGB picture. Raises ValueError when it would have more than `MAX_PIXELS` on the way."""
+    """The tower's part of an RGB image. Raises ValueError when it would have more than `MAX_PIXELS` on the way."""
     height, width = settings.crop_size
     if settings.transform == "square":
         return rgb.resize((width, height), Image.Resampling.BICUBIC)
@@ -42,7 +42,7 @@ def transform(rgb: Image.Image, settings: ImageSettings) -> Image.Image:
     # transformers' rounding: down.
     longest = int(settings.size * longest / shortest)
     size = (settings.size, longest) if rgb.width <= rgb.height else (longest, settings.size)
-    check_pixels(f"picture of {rgb.width} x {rgb.height} resized to shortest edge {settings.size}", *size)
+    check_pixels(f"image of {rgb.width} x {rgb.height} resized to shortest edge {settings.size}", *size)
     return _resize_and_crop(rgb, size, (width, height))
 
 
@@ -60,9 +60,9 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def _expand_to_square(rgb: Image.Image, mean: tuple[float, ...]) -> Image.Image:
-    """The picture in the middle of a square of the mean colour: LLaVA's expand2square."""
+    """The image in the middle of a square of the mean colour: LLaVA's expand2square."""
     side = max(rgb.size)
-    check_pixels(f"picture of {rgb.width} x {rgb.height} made square", side, side)
+    check_pixels(f"image of {rgb.width} x {rgb.height} made square", side, side)
     square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in mean))
     square.paste(rgb, ((side - rgb.width) // 2, (side - rgb.height) // 2))
     return square
@@ -71,7 +71,7 @@ def _expand_to_square(rgb: Image.Image, mean: tuple[float, ...]) -> Image.Image:
 def _resize_and_crop(rgb: Image.Image, size: tuple[int, int], crop: tuple[int, int]) -> Image.Image:
     """Resize to `size`, which keeps the aspect, and cut the middle `crop` out, both (width, height).
 
-    Where the picture is smaller than the crop, black around it, the odd line above and on the left.
+    Where the image is smaller than the crop, black around it, the odd line above and on the left.
     """
     (width, height), bicubic = size, Image.Resampling.BICUBIC
     left, top = (width - crop[0]) // 2, (height - crop[1]) // 2

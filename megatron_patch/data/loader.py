@@ -54,7 +54,7 @@ class Loader(SavableDataLoader[Batch]):
     ) -> None:
         """`ahead`: batches that each of its workers reads before they are asked for; `seconds` that one may take.
 
-        `size`: bytes of a batch's pixels, with a picture in each sample.
+        `size`: bytes of a batch's pixels, with an image in each sample.
         """
         super().__init__(dataset, checkpoint_every_sec=10, prefetch_factor=ahead)
         self.failures = failures

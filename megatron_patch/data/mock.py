@@ -13,7 +13,7 @@ from megatron_patch.data.task_encoder import Batch, EncodedSample, LlavaTaskEnco
 from megatron_patch.data.tokenize import IGNORE
 
 PROMPT = 14
-"""Words around the picture, as a short question has them in `[INST] <image>\n...[/INST]`."""
+"""Tokens around the image, as a short question has them in `[INST] <image>\n...[/INST]`."""
 BEFORE = 3
 """Those of them that stand before it."""
 CAPTION = 27
@@ -23,7 +23,7 @@ SPREAD = 0.45
 
 
 class MockLoader:
-    """Endless micro batches of random words and pictures. What a batch holds follows from its number alone.
+    """Endless micro batches of random tokens and images. What a batch holds follows from its number alone.
 
     It stands in for `loader.Loader`. Ranks take batches in turn, and the position is how many all have taken.
     """
@@ -79,12 +79,12 @@ class MockLoader:
         picture, limit = sizes.vision.num_image_tokens, self._encoder.max_length
         prompt = min(PROMPT, limit - picture - 1)
         answer = math.ceil(random.lognormal(math.log(CAPTION), SPREAD))
-        words = torch.from_numpy(random.integers(0, sizes.language.vocab_size, prompt + answer))  # int64
-        words[words == sizes.image_token_id] = 0
+        text = torch.from_numpy(random.integers(0, sizes.language.vocab_size, prompt + answer))  # int64
+        text[text == sizes.image_token_id] = 0
         before = min(BEFORE, prompt)
         image = torch.full((picture,), sizes.image_token_id)
-        tokens = torch.cat([words[:before], image, words[before:]])
-        labels = torch.cat([torch.full((picture + prompt,), IGNORE), words[prompt:]])
+        tokens = torch.cat([text[:before], image, text[before:]])
+        labels = torch.cat([torch.full((picture + prompt,), IGNORE), text[prompt:]])
         height, width = self._encoder.image_settings.crop_size
         return EncodedSample(
             __key__=f"mock {number}.{index}",

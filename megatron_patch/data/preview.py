@@ -1,4 +1,4 @@
-"""Batches as one HTML page: pictures after the transform, every token with its label, where pictures are expanded."""
+"""Batches as one HTML page: images after the transform, every token with its label, where images are expanded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_patch.files.text import printable
 from megatron_patch.files.whole import write_whole
 
 USAGE = """\
-Write one HTML page of samples as the model sees them: the picture after its transform, each token with its label.
+Write one HTML page of samples as the model sees them: the image after its transform, each token with its label.
 
     python inspect_samples.py CHECKPOINT DATASET PAGE.html [--num-batches 20] [flags of training]
 
@@ -40,11 +40,11 @@ img { margin-right: .5em; vertical-align: top; max-width: 20em }
 span { border-radius: 3px; padding: 1px 2px; margin-right: 1px; white-space: pre-wrap }
 .given { background: #eee }
 .learned { background: #b7e4b0 }
-.picture { background: #b9d7f5 }
+.image { background: #b9d7f5 }
 .padding { color: #999; background: #f8f8f8 }
 </style></head><body>
 <p><span class="given">given</span> <span class="learned">learned</span>
-<span class="picture">a picture's positions</span> <span class="padding">padding</span>
+<span class="image">an image's positions</span> <span class="padding">padding</span>
 &mdash; the title of a token is its position and its id. The last learned token of a sample is a label alone: the model
 never sees it.</p>
 """
@@ -87,7 +87,7 @@ def _picture(pixels: Tensor) -> str:
 
 
 def _tokens(ids: Tensor, labels: Tensor, tokenizer: Any, image_token_id: int, patches: int) -> Iterator[str]:
-    """A span for each token, and for each picture's run of placeholders."""
+    """A span for each token, and for each image's run of placeholders."""
     targets = [IGNORE, *labels.tolist()]
     last = max((place for place, target in enumerate(targets) if target != IGNORE), default=0)
     tokens = [*ids.tolist(), None][: max(last + 1, len(ids))]
@@ -97,7 +97,7 @@ def _tokens(ids: Tensor, labels: Tensor, tokenizer: Any, image_token_id: int, pa
         if is_image:
             for first in range(places[0][0], places[-1][0] + 1, patches):
                 number += 1
-                yield f'<span class="picture">picture {number}: {first} to {first + patches - 1}</span>'
+                yield f'<span class="image">image {number}: {first} to {first + patches - 1}</span>'
             continue
         for place, token in places:
             target = targets[place] if place < len(targets) else IGNORE

@@ -1,4 +1,4 @@
-"""What transformers' processor needs to treat texts and pictures as training did, written beside the weights."""
+"""What transformers' processor needs to treat texts and images as training did, written beside the weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_patch.files.names import PREPROCESSOR
 
 
 def write_processor(config: Config, family: str, folder: Path) -> None:
-    """Write a run's chat template, and its picture transform where that is not the checkpoint's own, into `folder`.
+    """Write a run's chat template, and its image transform where that is not the checkpoint's own, into `folder`.
 
     `family`: the language model's.
     """

@@ -37,7 +37,7 @@ class PromptFormat:
     word: str = ""
     """Before an answer that nothing but `begin` precedes."""
     keeps_question: bool = True
-    """False: of a question only its pictures stay, without a line of their own."""
+    """False: of a question only its images stay, without a line of their own."""
 
     def pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
         """Of a format that `bound` filled in."""
@@ -72,7 +72,7 @@ class PromptFormat:
 
 
 def question_text(text: str) -> str:
-    """A question as it is asked: its only picture goes first, on a line of its own; several stay where they are."""
+    """A question as it is asked: its only image goes first, on a line of its own; several stay where they are."""
     if text.count(IMAGE) == 1:
         return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}"
     return text.strip()
@@ -97,7 +97,7 @@ PROMPT_FORMATS = {
     "v1": PromptFormat(
         begin="{bos}" + VICUNA_SYSTEM + " ", question="USER: ", answer=" ASSISTANT:", system="{bos}{system} "
     ),
-    # LLaVA-1.5's pretraining: picture, caption. Its newline at the end is our end-of-sequence, so that a caption ends.
+    # LLaVA-1.5's pretraining: image, caption. Its newline at the end is our end-of-sequence, so that a caption ends.
     "plain": PromptFormat(question="", answer="", lead="", keeps_question=False),
     "chatml": PromptFormat(
         begin="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",

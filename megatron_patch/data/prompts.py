@@ -101,7 +101,7 @@ def pair_turns(messages: Any) -> list[Turn]:
 
 
 def document_pieces(sequence: Sequence[str | bytes], tokenizer: Any) -> list[Piece]:
-    """Text and pictures in turn, without questions: all text is learned, as in VILA's stage 2 (arXiv:2312.07533)."""
+    """Text and images in turn, without questions: all text is learned, as in VILA's stage 2 (arXiv:2312.07533)."""
     parts = [(IMAGE, False) if isinstance(part, bytes) else (part, True) for part in sequence]
     bos, first = tokenizer.bos_token or "", sequence[0] if sequence else b""
     if isinstance(first, str) and blank_after_bos(tokenizer, first):
@@ -185,7 +185,7 @@ def chat_template(
     """The Jinja chat template of a format, for the exported tokenizer and processor; `folder`'s own for tokenizer.
 
     A message's content is a string, which stands as it is, or a list of `{"type": "image"}` and
-    `{"type": "text", "text": ...}`: pictures first, each on a line of its own. The beginning-of-sequence token is part
+    `{"type": "text", "text": ...}`: images first, each on a line of its own. The beginning-of-sequence token is part
     of the text, so the tokenizer must not add its own (see `install_tokenizer`); `tokenizer`: the one that reads it.
     After the last question stands what precedes an answer, with or without add_generation_prompt. A system message may
     come first where the format has a place for it.
@@ -235,7 +235,7 @@ def _system(style: PromptFormat, part: dict[str, str]) -> tuple[str, str]:
     return begin + part["begin"], f"{{%- if system is not none and {place} -%}}{part['system']}{{%- endif -%}}"
 
 
-# A message's text and how many pictures it has besides.
+# A message's text and how many images it has besides.
 CONTENT = (
     "{%- if message['content'] is string -%}{%- set text, pictures = message['content'], 0 -%}{%- else -%}"
     "{%- set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}"
@@ -246,7 +246,7 @@ FLATTENED = "{#- pictures have become text #}"
 
 
 def _with_pictures(template: str, image: str) -> str:
-    """A language model's template after one that writes each message's pictures into its text."""
+    """A language model's template after one that writes each message's images into its text."""
     template = template.rpartition(FLATTENED)[2]  # which may have been put before it already, with another `image`
     return (
         f"{{%- set flat = namespace(messages=[]) -%}}{{%- for message in messages -%}}{CONTENT}"

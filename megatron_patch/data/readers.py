@@ -177,7 +177,7 @@ def of_killed(dataset: Path, number: int) -> str:
 def check_room(size: int, count: int) -> None:
     """Say so where `count` ranks of this machine, that read `size` bytes ahead each, may fill shared memory.
 
-    It is no error: samples may have no pictures.
+    It is no error: samples may have no images.
     """
     try:
         status = os.statvfs(SHARED_MEMORY)

@@ -30,15 +30,15 @@ MULTIPLE = 8
 MAX_KEY = 200
 """Characters of a key that are shown: names of files in a dataset may hold anything."""
 PADDING = 0
-"""Id of padding. Any word will do: it stands on the right of causal sequences and is never learned."""
+"""Id of padding. Any id will do: padding is on the right of causal sequences and has no labels."""
 
 
 @edataclass
 class EncodedText(Sample):
-    """One sample whose pictures are not decoded yet: small enough for many to wait until they are packed."""
+    """One sample whose images are not decoded yet: small enough for many to wait until they are packed."""
 
     input_ids: Tensor
-    """int64 [s], each picture as its number of placeholder ids."""
+    """int64 [s], each image as its number of placeholder ids."""
     labels: Tensor
     """int64 [s], already shifted: the id that follows, -100 where nothing is learned."""
     pictures: list[bytes]
@@ -56,7 +56,7 @@ class EncodedSample(Sample):
     labels: Tensor
     """int64 [s]."""
     pixels: Tensor
-    """uint8 [n, 3, h, w], pictures in the order of their placeholders; n may be 0."""
+    """uint8 [n, 3, h, w], images in the order of their placeholders; n may be 0."""
     num_cut: int
     """As above."""
 
@@ -79,25 +79,25 @@ class Batch(PinMemoryMixin):
     labels: Tensor
     """int64 [b, s], already shifted; -100 is ignored."""
     pixels: Tensor
-    """uint8 [n, 3, h, w], the batch's pictures in the order of their placeholders; n may be 0."""
+    """uint8 [n, 3, h, w], the batch's images in the order of their placeholders; n may be 0."""
     num_cut: int = 0
     """Samples that were cut at their end, since they were longer than allowed."""
     segment_lengths: list[int] | None = None
     """Of a packed sequence [1, s]: the positions of each sample with its padding, s in all. None: a sample per row."""
 
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple]:
-        """Words go to another process by value: torch hands each tensor over as a file, in most of a millisecond."""
+        """Token ids go to another process by value: torch passes each tensor as a file, in most of a millisecond."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return _rebuild, (values | {name: values[name].numpy() for name in WORDS},)
+        return _rebuild, (values | {name: values[name].numpy() for name in BY_VALUE},)
 
 
-WORDS = ("input_ids", "labels")
+BY_VALUE = ("input_ids", "labels")
 """Of a batch: few bytes."""
 
 
 def _rebuild(values: dict[str, Any]) -> Batch:
     """What `Batch.__reduce__` took apart."""
-    return Batch(**(values | {name: torch.from_numpy(values[name]) for name in WORDS}))
+    return Batch(**(values | {name: torch.from_numpy(values[name]) for name in BY_VALUE}))
 
 
 def _parse(extension: str, data: bytes) -> Any:
@@ -107,7 +107,7 @@ def _parse(extension: str, data: bytes) -> Any:
 
 
 class BytesDecoder(SampleDecoder):
-    """Parses json and text and leaves pictures as bytes: decoding them is the encoder's part, where it is guarded."""
+    """Parses json and text and leaves images as bytes: decoding them is the encoder's part, where it is guarded."""
 
     def __init__(self) -> None:
         self._config = {"image_decode": "bytes"}
@@ -135,7 +135,7 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
 
     @stateless
     def preencode_sample(self, sample: Sample) -> EncodedText:
-        """Everything but the pictures. Raises ValueError that names the sample's key when it cannot be trained on."""
+        """Everything but the images. Raises ValueError that names the sample's key when it cannot be trained on."""
         try:
             pieces, pictures = self._pieces(sample)
             encoded = encode(
@@ -151,14 +151,14 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
             sample,
             input_ids=encoded.input_ids,
             labels=encoded.labels,
-            # A picture after the last position is not needed.
+            # An image after the last position is not needed.
             pictures=pictures[: encoded.num_images],
             num_cut=encoded.num_cut,
         )
 
     @stateless
     def postencode_sample(self, sample: EncodedText) -> EncodedSample:
-        """The pictures. Raises ValueError that names the sample's key when one cannot be read."""
+        """The images. Raises ValueError that names the sample's key when one cannot be read."""
         try:
             pixels = [load_pixels(picture, self.image_settings) for picture in sample.pictures]
         except ValueError as error:
@@ -214,7 +214,7 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
         return _round_up(len(sample.input_ids), self.segment_multiple)
 
     def _pieces(self, sample: Sample) -> tuple[Iterator[Piece], list[bytes]]:
-        """A sample's text, cut where learned and given text meet, and its encoded pictures."""
+        """A sample's text, cut where learned and given text meet, and its encoded images."""
         said = conversation.read(sample)
         if isinstance(said, InterleavedSample):
             pieces = document_pieces(said.sequence, self.tokenizer)

@@ -65,11 +65,11 @@ class Encoded(NamedTuple):
     """A text as the model takes it."""
 
     input_ids: Tensor
-    """int64 [s], each picture as its number of placeholder ids."""
+    """int64 [s], each image as its number of placeholder ids."""
     labels: Tensor
     """int64 [s], shifted: labels[i] is the id that follows input_ids[i], `IGNORE` where nothing is learned."""
     num_images: int
-    """Pictures in the input."""
+    """Images in the input."""
     num_cut: int
     """Positions left out at the end, as far as the text was read: 0 only where it is whole."""
 
@@ -80,7 +80,7 @@ def encode(
     """Tokens of a text with each `<image>` as `num_image_tokens` placeholders, at most `max_length` positions.
 
     `pieces` come from a `Prompt` or from `document_pieces`; no more of them are taken than the positions need. A longer
-    text is cut at its end, before a picture that does not fit whole. Raises ValueError when that leaves nothing to be
+    text is cut at its end, before an image that does not fit whole. Raises ValueError when that leaves nothing to be
     learned.
     """
     ids: list[int] = []

@@ -38,7 +38,7 @@ def install_tokenizer(
     An id is the one that a token has already, or the next free one. The copy adds no beginning- or end-of-sequence
     token by itself, since prompts bring theirs; it cuts nothing off and pads on the left, with a token that it names.
     What it leaves out that would change a prompt is said in a line. Its chat template is left behind. `vocab_size`:
-    rows of the model's embedding. Raises ValueError when transformers does not read the copy as meant, or when words
+    rows of the model's embedding. Raises ValueError when transformers does not read the copy as meant, or when tokens
     have no row.
     """
     return _install(Path(source), Path(target), added_tokens, vocab_size, None)
@@ -47,7 +47,7 @@ def install_tokenizer(
 def _install(
     source: Path, target: Path, added_tokens: Sequence[str], vocab_size: int | None, rows: int | None
 ) -> dict[str, int]:
-    """`rows`: as `vocab_size`, for a tokenizer whose words were compared with it before."""
+    """`rows`: as `vocab_size`, for a tokenizer whose tokens were compared with it before."""
     files = [name for name in TOKENIZER if (source / name).is_file()]
     if not {BACKEND, PIECES} & set(files):
         raise ValueError(f"{source}: neither tokenizer.json nor tokenizer.model; expected a tokenizer of transformers")
@@ -117,14 +117,14 @@ def _check_copy(source: Path, target: Path, original: Any, tokens: dict[str, int
 
 
 def _check_rows(source: Path, tokenizer: Any, vocab_size: int, without: Sequence[str]) -> None:
-    """Raise ValueError for words past the embedding's rows. Added tokens there, as many models of the hub have a
+    """Raise ValueError for tokens past the embedding's rows. Added tokens there, as many models of the hub have a
     padding token, are only named; those in `without` may lack one."""
     beyond = {token for token, id in tokenizer.get_vocab().items() if id >= vocab_size} - set(without)
-    words = sorted(beyond - tokenizer.get_added_vocab().keys())
-    if words:
+    missing = sorted(beyond - tokenizer.get_added_vocab().keys())
+    if missing:
         raise ValueError(
-            f"{source}: {len(words)} words of its tokenizer, {words[0]!r} among them, are past the {vocab_size} rows "
-            "of its model's embedding (vocab_size in config.json); give the model's own tokenizer"
+            f"{source}: {len(missing)} tokens of its tokenizer, {missing[0]!r} among them, are past the "
+            f"{vocab_size} rows of its model's embedding (vocab_size in config.json); give the model's own tokenizer"
         )
     if beyond:
         names = ", ".join(sorted(beyond))

@@ -1,7 +1,7 @@
 """Bytes that autograd keeps of a micro batch between forward and backward: arithmetic, without torch.
 
 For megatron.core's local layers as this package builds them (model/specs.py), sequences of the greatest length with one
-picture each, and a label at every word. Counted are distinct storages; of masks and indices only the larger ones.
+image each, and a label at every token. Counted are distinct storages; of masks and indices only the larger ones.
 Letters, per rank: t tokens of a micro batch, h hidden size, f feed-forward channels, w bytes of an element.
 """
 
@@ -113,7 +113,7 @@ def vision_layer(config: Config, llava: Llava) -> Layer:
 
 
 def pictures(config: Config, llava: Llava) -> tuple[int, int]:
-    """What tower and projector keep of a micro batch, one picture per sample, and what work takes besides."""
+    """What tower and projector keep of a micro batch, one image per sample, and what work takes besides."""
     vision, tp, w = llava.vision, config.parallel.tensor_model_parallel_size, ELEMENT[config.model.precision]
     samples = config.data.micro_batch_size
     features = samples * (vision.num_image_tokens + 1) * vision.hidden_size * w
@@ -131,8 +131,8 @@ def head(config: Config, llava: Llava, fused_norm: bool = True) -> tuple[int, in
     trained = not config.model.freeze_lm
     _, t = _tokens(config)
     between = t // tp if config.parallel.uses_sequence_parallel else t
-    words = config.model.decoder_seq_length - llava.vision.num_image_tokens
-    labels = config.data.micro_batch_size * words // config.parallel.context_parallel_size
+    tokens = config.model.decoder_seq_length - llava.vision.num_image_tokens
+    labels = config.data.micro_batch_size * tokens // config.parallel.context_parallel_size
     logits = labels * model.padded_vocab_size(tp) // tp
     norm = _norm(between * model.hidden_size * w, trained, fused_norm) - trained * between * model.hidden_size * w
     return norm + trained * labels * model.hidden_size * w + logits * FP32, logits * (w + FP32)

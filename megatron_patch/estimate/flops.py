@@ -55,7 +55,7 @@ def megatron_lm_flops(llava: Llava, work: Work) -> float:
 def forward_flops(llava: Llava, work: Work, *, num_predicted: int, attention_share: float) -> dict[str, float]:
     """Part of the model -> operations of one forward pass.
 
-    `num_predicted`: positions at which words are predicted. `attention_share`: part of all pairs that causal attention
+    `num_predicted`: positions at which tokens are predicted. `attention_share`: part of all pairs that causal attention
     computes; half of them by convention.
     """
     vision, language = llava.vision, llava.language

@@ -107,10 +107,10 @@ def optimizer_bytes(config: Config) -> int:
 
 def memory_report(config: Config, llava: Llava, world_size: int) -> str:
     """The memory as a table in GiB, a line per pipeline stage."""
-    words = config.model.decoder_seq_length - llava.vision.num_image_tokens
+    labels = config.model.decoder_seq_length - llava.vision.num_image_tokens
     lines = [
         f"memory of a rank in GiB (2^30 bytes), {config.data.micro_batch_size} x {config.model.decoder_seq_length} "
-        f"tokens per micro batch, {words} labels in each sequence:",
+        f"tokens per micro batch, {labels} labels in each sequence:",
         f"{'stage':>5} {'parameters':>11} {'gradients':>11} {'optimizer':>11} {'activations':>11} {'working':>11} "
         f"{'total':>11} {'on the CPU':>11} {'to save':>11}",
     ]

@@ -89,7 +89,7 @@ class _Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class _Stage:
-    """Seconds of one micro batch on a rank of a pipeline stage; the words are those of `Time`."""
+    """Seconds of one micro batch on a rank of a pipeline stage; the names are those of `Time`."""
 
     compute: float
     communication: float
@@ -295,9 +295,9 @@ def _vision(config: Config, llava: Llava, batch: _Batch, card: Card) -> tuple[fl
 def _vocabulary(config: Config, llava: Llava, batch: _Batch, card: Card) -> float:
     """Seconds of the GPU for logits and loss, forward and backward."""
     tp, labels = config.parallel.tensor_model_parallel_size, batch.work.num_labels
-    words = llava.language.padded_vocab_size(tp) // tp
-    linear = _linear(config, card, labels, words, llava.language.hidden_size, not config.model.freeze_lm)
-    return sum(linear) + 10 * labels * words * 4 / card.copy  # fp32 logits: cast, maximum, exponent, sum, gradient
+    vocab_size = llava.language.padded_vocab_size(tp) // tp
+    linear = _linear(config, card, labels, vocab_size, llava.language.hidden_size, not config.model.freeze_lm)
+    return sum(linear) + 10 * labels * vocab_size * 4 / card.copy  # fp32 logits: cast, maximum, exponent, sum, gradient
 
 
 def _step_seconds(config: Config, memory: Memory, world_size: int, card: Card, micro_batch: float) -> float:

@@ -60,7 +60,7 @@ class VisionModel:
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions that one picture takes in the text: its patches, without the class token."""
+        """Positions that one image takes in the text: its patches, without the class token."""
         return (self.img_size // self.patch_dim) ** 2
 
 

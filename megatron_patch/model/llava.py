@@ -1,6 +1,6 @@
 """LLaVA from megatron.core's parts: CLIPViTModel, MultimodalProjector, GPTModel. State-dict names are LLaVAModel's.
 
-Pictures are placeholders in the text before the model sees them (data/), so it never changes a sequence's length: it
+Images are placeholders in the text before the model sees them (data/), so it never changes a sequence's length: it
 puts the projected embeddings where the placeholders are.
 """
 
@@ -83,7 +83,7 @@ class LlavaModel(MegatronModule):
             post_process=post_process,
             position_embedding_type="rope",
             rotary_base=llava.language.rotary_base,
-            # Pictures come in between the embedding and this.
+            # Images come in between the embedding and this.
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
             rope_scaling=llava.language.rope_scaling_factor is not None,
@@ -168,7 +168,7 @@ class LlavaModel(MegatronModule):
         return mixed.contiguous()
 
     def _see(self, pixel_values: Tensor) -> Tensor:
-        """[n, 3, h, w] -> what stands for the pictures in the text [n * patches, h]."""
+        """[n, 3, h, w] -> what stands for the images in the text [n * patches, h]."""
         features = self.vision_model(pixel_values)[:, self.vision_model.class_token_len :]  # [n, patches, h_vision]
         return self.vision_projection(features).flatten(0, 1)
 
@@ -192,7 +192,7 @@ def find_positions(chosen: Tensor) -> Tensor:
 
 
 class _LanguageModel(GPTModel):
-    """GPTModel that projects to the vocabulary only where there is a label, and whose padding rows are no words."""
+    """GPTModel that computes logits at labelled positions only, and masks the padded rows of the vocabulary."""
 
     true_vocab_size: int
 
@@ -228,11 +228,11 @@ class _LanguageModel(GPTModel):
         return losses.squeeze(1)
 
     def _without_padding(self, logits: Tensor) -> Tensor:
-        """Give rows past the vocabulary no probability: otherwise a loss counts words that do not exist."""
+        """Give rows past the vocabulary no probability: otherwise a loss counts tokens that do not exist."""
         first = self.pg_collection.tp.rank() * logits.shape[-1]
-        words = max(0, self.true_vocab_size - first)
-        if words < logits.shape[-1]:
-            logits[..., words:] = float("-inf")
+        size = max(0, self.true_vocab_size - first)
+        if size < logits.shape[-1]:
+            logits[..., size:] = float("-inf")
         return logits
 
 

@@ -122,7 +122,7 @@ def _local_layer(model: Model, mask_type: AttnMaskType) -> ModuleSpec:
 def padded(linear: type) -> type:
     """The class of a linear layer that pads its tokens [s, b, h] to what fp8's kernels ask for.
 
-    A picture is 577 of them, and the text is padded before the model. The rows that are added come to nothing: their
+    An image is 577 of them, and the text is padded before the model. The rows that are added come to nothing: their
     outputs are cut off, so that their gradients are zero.
     """
 

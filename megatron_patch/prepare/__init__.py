@@ -1,4 +1,4 @@
-"""From LLaVA's json and pictures to tar shards that energon reads."""
+"""From LLaVA's json and images to tar shards that energon reads."""
 
 from megatron_patch.config.dataset import Settings
 from megatron_patch.prepare.convert import Report, convert

@@ -1,4 +1,4 @@
-"""The command that turns LLaVA's json and pictures into an energon dataset."""
+"""The command that turns LLaVA's json and images into an energon dataset."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _describe(settings: Settings, report: Report) -> str:
     lengths = f"{report.lengths}\n" if report.lengths else ""
     return (
         f"{len(report.records)} shards{part} of {'VQASample' if report.is_pairs else 'conversations'}, "
-        f"{size / 1e6:,.1f} MB; {pictures} pictures of {mean / 1e3:.1f} kB, the largest {largest / 1e3:.1f} kB\n"
+        f"{size / 1e6:,.1f} MB; {pictures} images of {mean / 1e3:.1f} kB, the largest {largest / 1e3:.1f} kB\n"
         f"{lengths}"
         f"{output}: {report.given} given = {report.written} written + {len(report.rejected)} rejected{where}"
     )

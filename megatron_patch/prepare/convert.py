@@ -1,4 +1,4 @@
-"""From LLaVA's json and pictures to tar shards that energon reads. Imports nothing heavy before it has to."""
+"""From LLaVA's json and images to tar shards that energon reads. Imports nothing heavy before it has to."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from megatron_patch.data.prompts import IMAGE, Turn, find_format, prompt_format
 from megatron_patch.prepare.workers import Tell
 
 CLIP_L_336 = 576
-"""Positions of a picture where the folder is no LLaVA's: LLaVA-1.5's, CLIP-L/14 at 336 pixels."""
+"""Positions of an image where the folder is no LLaVA's: LLaVA-1.5's, CLIP-L/14 at 336 pixels."""
 MULTIPLE = 64
 HELD = 0.999
 """Share of the samples that the suggested length holds whole."""
@@ -26,7 +26,7 @@ BATCH = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Positions of each sample: its text in the model's prompt format, with its pictures."""
+    """Positions of each sample: its text in the model's prompt format, with its images."""
 
     counts: Counter[int]
     """Length -> samples."""
@@ -50,7 +50,7 @@ class Lengths:
     def __str__(self) -> str:
         longer = sum(count for length, count in self.counts.items() if length > self.suggested)
         return (
-            f"tokens ({self.prompt_format}, {self.num_image_tokens} a picture): median {self.quantile(0.5)}, "
+            f"tokens ({self.prompt_format}, {self.num_image_tokens} an image): median {self.quantile(0.5)}, "
             f"99.9% {self.quantile(HELD)}, longest {self.quantile(1)}; DECODER_SEQ_LEN {self.suggested} holds all but "
             f"{longer} samples"
         )

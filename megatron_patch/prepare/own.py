@@ -62,7 +62,7 @@ def check_list(path: Path) -> None:
 
 
 def check_apart(output: str, folder: str, sources: list[str]) -> None:
-    """Raises ValueError for an output that is or holds what is read, or lies among the pictures."""
+    """Raises ValueError for an output that is or holds what is read, or lies among the images."""
     real, home = os.path.realpath(output), os.path.realpath(folder)
     for source in map(os.path.realpath, [folder, *sources]):
         if _holds(real, source) or (_holds(source, real) and not _holds(source, home) and os.path.isdir(source)):

@@ -1,4 +1,4 @@
-"""Reads pictures by the names that the json gives them, from folders and zip archives.
+"""Reads images by the names that the json gives them, from folders and zip archives.
 
 Names that lead out of the given folders are refused.
 """
@@ -31,7 +31,7 @@ from megatron_patch.prepare.objects import (
 )
 
 MAX_BYTES = 256 * 1024**2
-"""Bytes that an encoded picture may have."""
+"""Bytes that an encoded image may have."""
 MAX_NAME = 1024
 """Bytes that the name of an object may have."""
 
@@ -40,21 +40,21 @@ _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class Root(Protocol):
-    """Where names of pictures begin."""
+    """Where names of images begin."""
 
     def read(self, name: str) -> bytes | None:
-        """The picture's bytes; None when it is not here. Raises Rejected, or OSError."""
+        """The image's bytes; None when it is not here. Raises Rejected, or OSError."""
 
 
 class Pictures:
-    """Pictures by name, from the first root that has them."""
+    """Images by name, from the first root that has them."""
 
     def __init__(self, roots: Sequence[Root], validate: Validation) -> None:
         self._roots = roots
         self._check = {"none": check_present, "header": check_header, "full": check_decodes}[validate]
 
     def read(self, name: str) -> bytes:
-        """A picture as it is. Raises Rejected when it is missing, damaged, or outside of the roots; StoreError."""
+        """An image as it is. Raises Rejected when it is missing, damaged, or outside of the roots; StoreError."""
         try:
             data = self._find(_plain(name) if "./" in name or "//" in name else name)
             self._check(data)
@@ -163,7 +163,7 @@ class _Member(NamedTuple):
 
 
 class ObjectRoot:
-    """A URL of an object store, under which pictures lie by their names."""
+    """A URL of an object store, under which images lie by their names."""
 
     def __init__(self, url: str) -> None:
         self._objects = Objects(url)
@@ -281,5 +281,5 @@ def open_roots(places: Sequence[str]) -> list[Root]:
         elif is_url(place):
             roots.append(ObjectRoot(place))
         else:
-            raise ValueError(f"{place}: neither a folder nor a zip archive; expected pictures in it")
+            raise ValueError(f"{place}: neither a folder nor a zip archive; expected images in it")
     return roots

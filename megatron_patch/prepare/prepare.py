@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_patch.prepare.workers import Tell, run
 
-# One question and one answer about one picture.
+# One question and one answer about one image.
 PAIRS_YAML = """\
 sample_type:
   __module__: megatron.energon
@@ -24,7 +24,7 @@ field_map:
   context: json[0][value]
   answers: json[1][value]
 """
-# Conversations of any length with any number of pictures: the task encoder reads the fields themselves.
+# Conversations of any length with any number of images: the task encoder reads the fields themselves.
 CONVERSATIONS_YAML = """\
 __module__: megatron.energon
 __class__: CrudeWebdataset

@@ -36,7 +36,7 @@ class Sample:
     turns: list[Turn]
     """(question, answer) each."""
     images: list[str]
-    """Names of its pictures, one for each `<image>`."""
+    """Names of its images, one for each `<image>`."""
 
 
 class Samples:
@@ -49,10 +49,10 @@ class Samples:
         self._entries = entries
         self.num_pairs = sum(map(_looks_like_pair, self._entries))
         self.is_pairs = self.num_pairs == len(self) or not any(map(_is_usable_otherwise, self._entries))
-        """Whether every usable sample is one question and one answer about one picture: a VQASample."""
+        """Whether every usable sample is one question and one answer about one image: a VQASample."""
         self.has_id_keys = self.is_pairs and _have_good_ids(self._entries)
         """Whether ids are the keys in the shards, else it is the position in the json: mixes name several samples after
-        one picture."""
+        one image."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -115,7 +115,7 @@ def _find_annotations(folder: Path) -> Path:
 
 
 def check(entry: Any) -> tuple[list[Turn], list[str]]:
-    """The turns and the picture names of an entry: `conversations` and `image`, or `messages` and `images`.
+    """The turns and the image names of an entry: `conversations` and `image`, or `messages` and `images`.
 
     Raises Rejected.
     """
@@ -140,7 +140,7 @@ def check(entry: Any) -> tuple[list[Turn], list[str]]:
         raise Rejected("image is not a name")
     asked = sum(question.count(IMAGE) for question, _ in turns)
     if asked != len(images):
-        raise Rejected(f"the questions have {asked} {IMAGE} for {len(images)} pictures")
+        raise Rejected(f"the questions have {asked} {IMAGE} for {len(images)} images")
     return turns, images
 
 
@@ -160,7 +160,7 @@ def _turns(entry: dict[str, Any]) -> list[Turn]:
 
 
 def _looks_like_pair(entry: Any) -> bool:
-    """Quick: two turns, one picture name."""
+    """Quick: two turns, one image name."""
     turns = entry.get("conversations") if type(entry) is dict else None
     return type(turns) is list and len(turns) == 2 and type(entry.get("image")) is str
 

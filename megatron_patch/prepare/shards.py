@@ -90,7 +90,7 @@ class Job:
 
 
 def _add(tar: TarWriter, sample: Sample, pictures: list[bytes]) -> None:
-    """The first picture as `jpg`, whatever its format is, further ones as `1.jpg`, `2.jpg`, and the turns as `json`."""
+    """The first image as `jpg`, whatever its format is, further ones as `1.jpg`, `2.jpg`, and the turns as `json`."""
     for number, picture in enumerate(pictures):
         tar.add(f"{sample.key}.{number}.jpg" if number else f"{sample.key}.jpg", picture)
     turns: list[dict[str, str]] = []

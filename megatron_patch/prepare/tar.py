@@ -1,4 +1,4 @@
-"""Tar archives as energon reads them, written by hand: tarfile's own headers cost more than the pictures."""
+"""Tar archives as energon reads them, written by hand: tarfile's own headers cost more than the images."""
 
 from __future__ import annotations
 

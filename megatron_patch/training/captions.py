@@ -1,4 +1,4 @@
-"""What the model in training says to a few pictures: greedy captions of validation samples, at any parallel sizes."""
+"""What the model in training says to a few images: greedy captions of validation samples, at any parallel sizes."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ MAX_NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class Caption:
-    """A sample's picture and what is said to it."""
+    """A sample's image and what is said to it."""
 
     key: str
     """The sample's key in the dataset."""
     picture: Tensor | None
-    """uint8 [3, h, w] as the vision tower gets it, several side by side; None for a text without pictures."""
+    """uint8 [3, h, w] as the vision tower gets it, several side by side; None for a text without images."""
     reference: str
     """The sample's (first) answer."""
     said: str
@@ -51,7 +51,7 @@ def captioner(config: Config, llava: Llava) -> Callable[[list[DistributedDataPar
     """A function that captions the first `--log-captions` samples of the val split with the model's chunks.
 
     All ranks call it, and all do the same: it is no more work than if the other data-parallel ranks waited. There is no
-    cache of keys and values: each word is a forward pass over whole sequences, on megatron.core's own schedule. So it
+    cache of keys and values: each token is a forward pass over whole sequences, on megatron.core's own schedule. So it
     works with every cut that training works with.
     """
     count = config.training.log_captions if config.validates else 0
@@ -68,14 +68,14 @@ def _captioner(config: Config, llava: Llava, count: int) -> Callable[[list[Distr
     ends = torch.tensor(sorted({encoder.tokenizer(answer).input_ids[-1], encoder.tokenizer.eos_token_id} - {None}))
     samples = _first_samples(config, llava, count)
     prompts, references = zip(*map(_prompt_and_answer, samples), strict=True)
-    # Only the pictures that stand before the first answer.
+    # Only the images that stand before the first answer.
     num_images = [int((prompt == llava.image_token_id).sum()) // llava.vision.num_image_tokens for prompt in prompts]
     pictures = [sample.pixels[:num] for sample, num in zip(samples, num_images, strict=True)]  # [n, 3, h, w] each
-    next_words = _next_words(config, llava, torch.cat(pictures))
+    next_tokens = _next_tokens(config, llava, torch.cat(pictures))
 
     def caption(chunks: list[DistributedDataParallel]) -> list[Caption]:
         with evaluating(chunks):
-            answers = _generate(config, prompts, ends, lambda *text: next_words(chunks, *text))
+            answers = _generate(config, prompts, ends, lambda *text: next_tokens(chunks, *text))
         return [
             Caption(
                 key=sample.keys[0],
@@ -110,7 +110,7 @@ def _first_samples(config: Config, llava: Llava, count: int) -> list[Batch]:
 
 
 def _prompt_and_answer(sample: Batch) -> tuple[Tensor, Tensor]:
-    """Everything up to the first answer, pictures as placeholders, and that answer: int64 [s] each."""
+    """Everything up to the first answer, images as placeholders, and that answer: int64 [s] each."""
     labels = sample.labels[0]  # [s], shifted: each is the id that follows
     learned = (labels != IGNORE).nonzero().flatten()
     first = int(learned[0])
@@ -119,9 +119,9 @@ def _prompt_and_answer(sample: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _generate(
-    config: Config, prompts: tuple[Tensor, ...], ends: Tensor, next_words: Callable[[Tensor, Tensor], Tensor]
+    config: Config, prompts: tuple[Tensor, ...], ends: Tensor, next_tokens: Callable[[Tensor, Tensor], Tensor]
 ) -> list[Tensor]:
-    """The answer to each prompt up to one of `ends`, int64 [s] each; `next_words`: (input_ids, lengths) -> ids [b]."""
+    """The answer to each prompt up to one of `ends`, int64 [s] each; `next_tokens`: (input_ids, lengths) -> ids [b]."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])  # [b]
     longest = min(int(lengths.max()) + MAX_NEW_TOKENS, config.model.decoder_seq_length)
     multiple = config.parallel.sequence_multiple * _multiple(config)
@@ -131,14 +131,14 @@ def _generate(
     answers = [[] for _ in prompts]
     is_going_on = torch.ones(len(prompts), dtype=torch.bool)
     for _ in range(MAX_NEW_TOKENS):
-        words = next_words(input_ids, lengths)  # [b]
-        is_going_on &= ~torch.isin(words, ends)
+        tokens = next_tokens(input_ids, lengths)  # [b]
+        is_going_on &= ~torch.isin(tokens, ends)
         for row in is_going_on.nonzero().flatten():
-            answers[row].append(words[row])
+            answers[row].append(tokens[row])
         is_going_on &= lengths < longest
         if not is_going_on.any():
             break
-        input_ids[is_going_on, lengths[is_going_on]] = words[is_going_on]
+        input_ids[is_going_on, lengths[is_going_on]] = tokens[is_going_on]
         lengths += is_going_on
     return [torch.tensor(answer, dtype=torch.int64) for answer in answers]
 
@@ -148,7 +148,7 @@ def _multiple(config: Config) -> int:
     return FP8_MULTIPLE if config.model.precision == "fp8" else 1
 
 
-def _next_words(
+def _next_tokens(
     config: Config, llava: Llava, pixels: Tensor
 ) -> Callable[[list[DistributedDataParallel], Tensor, Tensor], Tensor]:
     """A function (chunks, input_ids [b, s], lengths [b]) -> the likeliest next ids [b], the same on all ranks."""
@@ -158,7 +158,7 @@ def _next_words(
     cut = config.parallel
     num_micro_batches = cut.pipeline_model_parallel_size if cut.virtual_pipeline_model_parallel_size > 1 else 1
 
-    def next_words(chunks: list[DistributedDataParallel], input_ids: Tensor, lengths: Tensor) -> Tensor:
+    def next_tokens(chunks: list[DistributedDataParallel], input_ids: Tensor, lengths: Tensor) -> Tensor:
         positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         # Context parallelism deals out sequences: the positions go along in the place of labels.
         batch = Batch(keys=[], input_ids=input_ids, labels=positions, pixels=pixels)
@@ -178,7 +178,9 @@ def _next_words(
         if parallel_state.is_pipeline_last_stage():
             rows = inputs["wanted"] % len(input_ids)  # in the order of the logits
             logits = gather_from_tensor_model_parallel_region(outputs[0])  # [rows, vocabulary]
-            logits[:, llava.image_token_id :][:, :1] = float("-inf")  # no word, and there is no picture for it
+            logits[:, llava.image_token_id :][:, :1] = float(
+                "-inf"
+            )  # no token of the vocabulary, and there is no image for it
             likeliest[rows] = logits.argmax(dim=-1)
             dist.all_reduce(likeliest, dist.ReduceOp.MAX, parallel_state.get_context_parallel_group())
         dist.broadcast(
@@ -188,7 +190,7 @@ def _next_words(
         )
         return likeliest.cpu()
 
-    return next_words
+    return next_tokens
 
 
 def _decode(tokenizer: Any, ids: Tensor) -> str:

@@ -212,7 +212,7 @@ def is_due(iteration: int, interval: int, config: Config) -> bool:
 def reads_data(config: Config) -> bool:
     """Whether this rank reads samples: the first of those that share layers and sequences, on stages that need them.
 
-    Those are the first, for text and pictures, and the last, for labels; where samples are packed every stage needs to
+    Those are the first, for text and images, and the last, for labels; where samples are packed every stage needs to
     know where they begin.
     """
     at_an_end = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()

@@ -45,7 +45,7 @@ class Metrics:
         self.steps: list[Step] = []
         self.first_iteration = first_iteration
         self.start = time.monotonic()
-        self.shown: set[str] = set()  # keys of pictures
+        self.shown: set[str] = set()  # keys of images
         if is_writer:
             self.lines = _open_lines(config.checkpoint.output / "log" / "metrics.jsonl")
             self.board = SummaryWriter(config.checkpoint.output / "tensorboard", purge_step=first_iteration)
@@ -95,7 +95,7 @@ class Metrics:
         )
 
     def log_captions(self, iteration: int, captions: list[Caption]) -> None:
-        """Show what the model says to a few pictures after `iteration`; the pictures, once in a process's life."""
+        """Show what the model says to a few images after `iteration`; the images, once in a process's life."""
         if not self.is_writer:
             return
         for caption in captions:

@@ -20,7 +20,7 @@ from megatron_patch.model import groups
 from megatron_patch.training.log import logger
 
 MAX_UNLEARNED = 20
-"""Iterations without a picture, one after another, that end a run which trains the projector alone."""
+"""Iterations without an image, one after another, that end a run which trains the projector alone."""
 SPIKE = 10
 """A loss so many times the median of the last 20 is reported."""
 DIFFERENT_SAMPLES = (
@@ -62,7 +62,7 @@ class Done:
 
 
 class Unlearned:
-    """Watches for global batches of which nothing can be learned: without pictures, where only the projector is."""
+    """Watches for global batches of which nothing can be learned: without images, where only the projector is."""
 
     def __init__(self, trains_projector_alone: bool) -> None:
         self.trains_projector_alone = trains_projector_alone
@@ -76,12 +76,12 @@ class Unlearned:
             return
         self.count += 1
         why = (
-            f"iteration {iteration}: none of its {totals.num_samples} samples has a picture, and only the projector is "
+            f"iteration {iteration}: none of its {totals.num_samples} samples has an image, and only the projector is "
             f"trained, so that the gradients are 0 and nothing is learned"
         )
         if self.count == MAX_UNLEARNED:
             raise ValueError(
-                f"{why}, as in the {MAX_UNLEARNED - 1} before it; give data with pictures, or --freeze-lm false"
+                f"{why}, as in the {MAX_UNLEARNED - 1} before it; give data with images, or --freeze-lm false"
             )
         if not self.said:
             logger.warning(why)

@@ -33,7 +33,7 @@ STEPS = 5
 MICRO_BATCHES = 4
 LEARNING_RATE = 5e-4
 PICTURES = ((1, 0), (2, 1), (0, 0), (1, 2))
-"""Of the two samples of each micro batch: texts alone and several pictures are there at every cut."""
+"""Of the two samples of each micro batch: texts alone and several images are there at every cut."""
 
 RUNS = {
     "projector": {"freeze_lm": True, "freeze_vit": True},

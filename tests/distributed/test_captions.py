@@ -1,4 +1,4 @@
-"""However the model is cut, it captions validation pictures as transformers does, and its weights have one norm."""
+"""However the model is cut, it captions validation images as transformers does, and its weights have one norm."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COUNT = 3
 
 @pytest.fixture(scope="module")
 def pretrain(tmp_path_factory) -> Path:
-    """LLaVA-Pretrain's layout with pictures of noise, questions of different lengths; in it, its wds."""
+    """LLaVA-Pretrain's layout with images of noise, questions of different lengths; in it, its wds."""
     folder = tmp_path_factory.mktemp("pretrain") / "raw"
     entries = write_pretrain(folder, 30)
     noise = np.random.default_rng(1)
@@ -54,7 +54,7 @@ def expected(pretrain, hf) -> list[Caption]:
         image = processor.image_processor
         shown = image(picture, do_normalize=False, do_rescale=False, return_tensors="pt").pixel_values[0]
         said = processor.decode(ids, skip_special_tokens=True).strip()
-        captions.append(Caption(f"{index:06d}", shown.to(torch.uint8), f"picture number {index}", said))
+        captions.append(Caption(f"{index:06d}", shown.to(torch.uint8), f"image number {index}", said))
     return captions
 
 

@@ -32,7 +32,7 @@ def test_real_photographs_from_another_folder(tmp_path):
     result = run("LLaVA Pretrain", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout == (
-        "10 shards of VQASample, 26.2 MB; 240 pictures of 107.1 kB, the largest 611.7 kB\n"
+        "10 shards of VQASample, 26.2 MB; 240 images of 107.1 kB, the largest 611.7 kB\n"
         "LLaVA Pretrain/wds: 240 given = 240 written + 0 rejected\n"
     )
     meta = folder / "wds" / ".nv-meta"

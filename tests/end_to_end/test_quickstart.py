@@ -1,4 +1,4 @@
-"""The quickstart's own parts: pictures, tokenizer, the watching of a command, the report. Not the whole run."""
+"""The quickstart's own parts: images, tokenizer, the watching of a command, the report. Not the whole run."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def photos(place) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(place) -> Path:
-    """A small Mistral with the real v3 tokenizer and a small CLIP at 336 pixels, converted to TP2 x PP2."""
+    """A small Mistral with the real v3 tokenizer and a small CLIP at 336 pixels, converted to PP2."""
     llm = save_mistral(place / "a mistral", vocab_size=32768, hidden_size=48, head_dim=8, intermediate_size=64)
     for file in llm.glob("tokenizer*"):
         file.unlink()
@@ -60,9 +60,9 @@ def weights(place) -> Path:
     settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
     (llm / "tokenizer_config.json").write_text(json.dumps(settings))
     clip = save_clip(place / "a clip", image_size=336, patch_size=14, hidden_size=32, intermediate_size=64)
-    result = call("bash", CONVERT_MODEL, "auto", llm, clip, place / "weights tp2 pp2", 2, 2, "false", "fp32", cwd=place)
+    result = call("bash", CONVERT_MODEL, "auto", llm, clip, place / "weights pp2", 1, 2, "false", "fp32", cwd=place)
     assert result.returncode == 0, result.stderr
-    return place / "weights tp2 pp2"
+    return place / "weights pp2"
 
 
 def logged_losses(text: str) -> dict[int, str]:
@@ -82,7 +82,7 @@ def kill_a_worker_after(iteration: int, process: subprocess.Popen) -> str:
 
 
 def test_photographs_through_all_scripts_across_a_kill(place, photos, weights):
-    """18 iterations on TP2 x PP2, a worker killed on the way: resumed, the curve is the one of an unbroken run."""
+    """18 iterations on PP2, a worker killed on the way: resumed, the curve is the one of an unbroken run."""
     output = place / "the output"
     command = [
         "sh",
@@ -91,7 +91,6 @@ def test_photographs_through_all_scripts_across_a_kill(place, photos, weights):
             output,
             SEQ_LEN=576,
             DECODER_SEQ_LEN=640,
-            TP=2,
             PP=2,
             LR=3e-3,
             SAVE_INTERVAL=SAVE_INTERVAL,

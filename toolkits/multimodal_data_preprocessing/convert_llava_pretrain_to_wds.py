@@ -1,4 +1,4 @@
-"""Turn LLaVA's json and pictures into an energon dataset: `python convert_llava_pretrain_to_wds.py --help`."""
+"""Turn LLaVA's json and images into an energon dataset: `python convert_llava_pretrain_to_wds.py --help`."""
 
 from megatron_patch.files.terminal import run
 from megatron_patch.prepare.commands import main

@@ -1,4 +1,4 @@
-"""Write one HTML page of samples as the model sees them: the picture after its transform, each token with its label.
+"""Write one HTML page of samples as the model sees them: the image after its transform, each token with its label.
 
     python inspect_samples.py CHECKPOINT DATASET PAGE.html [--num-batches 20] [flags of training]
 

@@ -102,7 +102,7 @@ def test_interleaved_pipeline_needs_rounds_of_micro_batches():
     ("changed", "said"),
     [
         ({"seq_length": 256}, "336 pixels in patches of 14 takes 576 positions; use 576"),
-        ({"decoder_seq_length": 576}, "a picture alone takes 576 positions"),
+        ({"decoder_seq_length": 576}, "an image alone takes 576 positions"),
         ({"decoder_seq_length": 40000}, "knows 32768 positions"),
     ],
 )

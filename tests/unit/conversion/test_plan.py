@@ -224,7 +224,7 @@ def test_a_vocabulary_of_another_length_that_pads_to_the_same(tmp_path, mcore, l
     write(tmp_path, open_mcore(mcore, llava), llava, args={"vocab_size": llava.language.vocab_size}, **cut)
     other = replace(llava, language=replace(llava.language, vocab_size=llava.language.vocab_size + 20))
     assert other.language.padded_vocab_size(2) == llava.language.padded_vocab_size(2)
-    with pytest.raises(ValueError, match=r"\.pt: the vocabulary has 300 words, and the model that was asked for 320;"):
+    with pytest.raises(ValueError, match=r"\.pt: the vocabulary has 300 tokens, and the model that was asked for 320;"):
         open_mcore(tmp_path, other)
     open_mcore(tmp_path, llava)
 

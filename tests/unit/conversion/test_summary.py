@@ -30,7 +30,7 @@ def test_shards(mcore, tmp_path):
     assert "megatron-patch-llava" in facts["manifest"]
     assert facts["model"] == "llava"
     assert facts["language model"].startswith("mistral, 0.00 billion parameters: 4 layers of 96, 12 heads in 4 groups")
-    assert facts["vision tower"].startswith("clip_vision_model: 2 layers used, of 64; pictures of 28 pixels")
+    assert facts["vision tower"].startswith("clip_vision_model: 2 layers used, of 64; images of 28 pixels")
     assert "float32" in facts["tensors"]
     assert facts["size"].endswith("in 2 files")
     assert {**summarize(mcore / "release"), "iteration": "release"} == facts

@@ -1,4 +1,4 @@
-"""What the data tests work on: a described model, and LLaVA-Pretrain folders of drawn pictures."""
+"""What the data tests work on: a described model, and LLaVA-Pretrain folders of drawn images."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ QUESTION = "<image>\nDescribe it."
 
 
 def describe(folder: Path) -> Llava:
-    """Write tokenizer and preprocessor of a tiny LLaVA: 300 words, pictures of 28 pixels that take 16 positions."""
+    """Write tokenizer and preprocessor of a tiny LLaVA: 300 words, images of 28 pixels that take 16 positions."""
     save_tokenizer(folder / "language_model", 300)
     image_token_id = install_tokenizer(folder / "language_model", folder)["<image>"]
     (folder / "preprocessor_config.json").write_text(json.dumps(CLIP))
@@ -84,31 +84,31 @@ def settings(description: Path, dataset: Path = Path("unused"), *, seed: int = 1
 
 
 def encode(encoder: LlavaTaskEncoder, sample: Sample) -> EncodedSample:
-    """Text, then pictures, as the loader does it."""
+    """Text, then images, as the loader does it."""
     return encoder.postencode_sample(encoder.preencode_sample(sample))
 
 
 def jpeg(color: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> bytes:
-    """An encoded picture of one color."""
+    """An encoded image of one color."""
     file = io.BytesIO()
     Image.new("RGB", size, color).save(file, "JPEG")
     return file.getvalue()
 
 
 def entry(index: int) -> dict:
-    """A good sample of LLaVA-Pretrain's json; its picture is `00000/INDEX.jpg`."""
+    """A good sample of LLaVA-Pretrain's json; its image is `00000/INDEX.jpg`."""
     return {
         "id": f"{index:06d}",
         "image": f"00000/{index:06d}.jpg",
         "conversations": [
             {"from": "human", "value": QUESTION},
-            {"from": "gpt", "value": f"picture number {index}"},
+            {"from": "gpt", "value": f"image number {index}"},
         ],
     }
 
 
 def write_pretrain(folder: Path, count: int) -> list[dict]:
-    """A LLaVA-Pretrain folder of `count` drawn pictures; returns its json, to be changed and written again."""
+    """A LLaVA-Pretrain folder of `count` drawn images; returns its json, to be changed and written again."""
     (folder / "00000").mkdir(parents=True)
     entries = [entry(index) for index in range(count)]
     for index, sample in enumerate(entries):

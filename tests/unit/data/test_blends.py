@@ -52,7 +52,7 @@ splits:
 
 @pytest.fixture(scope="module")
 def blend(dataset, tmp_path_factory):
-    """Three kinds of datasets: VQASample, several turns and pictures or none, one with its own sample_loader."""
+    """Three kinds of datasets: VQASample, several turns and images or none, one with its own sample_loader."""
     folder = tmp_path_factory.mktemp("blend")
     shutil.copytree(dataset, folder / "vqa")
     talks = []

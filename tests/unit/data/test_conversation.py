@@ -1,4 +1,4 @@
-"""Every kind of energon's samples: what it says, what is learned of it, which pictures stand where."""
+"""Every kind of energon's samples: what it says, what is learned of it, which images stand where."""
 
 import pickle
 
@@ -32,7 +32,7 @@ def encoder(tmp_path_factory):
 
 
 def said_and_learned(encoder, sample):
-    """The text that the model is given, `#` for a picture; what is learned, `|` where something else is in between."""
+    """The text that the model is given, `#` for an image; what is learned, `|` where something else is in between."""
     given = encode(encoder, sample)
     text = encoder.tokenizer.decode(given.input_ids).replace("<image>" * 16, "#")
     learned, was_learned = "", False
@@ -60,7 +60,7 @@ LEARNED = " the red</s>| no idea</s>"
 
 
 def test_crude_samples(encoder):
-    """Pictures in the order of their numbers, whatever order they lie in; several turns; text alone."""
+    """Images in the order of their numbers, whatever order they lie in; several turns; text alone."""
     crude = CrudeSample({**KEYS, "10.jpg": RED, "jpg": BLUE, "2.png": RED, "json": [*TURNS, turn("human", "<image>?")]})
     assert cook(crude).pictures == [BLUE, RED, RED]
     crude = CrudeSample({**KEYS, "1.jpg": RED, "jpg": BLUE, "json": TURNS})
@@ -86,7 +86,7 @@ def test_pictures_go_before_the_text_they_are_matched_to(encoder):
     assert said_and_learned(encoder, matched) == expected
     similar = SimilarityInterleavedSample(**given, similarity_matrix=torch.tensor([[0.1, 0.2, 0.9], [0.1, 0.8, 0.2]]))
     assert said_and_learned(encoder, similar) == expected
-    with pytest.raises(ValueError, match="2 pictures and no places for them"):
+    with pytest.raises(ValueError, match="2 images and no places for them"):
         read(SimilarityInterleavedSample(**given))
 
 
@@ -99,7 +99,7 @@ def test_texts_that_follow_one_another_are_one(encoder):
     expected = ("<s>One. Two.#Three. Four.", "One. Two.|Three. Four.</s>", ["red"])
     assert said_and_learned(encoder, SimilarityInterleavedSample(**given, matched_text_indices=[2])) == expected
     for place in (-1, 4):
-        with pytest.raises(ValueError, match=f"a picture's place is {place}, expected 0 to 3"):
+        with pytest.raises(ValueError, match=f"an image's place is {place}, expected 0 to 3"):
             read(SimilarityInterleavedSample(**given, matched_text_indices=[place]))
 
 

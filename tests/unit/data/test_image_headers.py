@@ -1,4 +1,4 @@
-"""Which pictures are whole: those that Pillow writes, and nothing that was cut off or is too large."""
+"""Which images are whole: those that Pillow writes, and nothing that was cut off or is too large."""
 
 import io
 import struct

@@ -205,9 +205,9 @@ def test_position_in_another_dataset_is_refused_and_a_moved_one_is_the_same(mode
     position = save_position(build(model, dataset))
     shutil.copytree(dataset, tmp_path / "moved")
     resume(model, tmp_path / "moved", position)
-    # The same pictures, one other letter in a caption: even the index is the same.
+    # The same images, one other letter in a caption: even the index is the same.
     entries = write_pretrain(tmp_path / "raw", COUNT)
-    entries[0]["conversations"][1]["value"] = "Picture number 0"
+    entries[0]["conversations"][1]["value"] = "Image number 0"
     write_annotations(tmp_path / "raw", entries)
     convert_folder(tmp_path / "raw")
     with pytest.raises(ValueError, match="position in the data: dataset was"):
@@ -238,7 +238,7 @@ def test_a_corrupt_picture_leaves_its_pack(model, dataset, tmp_path):
 
 
 def damage(dataset, target, count):
-    """A copy of the dataset in which the pictures of the first `count` samples of shard 0 do not decode."""
+    """A copy of the dataset in which the images of the first `count` samples of shard 0 do not decode."""
     shutil.copytree(dataset, target)
     tar = (target / "00000.tar").read_bytes()
     pieces = tar.split(b"\xff\xd8\xff")
@@ -258,7 +258,7 @@ def test_a_corrupt_sample_is_named_once_and_counted(num_workers, model, dataset,
     assert loader.failures.count == 1
     if num_workers == 0:
         (line,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
-        assert line.startswith("left out sample 000000: sample 000000: picture cannot be read")
+        assert line.startswith("left out sample 000000: sample 000000: image cannot be read")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -29,7 +29,7 @@ onload = () => {
   const {document: page, performance} = frames[0], spans = kind => [...page.querySelectorAll("span." + kind)]
   const seen = {
     pictures: [...page.images].map(image => [image.complete, image.naturalWidth, image.naturalHeight, image.width > 0]),
-    colours: ["given", "learned", "picture"].map(kind => frames[0].getComputedStyle(spans(kind)[0]).backgroundColor),
+    colours: ["given", "learned", "image"].map(kind => frames[0].getComputedStyle(spans(kind)[0]).backgroundColor),
     learned: spans("learned").slice(1).map(span => span.textContent).join(""),
     titles: spans("given").slice(1).map(span => span.title),
     visible: spans("learned").every(span => span.getBoundingClientRect().width > 0),
@@ -53,7 +53,7 @@ def test_page_shows_every_token_label_and_picture(packing, tmp_path):
     assert page.count("<h2>") == sum(len(batch.keys) for batch in batches)
     legend, page = page.split("</p>", 1)
     assert page.count('class="learned"') == sum(int((batch.labels != -100).sum()) for batch in batches)
-    assert page.count('class="picture">picture 1: 3 to 18<') == sum(len(batch.pixels) for batch in batches)
+    assert page.count('class="image">image 1: 3 to 18<') == sum(len(batch.pixels) for batch in batches)
     assert page.count('class="given"') == page.count("<h2>") * 14
     shown = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
     pixels = [picture for batch in batches for picture in batch.pixels]
@@ -70,8 +70,8 @@ def test_the_command_writes_a_page_or_says_why_not(mcore, tmp_path, capsys):
     for flags, why in [
         (["--num-batches", "none"], "--num-batches none: expected 1 or more"),
         (["--packing-buffer-size", "9", "--num-batches"], "--num-batches without a number: expected 1 or more"),
-        (["--seq-length", "999"], "--seq-length 999: a picture of"),
-        (["--decoder-seq-length", "4"], "--decoder-seq-length 4: a picture alone takes"),
+        (["--seq-length", "999"], "--seq-length 999: an image of"),
+        (["--decoder-seq-length", "4"], "--decoder-seq-length 4: an image alone takes"),
     ]:
         assert main([str(mcore), "mock", str(page), *flags]) > 0
         assert capsys.readouterr().err.startswith(f"error: {why}")

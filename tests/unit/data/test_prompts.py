@@ -244,7 +244,7 @@ def test_auto_knows_our_own_templates_and_models_without_one(source, tmp_path):
 
 
 def test_the_tokenizers_own_template(source, tmp_path):
-    """Zephyr's, which no format is: the same text, answers learned with their ends, pictures taken on the way back."""
+    """Zephyr's, which no format is: the same text, answers learned with their ends, images taken on the way back."""
     llm = with_template(source, tmp_path / "llm", PUBLISHED["zephyr-7b-beta"][1])
     install_tokenizer(llm, tmp_path / "llava")
     template = chat_template("tokenizer", llm)
@@ -269,7 +269,7 @@ def test_the_tokenizers_own_template(source, tmp_path):
 @pytest.mark.parametrize("name", ["mistral", "plain", "tokenizer"])
 def test_templates_mark_pictures_as_training_does(name, source, tmp_path):
     llm = with_template(source, tmp_path / "llm", PUBLISHED["zephyr-7b-beta"][1])
-    # What the converter wrote, from which a run that marks pictures makes its own.
+    # What the converter wrote, from which a run that marks images makes its own.
     (llm / "chat_template.jinja").write_text(chat_template("tokenizer", llm))
     template = chat_template(name, llm, use_im_start_end=True)
     tokenizer = AutoTokenizer.from_pretrained(llm)

@@ -40,7 +40,7 @@ def test_batch_is_padded_to_its_longest_and_a_multiple_of_8(encoder):
     assert batch.keys == ["0001", "text", "0001"]
     assert batch.input_ids.shape == batch.labels.shape == (3, length)
     assert (batch.input_ids.dtype, batch.labels.dtype, batch.pixels.dtype) == (torch.int64, torch.int64, torch.uint8)
-    # Two pictures for three samples, in the order of their placeholders.
+    # Two images for three samples, in the order of their placeholders.
     assert batch.pixels.shape == (2, 3, 28, 28)
     assert (batch.input_ids == encoder.llava.image_token_id).sum(dim=1).tolist() == [16, 0, 16]
     for row, given in enumerate(samples):
@@ -146,14 +146,14 @@ def test_a_pack_is_one_row_of_whole_samples(sizes, multiple, model):
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        (sample(context="no picture asked for"), "questions have 0 <image>, expected 1"),
+        (sample(context="no image asked for"), "questions have 0 <image>, expected 1"),
         (sample(context="<image> or <image>?"), "questions have 2 <image>, expected 1"),
         (sample(answers="an <image>"), "answers have 1 <image>, expected 0"),
         (sample(answers=["one", "two"]), "expected one text"),
         (sample(answers=" "), "answer is empty"),
         (sample(answers=None), "expected one text"),
-        (sample(image=jpeg((0, 0, 0))[:-20]), "picture cannot be read"),
-        (sample(image=b""), "picture cannot be read"),
+        (sample(image=jpeg((0, 0, 0))[:-20]), "image cannot be read"),
+        (sample(image=b""), "image cannot be read"),
         (sample(context="<image>" + "long " * 100), "no answer within 256"),
     ],
 )

@@ -57,7 +57,7 @@ def test_install_leaves_nothing_of_another_tokenizer(tmp_path):
 def test_words_past_the_embedding_are_refused_and_added_tokens_named(tmp_path, capsys):
     source = tmp_path / "source"
     save_tokenizer(source, 300)
-    with pytest.raises(ValueError, match=r"source: 10 words of its tokenizer, '<unused_.*, are past the 290 rows"):
+    with pytest.raises(ValueError, match=r"source: 10 tokens of its tokenizer, '<unused_.*, are past the 290 rows"):
         install_tokenizer(source, tmp_path / "target", vocab_size=290)
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
@@ -102,7 +102,7 @@ def test_placeholders_in_a_text_are_not_a_format(installed):
 
 
 def test_truncation_never_cuts_a_picture(installed):
-    """Up to the last position that is allowed, or up to the picture that does not fit whole; what is cut is counted."""
+    """Up to the last position that is allowed, or up to the image that does not fit whole; what is cut is counted."""
     tokenizer = load_tokenizer(installed[1])
     turns = [*TURNS, ("<image>\nthis?", "blue")]
     whole = encoded(turns, tokenizer, "mistral")

@@ -51,7 +51,7 @@ def tiny(folder: Path) -> Path:
 
 
 def encoded(turns: Sequence[tuple[str, str]], tokenizer: Any, name: str, length: int = 2000) -> Encoded:
-    """A conversation in the prompt format of that name, a picture as `TOKENS` placeholders."""
+    """A conversation in the prompt format of that name, an image as `TOKENS` placeholders."""
     pieces = prompt_format(name, tokenizer).pieces(turns)
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     return encode(pieces, tokenizer, image_token_id=image_token_id, num_image_tokens=TOKENS, max_length=length)

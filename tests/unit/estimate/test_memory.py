@@ -22,7 +22,7 @@ from tests.distributed.ranks import run_ranks
 
 
 def longest_batch(config: Config, llava) -> Batch:
-    """Two sequences of the greatest length: a picture, then words that are all labels."""
+    """Two sequences of the greatest length: an image, then words that are all labels."""
     shape = (config.data.micro_batch_size, config.model.decoder_seq_length)
     input_ids, labels = torch.full(shape, 7), torch.full(shape, 7)
     tokens, size = llava.vision.num_image_tokens, llava.vision.img_size

@@ -54,7 +54,7 @@ def hf_logits(hf, mcore, batch):
 
 @pytest.mark.parametrize("flash", [True, False])
 def test_logits_and_loss_equal_transformers(mcore, hf, one_process, tmp_path, flash):
-    """Grouped queries, an explicit head_dim, two pictures, right-padded texts, a vocabulary that is padded."""
+    """Grouped queries, an explicit head_dim, two images, right-padded texts, a vocabulary that is padded."""
     llava = read_config(mcore)
     model = build(mcore, tmp_path, use_flash_attn=flash)
     (batch,) = tiny_runs.batches(llava, 1)

@@ -76,14 +76,14 @@ def test_what_cannot_be_used_is_listed_with_the_reason(tmp_path):
         "nul": ({"image": "00000/a\0.jpg"}, "null byte"),
         "folder": ({"image": "00000"}, "not a file"),
         "pipe": ({"image": "00000/pipe.jpg"}, "not a file"),
-        "imageless": ({"image": None}, "1 <image> for 0 pictures"),
+        "imageless": ({"image": None}, "1 <image> for 0 images"),
         "number": ({"image": 7}, "image is not a name"),
         "long": ({"image": "0" * 300}, "File name too long"),
         "caption": (turns(answer="  "), "an answer is empty"),
         "tokens": (turns(answer="an <image>"), "an answer has an <image>"),
-        "unasked": (turns(question="What?"), "0 <image> for 1 pictures"),
-        "twice": (turns(question="<image> or <image>?"), "2 <image> for 1 pictures"),
-        "turns": ({"conversations": two}, "2 <image> for 1 pictures"),
+        "unasked": (turns(question="What?"), "0 <image> for 1 images"),
+        "twice": (turns(question="<image> or <image>?"), "2 <image> for 1 images"),
+        "turns": ({"conversations": two}, "2 <image> for 1 images"),
         "shape": ({"conversations": "hello\nall"}, r"conversation is 'hello\nall', expected a list of turns"),
         "turned": ({"conversations": turns()["conversations"][::-1]}, "no question (human) with an answer (gpt)"),
         "again": ({"conversations": turns()["conversations"][:1] * 2}, "turn 2 is the user's again"),
@@ -237,7 +237,7 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path):
 
 
 def test_a_mix_of_conversations(tmp_path):
-    """Several turns, text alone, several pictures, ids that repeat: energon gives what the json has."""
+    """Several turns, text alone, several images, ids that repeat: energon gives what the json has."""
     write_pretrain(tmp_path, 12)
     two = [*turns()["conversations"], {"from": "human", "value": "And?"}, {"from": "gpt", "value": "so on"}]
     entries = [
@@ -249,7 +249,7 @@ def test_a_mix_of_conversations(tmp_path):
     ] * 4
     write_annotations(tmp_path, [*entries, {"id": "y", **turns()}])
     report = convert_folder(tmp_path, max_rejected_share=0.1)
-    assert rejects(report) == {'"y"': "the questions have 1 <image> for 0 pictures"}
+    assert rejects(report) == {'"y"': "the questions have 1 <image> for 0 images"}
     assert (report.written, report.is_pairs) == (20, False)
     dataset = get_train_dataset(
         tmp_path / "wds",

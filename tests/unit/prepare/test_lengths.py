@@ -43,7 +43,7 @@ def test_a_language_model_alone_counts_pictures_as_llavas(tmp_path):
     write_pretrain(tmp_path / "data", 10)
     report = convert_folder(tmp_path / "data", tokenizer=str(tmp_path / "model"), dry_run=True)
     assert report.lengths.quantile(0.5) > 576
-    assert str(report.lengths).startswith("tokens (mistral, 576 a picture): median ")
+    assert str(report.lengths).startswith("tokens (mistral, 576 an image): median ")
     with pytest.raises(ValueError, match=r"--tokenizer .*: no config\.json in it; expected a model's folder"):
         convert_folder(tmp_path / "data", tokenizer=str(tmp_path))
 

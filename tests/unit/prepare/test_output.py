@@ -21,7 +21,7 @@ from tests.unit.properties import examples, json_values
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_run_goes_on_behind_its_last_whole_shard(workers, tmp_path):
-    """kill -9 while the fifth picture of a shard is written: the half shard is not there, the whole ones stay."""
+    """kill -9 while the fifth image of a shard is written: the half shard is not there, the whole ones stay."""
     write_pretrain(tmp_path, 60)
     settings = {"no_prepare": True, "workers": workers}
     kill_in_a_fork(lambda: convert_folder(tmp_path, **settings), at="000028.jpg")

@@ -1,4 +1,4 @@
-"""Where pictures may come from, and that nothing comes from anywhere else."""
+"""Where images may come from, and that nothing comes from anywhere else."""
 
 import io
 import os

@@ -20,14 +20,14 @@ def generate(
     cut = Parallel(context_parallel_size=2)
     settings = tiny_runs.config(tmp_path, tmp_path, decoder_seq_length=length, parallel=cut, precision=precision)
 
-    def next_words(input_ids, lengths):
+    def next_tokens(input_ids, lengths):
         assert input_ids.shape[1] % (4 * 16 if precision == "fp8" else 4) == 0
         said = lengths - torch.tensor([len(prompt) for prompt in prompts])
         for row, prompt in enumerate(prompts):
             assert input_ids[row, : lengths[row]].tolist() == prompt + answers[row][: said[row]]
         return torch.tensor([answer[count] for answer, count in zip(answers, said, strict=True)])
 
-    return [said.tolist() for said in _generate(settings, tuple(map(torch.tensor, prompts)), ENDS, next_words)]
+    return [said.tolist() for said in _generate(settings, tuple(map(torch.tensor, prompts)), ENDS, next_tokens)]
 
 
 def test_a_caption_ends_with_its_end(tmp_path):

@@ -39,7 +39,7 @@ def test_a_run_that_learns_nothing_from_its_data_ends(mcore, tmp_path, one_proce
     stop = Mock(due=lambda: False, reason=None)
     monkeypatch.setattr(loop, "Stop", lambda minutes: stop)
     monkeypatch.setattr(loop.readers, "_is_stopping", None)
-    with pytest.raises(ValueError, match=r"iteration 20: none of its 4 samples has a picture"):
+    with pytest.raises(ValueError, match=r"iteration 20: none of its 4 samples has an image"):
         loop.train(config)
     assert loop.readers._is_stopping == stop.is_asked
 

@@ -37,7 +37,7 @@ def test_a_run_without_pictures_that_trains_the_projector_alone_says_so_and_ends
     for iteration, found in enumerate([text] * 19 + [pictures] + [text] * 19, 1):
         unlearned.check(iteration, found)
     (record,) = caplog.records
-    assert "iteration 1: none of its 4 samples has a picture" in record.message
+    assert "iteration 1: none of its 4 samples has an image" in record.message
     with pytest.raises(ValueError, match=r"iteration 40: none of its 4 samples .*as in the 19 before it; give data"):
         unlearned.check(40, text)
 

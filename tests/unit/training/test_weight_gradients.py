@@ -42,7 +42,7 @@ def test_what_adds_up_exactly_is_told_by_trying_it():
 
 @pytest.mark.parametrize("shares", [False, True], ids=["untied", "tied"])
 def test_equals_what_is_added_up_afterwards(mcore, tmp_path, one_process, monkeypatch, shares):
-    """Of two micro batches, one without a picture; and the layers do add up in place."""
+    """Of two micro batches, one without an image; and the layers do add up in place."""
     config = tiny_runs.config(None, tmp_path, model_config=mcore)
     llava = read_config(mcore)
     llava = replace(llava, language=replace(llava.language, share_embeddings_and_output_weights=shares))
