@@ -10,14 +10,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig, MistralConfig
 
-from megatron_patch.config.train import (
-    Checkpoint,
-    Config,
-    Data,
-    Model,
-    Optimizer,
-    Training,
-)
+from megatron_patch.config.train import Checkpoint, Config, Data, Model, Optimizer, Training
 from megatron_patch.data.task_encoder import MULTIPLE, PADDING, Batch
 from megatron_patch.data.tokenize import IGNORE
 

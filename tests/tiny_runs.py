@@ -7,15 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_patch.config.train import (
-    Checkpoint,
-    Config,
-    Data,
-    Model,
-    Optimizer,
-    Parallel,
-    Training,
-)
+from megatron_patch.config.train import Checkpoint, Config, Data, Model, Optimizer, Parallel, Training
 from megatron_patch.data.task_encoder import Batch
 from megatron_patch.families.sizes import Llava
 

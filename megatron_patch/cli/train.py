@@ -6,8 +6,10 @@ Python puts a script's folder first on its path, so that nothing else may lie in
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_patch.config.flags import parse
 from megatron_patch.config.train import Config
@@ -19,17 +21,26 @@ def main(script: Path = Path(__file__)) -> int:
     """Train, on the processes that are asked for, of which each runs `script`. Returns the exit code."""
     config = parse(Config, sys.argv[1:])
     if is_worker():
-        from megatron_patch.training.worker import run as train
-
-        # Not sys.exit: after an error, other ranks may wait for this one, and threads that wait for them with it.
-        code = train(config)
-        sys.stdout.flush()
-        os._exit(code)
+        _end_rank(config)
     try:
         return launch(config, script, sys.argv[1:])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _end_rank(config: Config) -> NoReturn:
+    from megatron_patch.training.worker import run as train
+
+    try:
+        code = train(config)
+    except KeyboardInterrupt:  # before training takes note of signals; an exit code of 130 would say that it was saved
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise
+    # Not sys.exit: after an error, other ranks may wait for this one, and threads that wait for them with it.
+    sys.stdout.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

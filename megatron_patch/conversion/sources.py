@@ -19,12 +19,7 @@ from megatron_patch.files.names import CONFIG
 from megatron_patch.stores.hf import HfReader, load_safetensors
 from megatron_patch.stores.hf_files import refuse_adapter
 from megatron_patch.stores.mm_projector import NAMES, read_mm_projector
-from megatron_patch.stores.reader import (
-    InMemory,
-    Joined,
-    Reader,
-    Views,
-)
+from megatron_patch.stores.reader import InMemory, Joined, Reader, Views
 
 EMBED_TOKENS = "language_model.model.embed_tokens.weight"
 LM_HEAD = "language_model.lm_head.weight"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,7 @@ from megatron_patch.families.sizes import LanguageModel, VisionModel
 from megatron_patch.files.names import model_folder
 from megatron_patch.stores import checksums, manifest
 from megatron_patch.stores.hf import HfReader
-from megatron_patch.stores.hf_files import (
-    ORDER,
-    passed_over,
-    refuse_adapter,
-    weight_file,
-)
+from megatron_patch.stores.hf_files import ORDER, passed_over, refuse_adapter, weight_file
 from megatron_patch.stores.mp_rank import model_parts, open_shard, rank_files
 from megatron_patch.stores.torch_dist import model_tensors, read_metadata
 
@@ -176,20 +170,3 @@ KINDS: Sequence[tuple[str, Callable, Callable]] = (
     ("language model", describe_language_model, _language),
     ("vision tower", describe_vision_model, _vision),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print a line per fact. Returns the exit code; a mistake is one line on stderr."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
-        print(f"usage: {Path(sys.argv[0]).name} FOLDER", file=sys.stderr)
-        return 2
-    try:
-        facts = summarize(Path(arguments[0]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    width = max(map(len, facts))
-    for title, text in facts.items():
-        print(f"{title:{width}}  {text}")
-    return 0

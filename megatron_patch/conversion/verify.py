@@ -18,15 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from megatron_patch.config.train import (
-    Checkpoint,
-    Config,
-    Data,
-    Model,
-    Optimizer,
-    Parallel,
-    Training,
-)
+from megatron_patch.config.train import Checkpoint, Config, Data, Model, Optimizer, Parallel, Training
 from megatron_patch.conversion import companions
 from megatron_patch.conversion.settings import DTYPES, Conversion
 from megatron_patch.conversion.sources import EMBED_TOKENS, LM_HEAD

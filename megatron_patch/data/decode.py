@@ -12,13 +12,7 @@ import io
 import PIL
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from megatron_patch.data.image_headers import (
-    DEEP,
-    MAX_PIXELS,
-    Rejected,
-    check_scans,
-    kind_of,
-)
+from megatron_patch.data.image_headers import DEEP, MAX_PIXELS, Rejected, check_scans, kind_of
 
 # Pillow's other formats are of no use here, and for some of them (EPS) it starts a program.
 FORMATS = {

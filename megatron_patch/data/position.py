@@ -13,13 +13,7 @@ import torch
 from megatron.energon import rng, savable_loader, state
 from megatron.energon.flavors.webdataset import sample_loader
 
-from megatron_patch.tensor_io.archives import (
-    DTYPES,
-    Stored,
-    Tensors,
-    check_records,
-    open_archive,
-)
+from megatron_patch.tensor_io.archives import DTYPES, Stored, Tensors, check_records, open_archive
 from megatron_patch.tensor_io.opcodes import why_not_loaded
 from megatron_patch.tensor_io.pickles import admitting, build
 

@@ -84,7 +84,7 @@ VICUNA_SYSTEM = (
 )
 PROMPT_FORMATS = {
     "mistral": PromptFormat(question="[INST] ", answer="[/INST]", system="{system}\n\n", system_place="last question"),
-    # Llama-2-chat without a system message: every turn starts over, and a space stands before the end.
+    # Llama-2-chat without a system message: every turn has its own `<s>`, and a space stands before the end.
     "llama_2": PromptFormat(
         begin="",
         question="{bos}[INST] ",

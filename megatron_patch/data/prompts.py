@@ -246,7 +246,7 @@ FLATTENED = "{#- pictures have become text #}"
 
 
 def _with_pictures(template: str, image: str) -> str:
-    """A language model's template after one that writes each message's images into its text."""
+    """A language model's template, preceded by one that writes each message's images into its text."""
     template = template.rpartition(FLATTENED)[2]  # which may have been put before it already, with another `image`
     return (
         f"{{%- set flat = namespace(messages=[]) -%}}{{%- for message in messages -%}}{CONTENT}"

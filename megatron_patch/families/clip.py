@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_patch.families.table import (
-    Family,
-    Setting,
-    Weight,
-    column,
-    qkv,
-    replicated,
-    row,
-)
+from megatron_patch.families.table import Family, Setting, Weight, column, qkv, replicated, row
 
 HF = "vision_model.encoder.layers.*."
 MCORE = "decoder.layers.*."

@@ -1,6 +1,6 @@
 """How a row's tensors are laid out: merge Hugging Face's into megatron.core's, split again, cut and join over ranks.
 
-Pure functions, of a torch.Tensor of any dtype as well as of a `checkpoint.view.View`, which says where on the disk a
+Pure functions, of a torch.Tensor of any dtype as well as of a `tensor_io.view.View`, which says where on the disk a
 tensor's values lie: both have `shape`, `narrow`, `reshape` and `new_zeros`. So the plan of a conversion and the
 conversion itself are the same few lines. "Whole" is megatron.core's tensor before tensor parallelism. A `qkv` row must
 be sized (`Weight.sized`), the others need not be.

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_patch.families.table import (
-    Family,
-    Setting,
-    gated,
-    qkv,
-    replicated,
-    row,
-    vocab,
-)
+from megatron_patch.families.table import Family, Setting, gated, qkv, replicated, row, vocab
 
 HF = "model.layers.*."
 MCORE = "decoder.layers.*."

@@ -19,13 +19,7 @@ from megatron_patch.families.projector import PROJECTOR
 from megatron_patch.families.qwen2 import QWEN2
 from megatron_patch.families.shapes import language_dims, projector_dims, vision_dims
 from megatron_patch.families.sizes import LanguageModel, Llava, VisionModel
-from megatron_patch.families.table import (
-    MAX_SIZE,
-    Family,
-    Weight,
-    checked,
-    short,
-)
+from megatron_patch.families.table import MAX_SIZE, Family, Weight, checked, short
 from megatron_patch.files.json_object import read_json
 from megatron_patch.files.names import CONFIG
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_patch.families.table import (
-    Family,
-    column,
-    replicated,
-    row,
-)
+from megatron_patch.families.table import Family, column, replicated, row
 
 PROJECTOR = Family(
     name="projector",

@@ -11,13 +11,7 @@ from megatron_patch.config.dataset import Settings
 from megatron_patch.files.text import printable
 from megatron_patch.prepare.lengths import Lengths, Measure
 from megatron_patch.prepare.objects import is_url
-from megatron_patch.prepare.output import (
-    LocalOutput,
-    ObjectOutput,
-    Record,
-    make_manifest,
-    open_output,
-)
+from megatron_patch.prepare.output import LocalOutput, ObjectOutput, Record, make_manifest, open_output
 from megatron_patch.prepare.own import check_apart
 from megatron_patch.prepare.pictures import Pictures, open_roots
 from megatron_patch.prepare.prepare import prepare_energon

@@ -21,15 +21,7 @@ from typing import Any
 from megatron_patch.files.names import MANIFEST
 from megatron_patch.files.whole import write_whole
 from megatron_patch.prepare.objects import Objects, is_url
-from megatron_patch.prepare.own import (
-    LOCK,
-    PLAN,
-    RECORDS,
-    check_folder,
-    check_list,
-    lock,
-    remove_temporary,
-)
+from megatron_patch.prepare.own import LOCK, PLAN, RECORDS, check_folder, check_list, lock, remove_temporary
 
 PIECE = 1024**2
 

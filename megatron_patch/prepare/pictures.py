@@ -17,18 +17,8 @@ from itertools import accumulate, takewhile
 from typing import NamedTuple, Protocol
 
 from megatron_patch.config.dataset import Validation
-from megatron_patch.data.image_headers import (
-    Rejected,
-    check_decodes,
-    check_header,
-    check_present,
-)
-from megatron_patch.prepare.objects import (
-    ObjectFile,
-    Objects,
-    StoreError,
-    is_url,
-)
+from megatron_patch.data.image_headers import Rejected, check_decodes, check_header, check_present
+from megatron_patch.prepare.objects import ObjectFile, Objects, StoreError, is_url
 
 MAX_BYTES = 256 * 1024**2
 """Bytes that an encoded image may have."""

@@ -7,12 +7,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_patch.data.image_headers import Rejected
-from megatron_patch.prepare.output import (
-    LocalOutput,
-    NoOutput,
-    ObjectOutput,
-    Record,
-)
+from megatron_patch.prepare.output import LocalOutput, NoOutput, ObjectOutput, Record
 from megatron_patch.prepare.pictures import Pictures
 from megatron_patch.prepare.samples import Sample, Samples
 from megatron_patch.prepare.tar import TarWriter

@@ -13,22 +13,11 @@ from torch import Tensor
 
 from megatron_patch.files.json_object import read_json
 from megatron_patch.stores.hf_files import is_lfs_pointer, weight_file
-from megatron_patch.stores.reader import (
-    Reader,
-    existing_file,
-    open_torch_file,
-    reason,
-    stored_view,
-)
+from megatron_patch.stores.reader import Reader, existing_file, open_torch_file, reason, stored_view
 from megatron_patch.tensor_io import disk
 from megatron_patch.tensor_io.archives import Stored
 from megatron_patch.tensor_io.disk import BLOCK, OutputFile
-from megatron_patch.tensor_io.stream import (
-    Target,
-    as_bytes,
-    copy,
-    read,
-)
+from megatron_patch.tensor_io.stream import Target, as_bytes, copy, read
 from megatron_patch.tensor_io.view import Source, View, as_rows
 
 # Weights. Whole numbers are codes of a quantized model, which a cast would take for values.

@@ -7,12 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_patch.stores.reader import (
-    InMemory,
-    Reader,
-    open_torch_file,
-    stored_view,
-)
+from megatron_patch.stores.reader import InMemory, Reader, open_torch_file, stored_view
 from megatron_patch.tensor_io.archives import Stored
 from megatron_patch.tensor_io.stream import read
 

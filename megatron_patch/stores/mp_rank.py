@@ -16,12 +16,7 @@ from megatron_patch.families.layout import check_replicas, ranges, runs, unshard
 from megatron_patch.families.stages import LANGUAGE_LAYER, Stage
 from megatron_patch.families.table import Weight
 from megatron_patch.stores import manifest
-from megatron_patch.stores.reader import (
-    Reader,
-    existing_file,
-    open_torch_file,
-    stored_view,
-)
+from megatron_patch.stores.reader import Reader, existing_file, open_torch_file, stored_view
 from megatron_patch.tensor_io import disk
 from megatron_patch.tensor_io.archives import Stored
 from megatron_patch.tensor_io.disk import OutputFile

@@ -15,23 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_patch.families.fused_names import to_local_name, to_transformer_engine_name
 from megatron_patch.families.table import Weight
 from megatron_patch.files.names import RUN_CONFIG
 from megatron_patch.stores import checksums, manifest
-from megatron_patch.stores.reader import (
-    Reader,
-    existing_file,
-    reason,
-    stored_view,
-)
+from megatron_patch.stores.reader import Reader, existing_file, reason, stored_view
 from megatron_patch.tensor_io.archives import Stored, open_archive
 from megatron_patch.tensor_io.pickles import admitting, unpickle
 from megatron_patch.tensor_io.torch_zip import describe

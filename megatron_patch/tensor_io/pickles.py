@@ -20,12 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_patch.tensor_io import opcodes
-from megatron_patch.tensor_io.archives import (
-    Archive,
-    check_legacy,
-    check_records,
-    open_archive,
-)
+from megatron_patch.tensor_io.archives import Archive, check_legacy, check_records, open_archive
 from megatron_patch.tensor_io.opcodes import Refused, why_not_loaded
 
 RECIPES = "transformer_engine.common.recipe"

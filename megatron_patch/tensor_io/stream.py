@@ -19,12 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_patch.tensor_io.digest import Checker, RunDigest
-from megatron_patch.tensor_io.disk import (
-    BLOCK,
-    InputFile,
-    aligned_buffer,
-    blocks,
-)
+from megatron_patch.tensor_io.disk import BLOCK, InputFile, aligned_buffer, blocks
 from megatron_patch.tensor_io.threads import Line
 from megatron_patch.tensor_io.view import Source, Strip, View
 

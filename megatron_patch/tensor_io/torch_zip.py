@@ -13,14 +13,7 @@ from typing import IO, Any
 
 import torch
 
-from megatron_patch.tensor_io.archives import (
-    DTYPES,
-    LOCAL,
-    STORAGES,
-    Archive,
-    Stored,
-    Tensors,
-)
+from megatron_patch.tensor_io.archives import DTYPES, LOCAL, STORAGES, Archive, Stored, Tensors
 from megatron_patch.tensor_io.disk import BLOCK, OutputFile
 from megatron_patch.tensor_io.pickles import build, refused
 

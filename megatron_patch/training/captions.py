@@ -178,9 +178,8 @@ def _next_tokens(
         if parallel_state.is_pipeline_last_stage():
             rows = inputs["wanted"] % len(input_ids)  # in the order of the logits
             logits = gather_from_tensor_model_parallel_region(outputs[0])  # [rows, vocabulary]
-            logits[:, llava.image_token_id :][:, :1] = float(
-                "-inf"
-            )  # no token of the vocabulary, and there is no image for it
+            # No token of the vocabulary, and there is no image for it.
+            logits[:, llava.image_token_id :][:, :1] = float("-inf")
             likeliest[rows] = logits.argmax(dim=-1)
             dist.all_reduce(likeliest, dist.ReduceOp.MAX, parallel_state.get_context_parallel_group())
         dist.broadcast(

@@ -35,7 +35,7 @@ class Feed:
     Args:
         batches: what this rank reads; only asked where it is the first of those that share micro batches.
         num_micro_batches: how many an iteration has.
-        groups: see `parallel.host_groups`.
+        groups: see `groups.host_groups`.
         takes: whether this rank's stage takes micro batches at all.
         takes_pixels: whether it takes their images; without, `pixels` is [n, 3, 0, 0].
         device: where the model is; for a GPU what is handed over lies in pinned memory.

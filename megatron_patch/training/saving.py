@@ -29,26 +29,11 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_patch.config.train import Config
 from megatron_patch.conversion.companions import TRACKER
-from megatron_patch.files.marks import (
-    MARK,
-    beside,
-    claim,
-    discard,
-    is_ours,
-    release,
-)
+from megatron_patch.files.marks import MARK, beside, claim, discard, is_ours, release
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.stores import checksums
 from megatron_patch.tensor_io import disk
-from megatron_patch.training.resume import (
-    CONFIG,
-    Progress,
-    agree,
-    model_state,
-    optimizer_state,
-    position_file,
-    saved,
-)
+from megatron_patch.training.resume import CONFIG, Progress, agree, model_state, optimizer_state, position_file, saved
 
 logger = logging.getLogger(__name__)
 # It takes our mark in the folder for the remains of another checkpoint.

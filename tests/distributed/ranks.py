@@ -63,7 +63,7 @@ def _rank(rank: int, variables: dict[str, str], world_size: int, folder: Path, j
 
 
 def stop() -> None:
-    """`parallel.stop`, after which nothing of the groups is left.
+    """`groups.stop`, after which nothing of the groups is left.
 
     megatron.core's wrapper and the hooks that it puts into autograd hold each other where garbage collection does not
     look. With the wrapper stays the model and with it its process groups, whose threads wake a hundred times a second:

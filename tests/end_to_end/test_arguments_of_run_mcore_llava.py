@@ -11,15 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.config.flags import parse
-from megatron_patch.config.train import (
-    Checkpoint,
-    Config,
-    Data,
-    Model,
-    Optimizer,
-    Parallel,
-    Training,
-)
+from megatron_patch.config.train import Checkpoint, Config, Data, Model, Optimizer, Parallel, Training
 from megatron_patch.estimate.cards import CARDS
 from megatron_patch.estimate.report import suggest
 from tests.end_to_end.scripts import TRAIN

@@ -3,7 +3,7 @@
 (Not called inspect.py: that would hide Python's own module from the programs beside it.)
 """
 
-from megatron_patch.conversion.summary import main
+from megatron_patch.conversion.inspect_checkpoint import main
 from megatron_patch.files.terminal import run
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ CHECKPOINT is a folder with config.json, tokenizer and processor, such as the co
 DATASET_PATH is. The flags are training's: --decoder-seq-length, --prompt-format, --packing-buffer-size and others.
 """
 
-from megatron_patch.data.preview import main
+from megatron_patch.data.inspect_samples import main
 from megatron_patch.files.terminal import run
 
 if __name__ == "__main__":

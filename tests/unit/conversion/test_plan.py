@@ -12,12 +12,7 @@ import torch
 from megatron_patch.conversion import plan
 from megatron_patch.conversion.commands import main
 from megatron_patch.conversion.companions import checkpoint_folder
-from megatron_patch.conversion.plan import (
-    load_rank,
-    open_mcore,
-    to_hf,
-    to_mcore,
-)
+from megatron_patch.conversion.plan import load_rank, open_mcore, to_hf, to_mcore
 from megatron_patch.conversion.summary import summarize
 from megatron_patch.families.layout import hf_shapes
 from megatron_patch.families.llava import parts, read_config, rows, unused_names

@@ -9,7 +9,8 @@ import pytest
 
 from megatron_patch.conversion import summary
 from megatron_patch.conversion.commands import main as convert
-from megatron_patch.conversion.summary import main, summarize
+from megatron_patch.conversion.inspect_checkpoint import main
+from megatron_patch.conversion.summary import summarize
 from megatron_patch.tensor_io import disk
 
 

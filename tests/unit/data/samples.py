@@ -13,23 +13,11 @@ from pathlib import Path
 from megatron.energon import Sample
 from PIL import Image
 
-from megatron_patch.config.train import (
-    Checkpoint,
-    Config,
-    Data,
-    Model,
-    Optimizer,
-    Training,
-)
+from megatron_patch.config.train import Checkpoint, Config, Data, Model, Optimizer, Training
 from megatron_patch.data.task_encoder import EncodedSample, LlavaTaskEncoder
 from megatron_patch.data.tokenizer_files import install_tokenizer
 from megatron_patch.families.sizes import LanguageModel, Llava, VisionModel
-from megatron_patch.prepare import (
-    ANNOTATIONS,
-    Report,
-    Settings,
-    convert,
-)
+from megatron_patch.prepare import ANNOTATIONS, Report, Settings, convert
 from tests.tiny import save_tokenizer
 
 PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "photos_llava_pretrain"

@@ -9,12 +9,7 @@ import pytest
 from PIL import Image
 
 from megatron_patch.data.decode import decode
-from megatron_patch.data.image_headers import (
-    FORMATS,
-    Rejected,
-    check_decodes,
-    check_header,
-)
+from megatron_patch.data.image_headers import FORMATS, Rejected, check_decodes, check_header
 
 
 def encode(kind, mode="RGB", size=(37, 19), **options):

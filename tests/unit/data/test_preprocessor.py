@@ -12,12 +12,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from megatron_patch.data.images import normalize, transform
-from megatron_patch.data.preprocessor import (
-    has_preprocessor,
-    preprocessor_of,
-    read_image_settings,
-    read_preprocessor,
-)
+from megatron_patch.data.preprocessor import has_preprocessor, preprocessor_of, read_image_settings, read_preprocessor
 from tests.unit.data.samples import CLIP
 from tests.unit.properties import changed, damaged, examples, one_line
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_patch.data.inspect_samples import main
 from megatron_patch.data.loader import train_loader
-from megatron_patch.data.preview import main, write_page
+from megatron_patch.data.preview import write_page
 from megatron_patch.data.tokenize import load_tokenizer
 from tests.unit.data.samples import describe, settings
 

@@ -10,17 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.files import marks
-from megatron_patch.files.marks import (
-    MARK,
-    beside,
-    check_page,
-    claim,
-    discard,
-    is_ours,
-    lock,
-    open_mark,
-    release,
-)
+from megatron_patch.files.marks import MARK, beside, check_page, claim, discard, is_ours, lock, open_mark, release
 
 
 def tree(folder: Path) -> dict[str, str | None]:

@@ -13,12 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from megatron_patch.stores.hf import (
-    HfReader,
-    HfWriter,
-    load_safetensors,
-    save_tensors,
-)
+from megatron_patch.stores.hf import HfReader, HfWriter, load_safetensors, save_tensors
 from megatron_patch.tensor_io import disk
 from tests.canary import Canary
 from tests.unit.properties import damaged, examples, one_line

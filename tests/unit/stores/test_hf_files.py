@@ -13,12 +13,7 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from megatron_patch.conversion.summary import summarize
 from megatron_patch.stores.hf import HfReader
-from megatron_patch.stores.hf_files import (
-    ORDER,
-    passed_over,
-    refuse_adapter,
-    weight_file,
-)
+from megatron_patch.stores.hf_files import ORDER, passed_over, refuse_adapter, weight_file
 from tests.unit.properties import changed, damaged, examples, one_line
 
 OTHERS = ("model.fp16.safetensors", "consolidated.safetensors", "model-9.safetensors")

@@ -9,13 +9,7 @@ from collections import OrderedDict
 
 import pytest
 
-from megatron_patch.tensor_io.opcodes import (
-    MAX_BYTES,
-    MAX_NESTED_TUPLES,
-    TABLE,
-    Refused,
-    check,
-)
+from megatron_patch.tensor_io.opcodes import MAX_BYTES, MAX_NESTED_TUPLES, TABLE, Refused, check
 
 DEEP = b"\x85" * 1_000_000
 NAMED = b"ccollections\nOrderedDict\n"

@@ -16,12 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_patch.tensor_io import opcodes
 from megatron_patch.tensor_io.opcodes import TABLE, Refused
-from megatron_patch.tensor_io.pickles import (
-    admitting,
-    check_extra_state,
-    load_plain,
-    unpickle,
-)
+from megatron_patch.tensor_io.pickles import admitting, check_extra_state, load_plain, unpickle
 from tests.canary import Canary
 from tests.unit.properties import examples, in_one_line
 

@@ -16,12 +16,7 @@ import torch
 from megatron_patch.conversion import plan
 from megatron_patch.tensor_io import disk, stream
 from megatron_patch.tensor_io.disk import InputFile, OutputFile
-from megatron_patch.tensor_io.stream import (
-    Target,
-    as_bytes,
-    copy,
-    read,
-)
+from megatron_patch.tensor_io.stream import Target, as_bytes, copy, read
 from megatron_patch.tensor_io.view import Source, View
 
 

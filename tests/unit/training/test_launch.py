@@ -266,7 +266,7 @@ def test_how_long_a_save_may_take_is_a_number(environment):
 
 
 def test_on_one_machine_nothing_listens(tmp_path):
-    """Rendezvous, and the ranks' own group, as torchrun and `parallel.start` make them."""
+    """Rendezvous, and the ranks' own group, as torchrun and `groups.start` make them."""
 
     def listening() -> set[str]:
         lines = [
