@@ -4,7 +4,7 @@
 #
 #   sh quickstart.sh [FOLDER]
 #
-# FOLDER (default: quickstart/ in the repository) is emptied at the start of each run.
+# FOLDER (default: quickstart/ in the repository): one that an earlier quickstart made is replaced.
 set -eu
 
 HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)

@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from megatron_patch.files.terminal import run
 from megatron_patch.files.text import printable
 
 COMMANDS = {
@@ -36,6 +37,4 @@ def main() -> int:
 
 def console() -> None:
     """The entry point of the installed command."""
-    from megatron_patch.files.terminal import run
-
     run(main)

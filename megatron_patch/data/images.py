@@ -1,4 +1,4 @@
-"""Images as transformers' CLIPImageProcessor or LlavaImageProcessor (PIL) gives them, bit for bit, cut in two.
+"""Images as transformers' CLIPImageProcessor or LlavaImageProcessor (PIL) gives them, bit for bit, in two steps.
 
 The data side resizes and crops to uint8, a quarter of the bytes; the device normalises.
 """

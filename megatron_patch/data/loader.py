@@ -260,20 +260,7 @@ def _workers_per_rank(ranks: int, workers: int, world_size: int, config: Config)
 def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, world_size: int) -> Loader | MockLoader:
     data = config.data
     encoder = LlavaTaskEncoder(config, llava)
-    fingerprint = {
-        "split": split,
-        "dataset": str(MOCK),
-        "seed": config.training.seed,
-        "data-parallel size": world_size,
-        "num_workers": 0,
-        "micro_batch_size": data.micro_batch_size,
-        "packing_buffer_size": data.packing_buffer_size,
-        "decoder_seq_length": config.model.decoder_seq_length,
-        "prompt_format": encoder.format_name,
-        "use_im_start_end": data.use_im_start_end,
-        "image_transform": encoder.image_settings.transform,
-        "shuffle_buffer_size": data.shuffle_buffer_size,
-    }
+    fingerprint = _fingerprint(config, encoder, split, world_size)
     if path == MOCK:
         seed = [config.training.seed, split == "train"]
         options = {"batch_size": data.micro_batch_size, "packs": data.packs, "seed": seed}
@@ -316,15 +303,33 @@ def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, 
         repeat=True,
     )
     fingerprint |= {"dataset": digest, "num_workers": worker_config.num_workers}
-    pictures = config.model.decoder_seq_length // llava.vision.num_image_tokens if data.packs else data.micro_batch_size
+    images = config.model.decoder_seq_length // llava.vision.num_image_tokens if data.packs else data.micro_batch_size
     return Loader(
         dataset,
         failures,
         fingerprint,
         ahead=batches_ahead(config, world_size, worker_config.num_workers),
         seconds=60 * config.training.distributed_timeout_minutes * readers.SHARE_OF_TIMEOUT,
-        size=pictures * 3 * math.prod(encoder.image_settings.crop_size),
+        size=images * 3 * math.prod(encoder.image_settings.crop_size),
     )
+
+
+def _fingerprint(config: Config, encoder: LlavaTaskEncoder, split: str, world_size: int) -> dict[str, Any]:
+    """What a position is one in, of mock data; a dataset's digest and its workers are not known yet."""
+    return {
+        "split": split,
+        "dataset": str(MOCK),
+        "seed": config.training.seed,
+        "data-parallel size": world_size,
+        "num_workers": 0,
+        "micro_batch_size": config.data.micro_batch_size,
+        "packing_buffer_size": config.data.packing_buffer_size,
+        "decoder_seq_length": config.model.decoder_seq_length,
+        "prompt_format": encoder.format_name,
+        "use_im_start_end": config.data.use_im_start_end,
+        "image_transform": encoder.image_settings.transform,
+        "shuffle_buffer_size": config.data.shuffle_buffer_size,
+    }
 
 
 def batches_ahead(config: Config, world_size: int, num_workers: int) -> int:
