@@ -103,7 +103,6 @@ def test_several_without_a_default_are_refused(files, source, tmp_path):
         "{{ 10 ** (10 ** 10) }}",
         "{% set ns = namespace(x='xx') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
         "{{ 'x' * 9000000 }}",
-        "{% set x = 'x' * 900000000 %}{{ x[0] }}",
     ],
 )
 def test_a_template_without_bounds_ends_in_one_line(template, source, monkeypatch):
@@ -115,6 +114,14 @@ def test_a_template_without_bounds_ends_in_one_line(template, source, monkeypatc
         prompt_format("tokenizer", tokenizer)
     assert "\n" not in str(caught.value)
     assert time.monotonic() - start < 30
+
+
+def test_a_template_that_fills_memory_in_no_time_ends_in_one_line(source, monkeypatch):
+    monkeypatch.setattr("megatron_patch.data.templates.SECONDS", 60)
+    tokenizer = open_tokenizer(source)
+    tokenizer.chat_template = "{% set x = messages[0]['content'] * 300000000 %}{{ x[0] }}"
+    with pytest.raises(ValueError, match="takes more than 60 seconds or 512 MB to write two messages"):
+        prompt_format("tokenizer", tokenizer)
 
 
 @examples
