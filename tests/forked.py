@@ -1,4 +1,4 @@
-"""Processes that start at once: forked from one that has loaded torch, and what megatron.core and transformers load.
+"""Processes that start at once: forked from one that has loaded `tests.loaded`.
 
 megatron.core itself is not loaded there, whose repairs are made on import.
 """
@@ -9,13 +9,4 @@ import multiprocessing
 
 PROCESSES = multiprocessing.get_context("forkserver")
 # Of a test process there is one such server, so that this is the one list of what it loads.
-PROCESSES.set_forkserver_preload(
-    [
-        "torch",
-        "torch._inductor.compile_fx",
-        "torch.distributed._tensor",
-        "torch.distributed.checkpoint",
-        "torch.utils.tensorboard",
-        "transformers",
-    ]
-)
+PROCESSES.set_forkserver_preload(["tests.loaded"])

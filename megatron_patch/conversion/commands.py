@@ -33,6 +33,7 @@ from megatron_patch.conversion.settings import (
 from megatron_patch.families import llava_repository
 from megatron_patch.families.llava import describe
 from megatron_patch.families.sizes import Llava
+from megatron_patch.files.terminal import loading
 from megatron_patch.files.unchanged import Unchanged
 from megatron_patch.files.whole import check_target, written_aside
 
@@ -80,14 +81,15 @@ def import_hf(conversion: Conversion) -> None:
     stages_of(conversion, llava)
     check_target(conversion.target_ckpt_path, conversion.sources)
 
-    import torch
+    with loading():
+        import torch
 
-    from megatron_patch.conversion.plan import open_mcore, to_mcore
-    from megatron_patch.conversion.sources import open_sources, with_rows
-    from megatron_patch.data.preprocessor import check_crop, has_preprocessor, read_image_settings
-    from megatron_patch.families.llava import rows
-    from megatron_patch.stores.hf import save_tensors
-    from megatron_patch.stores.hf_files import passed_over, weight_file
+        from megatron_patch.conversion.plan import open_mcore, to_mcore
+        from megatron_patch.conversion.sources import open_sources, with_rows
+        from megatron_patch.data.preprocessor import check_crop, has_preprocessor, read_image_settings
+        from megatron_patch.families.llava import rows
+        from megatron_patch.stores.hf import save_tensors
+        from megatron_patch.stores.hf_files import passed_over, weight_file
 
     dtype = getattr(torch, DTYPES[conversion.precision])
     if has_preprocessor(clip or llm):
@@ -104,7 +106,8 @@ def import_hf(conversion: Conversion) -> None:
         save_tensors({name: source[name] for name in sources.unused}, folder / companions.UNUSED)
         _write_mcore(conversion, folder, mcore, llava, sources.files)
         if conversion.verifies(num_bytes):
-            from megatron_patch.conversion.verify import prove
+            with loading():
+                from megatron_patch.conversion.verify import prove
 
             prove(conversion, folder, llava, source, open_mcore(folder, llava))
         read.check()
@@ -121,10 +124,11 @@ def reshard(conversion: Conversion) -> None:
     stages_of(conversion, llava)
     check_target(conversion.target_ckpt_path, conversion.sources)
 
-    import torch
+    with loading():
+        import torch
 
-    from megatron_patch.conversion.plan import open_mcore
-    from megatron_patch.stores.reader import Views
+        from megatron_patch.conversion.plan import open_mcore
+        from megatron_patch.stores.reader import Views
 
     dtype = getattr(torch, DTYPES[conversion.precision])
     saved = open_mcore(conversion.source_llm_ckpt_path, llava, not conversion.no_check, conversion.ckpt_step)
@@ -144,14 +148,15 @@ def export_hf(conversion: Conversion) -> None:
     carriers, config, llava = describe_checkpoint(conversion)
     check_target(conversion.target_ckpt_path, conversion.sources)
 
-    import torch
+    with loading():
+        import torch
 
-    from megatron_patch.conversion.plan import open_mcore, to_hf
-    from megatron_patch.conversion.sources import open_unused
-    from megatron_patch.families.llava import hub_name, rows
-    from megatron_patch.stores.hf import HfReader
-    from megatron_patch.stores.mm_projector import write_mm_projector
-    from megatron_patch.stores.reader import Joined, Views
+        from megatron_patch.conversion.plan import open_mcore, to_hf
+        from megatron_patch.conversion.sources import open_unused
+        from megatron_patch.families.llava import hub_name, rows
+        from megatron_patch.stores.hf import HfReader
+        from megatron_patch.stores.mm_projector import write_mm_projector
+        from megatron_patch.stores.reader import Joined, Views
 
     dtype = getattr(torch, DTYPES[conversion.precision])
     mcore = open_mcore(conversion.source_llm_ckpt_path, llava, not conversion.no_check, conversion.ckpt_step)
@@ -175,7 +180,8 @@ def export_hf(conversion: Conversion) -> None:
             _write_parts(conversion, folder, config, weights, carriers)
         parity = None
         if conversion.verifies(num_bytes):
-            from megatron_patch.conversion.verify import prove
+            with loading():
+                from megatron_patch.conversion.verify import prove
 
             hf = HfReader(folder, partial(hub_name, llava))
             parity = prove(conversion, folder, llava, hf, mcore)

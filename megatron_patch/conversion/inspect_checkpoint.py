@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_patch.files.terminal import loading
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line per fact. Returns the exit code; a mistake is one line on stderr."""
@@ -20,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(arguments) != 1:
         print(usage, file=sys.stderr)
         return 2
-    from megatron_patch.conversion.summary import summarize
+    with loading():
+        from megatron_patch.conversion.summary import summarize
 
     try:
         facts = summarize(Path(arguments[0]))

@@ -11,6 +11,7 @@ from megatron_patch.config.flags import parse
 from megatron_patch.config.train import Config
 from megatron_patch.families.llava import read_config
 from megatron_patch.files.marks import check_page
+from megatron_patch.files.terminal import loading
 from megatron_patch.files.text import printable
 from megatron_patch.files.whole import write_whole
 
@@ -56,9 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write(config: Config, page: Path, count: int) -> None:
-    from megatron_patch.data.loader import train_loader
-    from megatron_patch.data.preview import HEAD, write_page
-    from megatron_patch.data.tokenize import load_tokenizer
+    with loading():
+        from megatron_patch.data.loader import train_loader
+        from megatron_patch.data.preview import HEAD, write_page
+        from megatron_patch.data.tokenize import load_tokenizer
 
     check_page(page, HEAD[:100])
     llava = read_config(config.model.description)

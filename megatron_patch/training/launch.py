@@ -25,6 +25,7 @@ from megatron_patch.families.llava import read_config
 from megatron_patch.families.sizes import Llava
 from megatron_patch.files.marks import lock
 from megatron_patch.files.names import STORE, TRAINING
+from megatron_patch.files.terminal import loading
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -104,9 +105,7 @@ def check_files(config: Config) -> None:
 
 def check_devices(config: Config, processes: int) -> None:
     """Raise ValueError where this machine has not the GPUs that the run needs."""
-    import torch
-
-    count = torch.cuda.device_count()
+    count = _device_count()
     if 0 < count < processes:
         raise ValueError(
             f"{processes} processes: each takes a GPU, and torch sees {count} here; set NPROC_PER_NODE to at most that"
@@ -119,9 +118,7 @@ def check_devices(config: Config, processes: int) -> None:
 
 def set_gpu_environment(config: Config) -> None:
     """Set the environment variables that a run on GPUs wants, where the user has not."""
-    import torch
-
-    if torch.cuda.device_count() == 0:
+    if _device_count() == 0:
         return
     cut = config.parallel
     if cut.tensor_model_parallel_size > 1 or cut.context_parallel_size > 1:
@@ -136,9 +133,9 @@ def set_gpu_environment(config: Config) -> None:
 
 def suggest_faster(config: Config, llava: Llava, world_size: int) -> None:
     """Print a line where less model parallelism fits this machine's GPUs and is predicted to be faster."""
-    import torch
+    if _device_count() > 0:
+        import torch
 
-    if torch.cuda.device_count() > 0:
         gpu = torch.cuda.get_device_properties(0)
         card = find_card(gpu.name)
         suggestion = None if card is None else suggest(config, llava, world_size, card, gpu.total_memory)
@@ -179,9 +176,13 @@ def processes_per_node(config: Config, nodes: int) -> int:
     of_pod = "KUBERNETES_CONTAINER_RESOURCE_GPU"
     if os.environ.get(of_pod) and _number_from(of_pod, least=0) > 0:
         return _number_from(of_pod)
-    import torch
+    return _device_count() or max(1, config.parallel.model_parallel_size // nodes)
 
-    return torch.cuda.device_count() or max(1, config.parallel.model_parallel_size // nodes)
+
+def _device_count() -> int:
+    with loading():
+        import torch
+    return torch.cuda.device_count()
 
 
 def _number_from(name: str, least: int = 1) -> int:

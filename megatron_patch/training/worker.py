@@ -8,6 +8,7 @@ import re
 
 from megatron_patch.config.train import Config
 from megatron_patch.files.names import STORE
+from megatron_patch.files.terminal import loading
 from megatron_patch.training.log import start_log
 
 EXPECTED = (ValueError, OSError, FloatingPointError)
@@ -26,10 +27,11 @@ def run(config: Config) -> int:
         _tell_launcher(f"{error.filename}: cannot be written ({error.strerror}); move what is there away")
         return 1
     # Here, so that what libraries remark while they are loaded goes to the log.
-    from megatron_patch.model import groups
-    from megatron_patch.training import peers
-    from megatron_patch.training.loop import train
-    from megatron_patch.training.stopping import end_with_parent, lock
+    with loading():
+        from megatron_patch.model import groups
+        from megatron_patch.training import peers
+        from megatron_patch.training.loop import train
+        from megatron_patch.training.stopping import end_with_parent, lock
 
     end_with_parent()
     peers.watch(config.training.distributed_timeout_minutes)
