@@ -63,11 +63,9 @@ class Transformers(Contestant):
 
     def __init__(self, config: Config, keep_start: bool = True) -> None:
         self.model = transformers_model(config)
-        if config.model.freeze_lm:
-            self.model.requires_grad_(False)
-            self.model.model.multi_modal_projector.requires_grad_(True)
-        elif config.model.freeze_vit:
-            self.model.model.vision_tower.requires_grad_(False)
+        self.model.model.language_model.requires_grad_(config.model.trains("language_model"))
+        self.model.lm_head.requires_grad_(config.model.trains("language_model"))
+        self.model.model.vision_tower.requires_grad_(config.model.trains("vision_model"))
         self.settings = config.optimizer
         self.image = read_image_settings(config.model.description)
         super().__init__([parameter for parameter in self.model.parameters() if parameter.requires_grad], keep_start)
@@ -194,4 +192,4 @@ def copy_weights(
         name = stage.local_name(weight.mcore)
         waiting.pop(to_transformer_engine_name(name) if for_transformer_engine else name).copy_(whole)
     assert not waiting, f"not filled: {list(waiting)}"
-    assert set(tensors) == set(unused_names(llava)), f"left over: {list(tensors)}"
+    assert set(tensors) == set(unused_names(llava, tensors)), f"left over: {list(tensors)}"

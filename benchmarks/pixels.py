@@ -21,10 +21,11 @@ from PIL import Image
 from megatron_patch.conversion.companions import preprocessor_config
 from megatron_patch.data.images import load_pixels, normalize
 from megatron_patch.data.preprocessor import preprocessor_of, read_image_settings
+from megatron_patch.families.clip import CLIP
 from megatron_patch.families.sizes import VisionModel
 
 CLIP_L_336 = VisionModel(
-    family="clip",
+    family=CLIP,
     num_layers=23,
     hidden_size=1024,
     ffn_hidden_size=4096,

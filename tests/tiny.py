@@ -16,6 +16,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from megatron_patch.conversion.commands import main as convert
@@ -109,6 +111,30 @@ def save_clip(folder: Path, dtype: torch.dtype = torch.float32, **changed) -> Pa
         )
     )
     return Path(folder)
+
+
+# Two pixels of each edge fill no patch, as six of 384 do in patches of 14.
+SIGLIP_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 30,
+    "patch_size": 7,
+}
+
+
+def save_siglip(folder: Path, dtype: torch.dtype = torch.float32, **changed) -> Path:
+    """A SiglipVisionModel with random weights; how it takes images is its class's."""
+    config = SiglipVisionConfig(**{**SIGLIP_SIZES, **changed})
+    _random(SiglipVisionModel, config, dtype).save_pretrained(folder)
+    size = {"height": config.image_size, "width": config.image_size}
+    processor = {"image_processor_type": "SiglipImageProcessor", "size": size}
+    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(processor))
+    return Path(folder)
+
+
+TOWERS = {"clip": save_clip, "siglip": save_siglip}
 
 
 def save_mcore(folder: Path, llm: Path, clip: Path, tp: int = 2) -> Path:

@@ -63,6 +63,16 @@ class Model:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers to build the network of; auto: Transformer Engine where it is installed and there is a GPU."""
 
+    def trains(self, name: str) -> bool:
+        """Whether the weight of this megatron.core name, or the part of the model of this name, is trained."""
+        frozen = {"language_model": self.freeze_lm, "vision_model": self.freeze_vit}
+        return not frozen.get(name.split(".")[0], False)
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether no part is frozen."""
+        return self.trains("language_model") and self.trains("vision_model")
+
     def __post_init__(self) -> None:
         if self.precision == "fp8":
             require_transformer_engine("--precision fp8", "bf16, fp16 or fp32")
@@ -348,8 +358,8 @@ class Config:
         llava.check_model_size(self.model.model_size)
         self.parallel.check(llava)
         self.training.check(self.parallel.num_layers_per_chunk(llava))
-        random = self.model.pretrained_checkpoint is None and (self.model.freeze_lm or self.model.freeze_vit)
-        if random and self.data.data_path != MOCK and not self.training.plan:
+        is_random = self.model.pretrained_checkpoint is None and not self.model.trains_all
+        if is_random and self.data.data_path != MOCK and not self.training.plan:
             raise ValueError(
                 "--pretrained-checkpoint none: new weights are random and would stay so where they are frozen; "
                 "give --freeze-lm false --freeze-vit false, or --data-path mock to measure speed"

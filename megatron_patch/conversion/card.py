@@ -27,11 +27,11 @@ def model_card(llava: Llava, record: dict[str, Any], precision: str, parity: dic
         "Language model": _name(record.get("language_model")),
         "Vision tower": _name(record.get("vision_tower")),
         "Projector at the start": _name(record.get("projector")),
-        "Sizes of the language model": f"{language.family}, {language.num_parameters / 1e6:,.0f} million parameters, "
-        f"{language.num_layers} layers of {language.hidden_size}, {language.num_attention_heads} heads in "
+        "Sizes of the language model": f"{language.family.name}, {language.num_parameters / 1e6:,.0f} million "
+        f"parameters, {language.num_layers} layers of {language.hidden_size}, {language.num_attention_heads} heads in "
         f"{language.num_query_groups} groups, vocabulary {language.vocab_size}"
         + (", tied embeddings" if language.share_embeddings_and_output_weights else ""),
-        "Sizes of the tower": f"{vision.family}, {vision.num_layers} layers used, of {vision.hidden_size}, "
+        "Sizes of the tower": f"{vision.family.name}, {vision.num_layers} layers used, of {vision.hidden_size}, "
         f"{vision.img_size} pixels in patches of {vision.patch_dim}: {vision.num_image_tokens} positions per image",
         "Image token": f"`<image>`, id {llava.image_token_id}",
         "Tokens added": ", ".join(f"`{_plain(token, '<>|')}`" for token in _list(record.get("added_tokens")))

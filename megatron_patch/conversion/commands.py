@@ -31,7 +31,7 @@ from megatron_patch.conversion.settings import (
     stages_of,
 )
 from megatron_patch.families import llava_repository
-from megatron_patch.families.llava import describe
+from megatron_patch.families.hf_config import describe, exported_config
 from megatron_patch.families.sizes import Llava
 from megatron_patch.files.terminal import loading
 from megatron_patch.files.unchanged import Unchanged
@@ -177,7 +177,7 @@ def export_hf(conversion: Conversion) -> None:
         config = companions.without_code(config)
         _write_export(conversion, folder, config, llava, weights)
         if conversion.parts == "true":
-            _write_parts(conversion, folder, config, weights, carriers)
+            _write_parts(conversion, folder, config, llava, weights, carriers)
         parity = None
         if conversion.verifies(num_bytes):
             with loading():
@@ -263,7 +263,7 @@ def _write_companions(conversion: Conversion, folder: Path, config: dict[str, An
     name, own = conversion.prompt_format, False
     if name == "auto" and (of_repository or clip is None):
         own = True
-        if of_repository and llava.language.family == "llama":
+        if of_repository and llava.language.family.name == "llama":
             name = "v1"  # the LLaVA repository's default for what is no Mistral
     _write_chat_template(name, folder, llm, llava, own=own)
     new = f"new, seed {conversion.seed}"
@@ -311,18 +311,23 @@ def _describe_export(
     from megatron_patch.data.tokenizer_files import complete_tokenizer
 
     complete_tokenizer(folder, vocab_size)
-    config = companions.hf_config(config, llava, vocab_size, DTYPES[conversion.precision])
+    config = exported_config(config, llava, vocab_size, DTYPES[conversion.precision])
     companions.complete_processor(folder, llava.vision)
     companions.remove_code(folder)
     if conversion.prompt_format != "auto" or not (folder / companions.CHAT_TEMPLATE).is_file():
         _write_chat_template(conversion.prompt_format, folder, folder, llava)
     tokenizer = load_tokenizer(folder)
-    end = find_end(find_format("auto", folder, llava.language.family, tokenizer), tokenizer)
+    end = find_end(find_format("auto", folder, llava.language.family.name, tokenizer), tokenizer)
     companions.write_json(folder, companions.CONFIG, write_generation(folder, config, tokenizer, end))
 
 
 def _write_parts(
-    conversion: Conversion, folder: Path, config: dict[str, Any], weights: Reader, carriers: Sequence[Path]
+    conversion: Conversion,
+    folder: Path,
+    config: dict[str, Any],
+    llava: Llava,
+    weights: Reader,
+    carriers: Sequence[Path],
 ) -> None:
     """Language model, vision tower and projector by themselves, the language model with its source's tokenizer."""
     from megatron_patch.conversion.parts import LANGUAGE_MODEL, write_parts
@@ -330,7 +335,8 @@ def _write_parts(
     from megatron_patch.stores.mm_projector import write_mm_projector
 
     write_mm_projector(folder, weights)
-    write_parts(folder, weights, config, DTYPES[conversion.precision], conversion.max_shard_bytes)
+    tower_class, dtype = llava.vision.family.tower.hf_class, DTYPES[conversion.precision]
+    write_parts(folder, weights, config, tower_class, dtype, conversion.max_shard_bytes)
     kept = next((f for f in (path / companions.SOURCE_TOKENIZER for path in carriers) if f.is_dir()), None)
     added = any(read_record(path).get("added_tokens") for path in carriers)
     if kept is not None and not added:
@@ -355,7 +361,7 @@ def _write_chat_template(name: str, folder: Path, source: Path, llava: Llava, *,
     """`name`: a prompt format. `source`: says which one `auto` is. `own`: that has a whole LLaVA's, which stays."""
     from megatron_patch.data.tokenizer_files import template_for
 
-    template = template_for(name, source, folder, llava.language.family, own=own)
+    template = template_for(name, source, folder, llava.language.family.name, own=own)
     (folder / companions.CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
 

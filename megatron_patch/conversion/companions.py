@@ -20,8 +20,8 @@ from megatron_patch.data.preprocessor import (
     read_image_settings,
     read_preprocessor,
 )
-from megatron_patch.families.llava import LANGUAGE_FAMILIES, LLAMA3_ROPE, VISION_FAMILIES, vision_config
-from megatron_patch.families.sizes import LanguageModel, Llava, VisionModel
+from megatron_patch.families.hf_config import preprocessor_config, processor_config
+from megatron_patch.families.sizes import VisionModel
 from megatron_patch.files import json_object
 from megatron_patch.files.marks import beside
 from megatron_patch.files.names import (
@@ -141,58 +141,6 @@ def write_json(folder: Path, name: str, content: dict[str, Any]) -> None:
     (Path(folder) / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def llava_config(text: dict[str, Any], tower: dict[str, Any], image_token_index: int = 0) -> dict[str, Any]:
-    """A LlavaConfig of a language model's and a tower's (or a whole CLIPModel's) config.json, kept as they are."""
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "image_token_index": image_token_index,
-        "multimodal_projector_bias": True,
-        "projector_hidden_act": "gelu",
-        "tie_word_embeddings": False,
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "text_config": text,
-        "vision_config": vision_config(tower),
-    }
-
-
-def hf_config(config: dict[str, Any], llava: Llava, vocab_size: int, dtype: str) -> dict[str, Any]:
-    """The config.json of an export: `config`, with every size said outright.
-
-    transformers 4.57 and 5 differ in defaults and names (`rope_theta` against `rope_parameters`, `torch_dtype` against
-    `dtype`; a Mistral without `sliding_window` has one of 4096), so nothing is left to a default, and both names stand.
-    """
-    types = {"dtype": dtype, "torch_dtype": dtype}
-    text = {**config["text_config"], **language_settings(llava.language), **types, "vocab_size": vocab_size}
-    tower = {**config["vision_config"], **vision_settings(llava.vision), **types}
-    sizes = {"image_seq_length": llava.vision.num_image_tokens, "image_token_index": llava.image_token_id}
-    if "vocab_size" in config:  # the first LLaVAs of the hub repeat it here
-        sizes["vocab_size"] = vocab_size
-    whole = {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "tie_word_embeddings": llava.language.share_embeddings_and_output_weights,
-    }
-    return {**config, **whole, **types, **sizes, "text_config": text, "vision_config": tower}
-
-
-def language_settings(model: LanguageModel) -> dict[str, Any]:
-    """A language model's sizes in Hugging Face's names, for transformers 4 and 5."""
-    settings = {setting.hf: getattr(model, setting.mcore) for setting in LANGUAGE_FAMILIES[model.family].settings}
-    rope = {"rope_type": "default"}
-    if model.rope_scaling_factor is not None:
-        rope = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **LLAMA3_ROPE}
-    parameters = {"rope_theta": model.rotary_base, "rope_parameters": {**rope, "rope_theta": model.rotary_base}}
-    return {**settings, **parameters, "rope_scaling": None if model.rope_scaling_factor is None else rope}
-
-
-def vision_settings(model: VisionModel) -> dict[str, Any]:
-    """A vision tower's sizes in Hugging Face's names. Its layers include the ones that are not built."""
-    family = VISION_FAMILIES[model.family]
-    settings = {setting.hf: getattr(model, setting.mcore) for setting in family.settings}
-    return {**settings, "num_hidden_layers": model.num_layers + family.unused_layers}
-
-
 def without_code(value: Any) -> Any:
     """Settings, at any depth, without the names of Python files that transformers would load with a folder."""
     if isinstance(value, dict):
@@ -208,33 +156,3 @@ def remove_code(folder: Path) -> None:
             kept = {key: value for key, value in without_code(content).items() if name != PROCESSOR or key != TEMPLATE}
             if kept != content:
                 write_json(folder, name, kept)
-
-
-def preprocessor_config(model: VisionModel) -> dict[str, Any]:
-    """CLIP's image transform at the tower's size, for a tower that comes without preprocessor_config.json."""
-    size = model.img_size
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "do_convert_rgb": True,
-    }
-
-
-def processor_config(model: VisionModel) -> dict[str, Any]:
-    """LlavaProcessor's settings: an image becomes (size / patch)^2 placeholders, the class token is dropped."""
-    return {
-        "processor_class": "LlavaProcessor",
-        "image_token": "<image>",
-        "num_additional_image_tokens": 1,
-        "patch_size": model.patch_dim,
-        "vision_feature_select_strategy": "default",
-    }

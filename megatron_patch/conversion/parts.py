@@ -19,17 +19,19 @@ def write_parts(
     folder: Path,
     weights: Reader,
     config: dict[str, Any],
+    tower_class: str,
     dtype: str,
     max_shard_size: int,
 ) -> None:
     """Write `folder`/language_model and `folder`/vision_tower: weights, config.json, what generates and prepares.
 
     `weights`: a whole LLaVA under the hub's names, the unused ones included, in `dtype`. `config`: its LlavaConfig,
-    whose parts are the sources' own config.json and stay so. The tokenizer is the caller's. Raises as the readers do.
+    whose parts are the sources' own config.json and stay so. `tower_class`: transformers' for the tower alone. The
+    tokenizer is the caller's. Raises as the readers do.
     """
     text, tower = config["text_config"], config["vision_config"]
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text["model_type"]]
-    for name, part, architecture in ((LANGUAGE_MODEL, text, causal), (VISION_TOWER, tower, "CLIPVisionModel")):
+    for name, part, architecture in ((LANGUAGE_MODEL, text, causal), (VISION_TOWER, tower, tower_class)):
         target = folder / name
         target.mkdir()
         companions.write_json(target, companions.CONFIG, _own_config(part, architecture, dtype))

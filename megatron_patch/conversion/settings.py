@@ -15,7 +15,7 @@ from megatron_patch.config.flags import flag
 from megatron_patch.config.train import Parallel, Precision, PromptFormatName
 from megatron_patch.conversion import companions
 from megatron_patch.families import llava_repository
-from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
+from megatron_patch.families.hf_config import describe, describe_language_model, describe_vision_model, llava_config
 from megatron_patch.families.sizes import Llava
 from megatron_patch.families.stages import Stage, pipeline_stages, stage_lengths
 from megatron_patch.families.table import short
@@ -200,7 +200,7 @@ def describe_sources(conversion: Conversion) -> tuple[dict[str, Any], Llava]:
         llava_repository.check_tower(text, vision, clip)
         text = _described(llava_repository.text_config, text, llm)
     _described(describe_language_model, text, llm)
-    config = companions.llava_config(text, tower)
+    config = llava_config(text, tower)
     return config, describe(config)
 
 

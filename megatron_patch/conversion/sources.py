@@ -58,12 +58,14 @@ def open_sources(llava: Llava, llm: Path, clip: Path | None, projector: Path | N
             if projector is None:
                 # Before anything is made in the sizes that config.json says, the weights have to have them.
                 known = [*language.rows(), *tower.rows()]
-                check_hf(known, _without_tied_copy(llava, Joined(models)), unused_names(llava))
+                there = _without_tied_copy(llava, Joined(models))
+                check_hf(known, there, unused_names(llava, there))
                 last = InMemory(new_projector(connector.rows(), seed), "the new projector")
             else:
                 last = read_mm_projector(projector)
             reader = Joined([*models, last])
-    reader, unused = _without_tied_copy(llava, reader), unused_names(llava)
+    reader = _without_tied_copy(llava, reader)
+    unused = unused_names(llava, reader)
     check_hf(rows(llava), reader, unused)
     files = [path for model in models for path in model.files()]
     return Sources(reader, tuple(unused), files)
@@ -100,7 +102,7 @@ def open_unused(llava: Llava, carriers: Sequence[Path], clip: Path | None, check
             f"{carriers[0] / UNUSED}: missing; it holds the tower's last layer, which no training uses; give CLIP's "
             "folder with --source-clip-ckpt-path"
         )
-    names = unused_names(llava)
+    names = unused_names(llava, reader)
     for name in names:
         if name not in reader:
             raise ValueError(f"{reader.source}: has no {name}; give another --source-clip-ckpt-path or copy it again")

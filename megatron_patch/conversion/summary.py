@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_patch.conversion import companions
-from megatron_patch.families.llava import describe, describe_language_model, describe_vision_model
+from megatron_patch.families.hf_config import describe, describe_language_model, describe_vision_model
 from megatron_patch.families.llava_repository import is_repository, text_config, tower_name
 from megatron_patch.families.sizes import LanguageModel, VisionModel
 from megatron_patch.files.names import model_folder
@@ -153,7 +153,7 @@ def _model(path: Path) -> dict[str, str]:
 
 def _language(model: LanguageModel) -> str:
     return (
-        f"{model.family}, {model.num_parameters / 1e9:.2f} billion parameters: {model.num_layers} layers of "
+        f"{model.family.name}, {model.num_parameters / 1e9:.2f} billion parameters: {model.num_layers} layers of "
         f"{model.hidden_size}, {model.num_attention_heads} heads in {model.num_query_groups} groups, feed-forward "
         f"{model.ffn_hidden_size}, vocabulary {model.vocab_size}"
     )
@@ -161,8 +161,8 @@ def _language(model: LanguageModel) -> str:
 
 def _vision(model: VisionModel) -> str:
     return (
-        f"{model.family}: {model.num_layers} layers used, of {model.hidden_size}; images of {model.img_size} pixels "
-        f"in patches of {model.patch_dim}, {model.num_image_tokens} tokens each"
+        f"{model.family.name}: {model.num_layers} layers used, of {model.hidden_size}; images of {model.img_size} "
+        f"pixels in patches of {model.patch_dim}, {model.num_image_tokens} tokens each"
     )
 
 

@@ -162,6 +162,9 @@ def _run_hf(llava: Llava, hf_config: dict[str, Any], weight: Load, input_ids: Te
     stream_weights(model, load)
     modules = {name.removeprefix("model."): module for name, module in model.named_modules()}
     tower = modules.get("vision_tower.vision_model", modules["vision_tower"])  # transformers 4 has one more module
+    used = {name.split(".")[1] for row in llava.vision.family.weights for name in row.hf}
+    for name in set(dict(tower.named_children())) - used:  # norm and pooling after the layers
+        setattr(tower, name, nn.Identity())
     language = modules["language_model"]
     watch = Watch(see)
     watch.layers("vision_model", tower.encoder.layers[: llava.vision.num_layers])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_patch.families.registry import VISION_FAMILIES
 from megatron_patch.files.json_object import read_json
 from megatron_patch.files.names import CONFIG, PREPROCESSOR, PROCESSOR
 
@@ -21,17 +22,13 @@ LLaVA-1.5's second stage. square: to `crop_size` whatever its shape."""
 NESTED = "image_processor"
 TYPE = "image_processor_type"
 CLIP, LLAVA = "CLIPImageProcessor", "LlavaImageProcessor"
+TOWERS = [family.tower for family in VISION_FAMILIES.values()]
+# What each class means by leaving a setting out. LLaVA's is CLIP's, with padding.
+DEFAULTS = {tower.image_processor: tower.image_settings for tower in TOWERS}
+DEFAULTS[LLAVA] = DEFAULTS[CLIP]
 # What transformers takes for a config.json's model_type where no file names a class.
-OF_MODELS = {"clip": CLIP, "clip_vision_model": CLIP, "llava": LLAVA}
-
-# What both classes mean by leaving a setting out.
-DEFAULTS = {
-    "size": {"shortest_edge": 224},
-    "crop_size": {"height": 224, "width": 224},
-    "do_center_crop": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
+OF_MODELS = {family.name: family.tower.image_processor for family in VISION_FAMILIES.values()}
+OF_MODELS |= {tower.whole_model: tower.image_processor for tower in TOWERS} | {"llava": LLAVA}
 # What all transforms do. Settings that ask for anything else are refused.
 SUPPORTED = {
     "do_resize": (True,),
@@ -113,8 +110,7 @@ def preprocessor_of(settings: ImageSettings, config: dict[str, Any]) -> dict[str
     kept = {name: value for name, value in config.items() if name not in ("auto_map", "feature_extractor_type")}
     return {
         **kept,
-        # CLIPImageProcessor does not pad.
-        TYPE: LLAVA if settings.transform == "pad" else CLIP,
+        TYPE: _class_of(settings, str(config.get(TYPE))),
         "size": {"height": height, "width": width} if square else {"shortest_edge": settings.size},
         "do_center_crop": not square,
         "crop_size": {"height": height, "width": width},
@@ -122,6 +118,15 @@ def preprocessor_of(settings: ImageSettings, config: dict[str, Any]) -> dict[str
         "image_mean": list(settings.mean),
         "image_std": list(settings.std),
     }
+
+
+def _class_of(settings: ImageSettings, kind: str) -> str:
+    """The class that transforms so: where `kind` only ever makes a square, or does not pad, another."""
+    if settings.transform == "pad":
+        return LLAVA
+    if settings.transform == "square" and kind in DEFAULTS and kind != LLAVA:
+        return kind
+    return CLIP
 
 
 def _found(folder: Path) -> dict[Path, dict[str, Any]]:
@@ -151,29 +156,37 @@ def _kind(config: dict[str, Any], folder: Path) -> str:
     """The class, in the order in which transformers looks for its name."""
     name = config.get(TYPE)
     if name is None and config.get("auto_map"):
-        raise ValueError("auto_map names an image processor of its own code; only CLIP's and LLaVA's are supported")
+        raise ValueError(f"auto_map names an image processor of its own code; only {_listed()} are supported")
     if name is None and config.get("feature_extractor_type") is not None:
         name = str(config["feature_extractor_type"]).replace("FeatureExtractor", "ImageProcessor")
     if name is None and (folder / CONFIG).is_file():
         model = read_json(folder / CONFIG)
         name = model.get(TYPE) or OF_MODELS.get(str(model.get("model_type")))
     if name is None:
-        raise ValueError(f"has no {TYPE}; expected {CLIP} or {LLAVA}")
+        raise ValueError(f"has no {TYPE}; expected {' or '.join(DEFAULTS)}")
     base = str(name).removesuffix("Fast").removesuffix("Pil")
-    if base not in (CLIP, LLAVA):
-        raise ValueError(f"{TYPE} is {_short(name)}; only {CLIP} and {LLAVA} are supported, use a CLIP with its own")
+    if base not in DEFAULTS:
+        raise ValueError(f"{TYPE} is {_short(name)}; only {_listed()} are supported, use a tower with its own")
     return base
+
+
+def _listed() -> str:
+    *names, last = DEFAULTS
+    return f"{', '.join(names)} and {last}"
 
 
 def _settings(kind: str, config: dict[str, Any]) -> ImageSettings:
     for name, allowed in SUPPORTED.items():
         if config.get(name, allowed[0]) not in allowed:
             raise ValueError(f"{name} is {_short(config[name])}, only {allowed[0]!r} is supported")
-    values = {name: config.get(name, default) for name, default in DEFAULTS.items()}
+    values = {name: config.get(name, default) for name, default in DEFAULTS[kind].items()}
     crops = values["do_center_crop"]
     if not isinstance(crops, bool):
         raise ValueError(f"do_center_crop is {_short(crops)}; expected true or false")
-    size, crop = (_lengths(name, values[name], square) for name, square in (("size", False), ("crop_size", True)))
+    size = _lengths("size", values["size"], square=False)
+    if "height" in DEFAULTS[kind]["size"] and set(size) != {"height", "width"}:
+        raise ValueError(f"size is {_short(values['size'])}; {kind} takes height and width")
+    crop = _lengths("crop_size", values.get("crop_size", size), square=True)
     pads = kind == LLAVA and bool(config.get("do_pad"))  # CLIP's class makes nothing of it
     crop_size = (crop.get("height"), crop.get("width"))
     if set(size) == {"shortest_edge"} and crops:
@@ -190,7 +203,7 @@ def _settings(kind: str, config: dict[str, Any]) -> ImageSettings:
             f"without it, are supported"
         )
     if None in crop_size:
-        raise ValueError(f"crop_size is {_short(values['crop_size'])}; expected height and width")
+        raise ValueError(f"crop_size is {_short(values.get('crop_size'))}; expected height and width")
     mean, std = (_per_channel(name, values[name]) for name in ("image_mean", "image_std"))
     if 0 in std:
         raise ValueError(f"image_std is {_short(values['image_std'])}; expected no 0")

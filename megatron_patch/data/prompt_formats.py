@@ -126,5 +126,3 @@ PROMPT_FORMATS = {
         system="{bos}<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
     ),
 }
-FAMILY_FORMATS = {"mistral": "mistral", "llama": "llama_2", "qwen2": "chatml"}
-"""What `auto` means where the checkpoint has no chat template and no mark of another kind."""

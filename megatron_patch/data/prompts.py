@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_patch.data.prompt_formats import (
-    FAMILY_FORMATS,
     IMAGE,
     PROMPT_FORMATS,
     Piece,
@@ -24,6 +23,7 @@ from megatron_patch.data.prompt_formats import (
     question_text,
 )
 from megatron_patch.data.templates import read_template, writer
+from megatron_patch.families.registry import LANGUAGE_FAMILIES
 
 MARKED_IMAGE = "<im_start><image><im_end>"
 """`<image>` between NeVA's tokens, as `use_im_start_end` writes it."""
@@ -158,7 +158,7 @@ def find_format(given: str, folder: Path, family: str, tokenizer: Any | None = N
 
     `auto` is, in this order: the format that the folder's chat template writes (blanks apart; one that none of them
     writes is taken as it is: tokenizer); v1 where config.json names Vicuna, which has no template; llama_3 where the
-    tokenizer has its tokens; `FAMILY_FORMATS`. `tokenizer`: the folder's, where it is open already. Raises ValueError
+    tokenizer has its tokens; the family's. `tokenizer`: the folder's, where it is open already. Raises ValueError
     when nothing is known.
     """
     if given != "auto":
@@ -168,15 +168,16 @@ def find_format(given: str, folder: Path, family: str, tokenizer: Any | None = N
     folder = Path(folder)
     tokenizer = open_tokenizer(folder) if tokenizer is None else tokenizer
     template = read_template(folder, tokenizer)
+    usual = LANGUAGE_FAMILIES[family].prompt_format if family in LANGUAGE_FAMILIES else None
     if template is not None:
-        return _format_of(template, tokenizer, FAMILY_FORMATS.get(family)) or TOKENIZER
+        return _format_of(template, tokenizer, usual) or TOKENIZER
     if "vicuna" in _model_names(folder).lower():
         return "v1"
     if {"<|eot_id|>", "<|start_header_id|>"} <= set(_added_tokens(tokenizer)):
         return "llama_3"
-    if family not in FAMILY_FORMATS:
+    if usual is None:
         raise ValueError(f"--prompt-format auto: unknown for {family}; use one of {', '.join(PROMPT_FORMATS)}")
-    return FAMILY_FORMATS[family]
+    return usual
 
 
 def chat_template(

@@ -128,7 +128,7 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
         self.segment_multiple = config.parallel.sequence_multiple
         self.image_settings = read_image_settings(folder, config.data.image_transform)
         self.tokenizer = load_tokenizer(folder)
-        self.format_name = find_format(config.data.prompt_format, folder, llava.language.family, self.tokenizer)
+        self.format_name = find_format(config.data.prompt_format, folder, llava.language.family.name, self.tokenizer)
         self.prompt = prompt_format(self.format_name, self.tokenizer)
         self.image_text = MARKED_IMAGE if config.data.use_im_start_end else IMAGE
         self._check(folder)

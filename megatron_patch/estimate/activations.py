@@ -15,6 +15,8 @@ from megatron_patch.families.sizes import Llava
 
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 2}
 """Bytes of a weight and of an activation's element."""
+KEPT = {"quick_gelu": 2, "gelu_tanh": 1, "gelu": 1}
+"""Tensors that the tower's activation function keeps: its input, and what it made of that on the way."""
 FP32 = 4
 INT64 = 8
 
@@ -63,7 +65,7 @@ def activations(
 def language_layer(config: Config, llava: Llava, fused_norm: bool = True) -> Layer:
     """A layer of the language model."""
     model, tp, w = llava.language, config.parallel.tensor_model_parallel_size, ELEMENT[config.model.precision]
-    trained = not config.model.freeze_lm
+    trained = config.model.trains("language_model")
     length, t = _tokens(config)
     between = t // tp if config.parallel.uses_sequence_parallel else t  # of norms and residuals
     given = between * model.hidden_size * w
@@ -92,16 +94,16 @@ def language_layer(config: Config, llava: Llava, fused_norm: bool = True) -> Lay
     if config.training.recompute_granularity == "selective":
         attention, core = inputs, core + max(0, attention - inputs)
     ffn = t * model.ffn_hidden_size // tp * w
-    mlp = (2 + trained) * ffn  # gate and up, their product
+    mlp = (1 + model.family.is_gated + trained) * ffn  # gate and up, their product
     return Layer(kept=norms + attention + core + output + mlp, core=core, given=given)
 
 
 def vision_layer(config: Config, llava: Llava) -> Layer:
     """A layer of the vision tower; nothing when it is frozen."""
     model, tp, w = llava.vision, config.parallel.tensor_model_parallel_size, ELEMENT[config.model.precision]
-    if config.model.freeze_vit:
+    if not config.model.trains("vision_model"):
         return Layer(0, 0, 0)
-    length = model.num_image_tokens + 1
+    length = model.num_positions
     t = config.data.micro_batch_size * length
     given = t * model.hidden_size * w
     heads = config.data.micro_batch_size * model.num_attention_heads // tp
@@ -109,17 +111,18 @@ def vision_layer(config: Config, llava: Llava) -> Layer:
     if not config.model.use_flash_attn:
         core = heads * length * length * (FP32 + (w if w < FP32 else 0))
     norms = 2 * (2 * given + 2 * t * FP32)
-    return Layer(kept=norms + 4 * given // tp + core + 3 * t * model.ffn_hidden_size // tp * w, core=core, given=given)
+    ffn = (KEPT[model.family.activation] + 1) * t * model.ffn_hidden_size // tp * w
+    return Layer(kept=norms + 4 * given // tp + core + ffn, core=core, given=given)
 
 
 def pictures(config: Config, llava: Llava) -> tuple[int, int]:
     """What tower and projector keep of a micro batch, one image per sample, and what work takes besides."""
     vision, tp, w = llava.vision, config.parallel.tensor_model_parallel_size, ELEMENT[config.model.precision]
     samples = config.data.micro_batch_size
-    features = samples * (vision.num_image_tokens + 1) * vision.hidden_size * w
+    features = samples * vision.num_positions * vision.hidden_size * w
     hidden = samples * vision.num_image_tokens * llava.language.hidden_size // tp * w
     kept, working = _layers(config, vision_layer(config, llava), vision.num_layers, by_layer=True)
-    if not config.model.freeze_vit:
+    if config.model.trains("vision_model"):
         kept += samples * 3 * vision.img_size**2 * w + features  # the pixels, and the input of the first norm
     _, t = _tokens(config)
     return kept + features + 2 * hidden + 2 * t * INT64, working
@@ -128,7 +131,7 @@ def pictures(config: Config, llava: Llava) -> tuple[int, int]:
 def head(config: Config, llava: Llava, fused_norm: bool = True) -> tuple[int, int]:
     """What the last norm, the projection to the vocabulary and the loss keep; the logits and their fp32 copy."""
     model, tp, w = llava.language, config.parallel.tensor_model_parallel_size, ELEMENT[config.model.precision]
-    trained = not config.model.freeze_lm
+    trained = config.model.trains("language_model")
     _, t = _tokens(config)
     between = t // tp if config.parallel.uses_sequence_parallel else t
     tokens = config.model.decoder_seq_length - llava.vision.num_image_tokens

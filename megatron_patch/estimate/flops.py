@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_patch.config.train import Model
+from megatron_patch.families.llava import Part, parts
 from megatron_patch.families.sizes import Llava
 
 
@@ -32,10 +33,10 @@ def step_flops(llava: Llava, model: Model, work: Work) -> dict[str, float]:
     A trained matrix costs three passes (output, gradient of the input, gradient of the weight). A frozen one costs two
     where something trained comes before it, else one. Tokens are predicted at labels alone.
     """
-    language = 2 if model.freeze_lm else 3
-    vision = 1 if model.freeze_vit else 3
+    language = 3 if model.trains("language_model") else 2
+    vision = 3 if model.trains("vision_model") else 1
     times = {
-        "vision patches": 1 if model.freeze_vit else 2,  # pixels need no gradient
+        "vision patches": 2 if model.trains("vision_model") else 1,  # pixels need no gradient
         "vision layers": vision,
         "projector": 3,
         "language layers": language,
@@ -59,19 +60,20 @@ def forward_flops(llava: Llava, work: Work, *, num_predicted: int, attention_sha
     computes; half of them by convention.
     """
     vision, language = llava.vision, llava.language
-    patches = work.num_pictures * vision.num_image_tokens
-    length = vision.num_image_tokens + 1  # with the class token
+    text, tower, connector = parts(llava)
+    images, length = work.num_pictures, vision.num_positions
     heads = language.num_attention_heads * language.kv_channels
-    groups = language.num_query_groups * language.kv_channels
+
+    def products(part: Part, name: str) -> int:
+        return 2 * sum(part.matrices(name).values())
+
     # Attention: scores, and their sum over the values, 2 operations each per pair and channel.
-    vision_layer = 2 * vision.hidden_size * (4 * vision.hidden_size + 2 * vision.ffn_hidden_size)
-    vision_layer += 4 * length * vision.hidden_size
-    language_layer = 2 * language.hidden_size * (2 * heads + 2 * groups + 3 * language.ffn_hidden_size)
+    vision_layer = products(tower, ".layers.") + 4 * length * vision.hidden_size
     return {
-        "vision patches": patches * 2 * 3 * vision.patch_dim**2 * vision.hidden_size,
-        "vision layers": work.num_pictures * length * vision.num_layers * vision_layer,
-        "projector": patches * 2 * language.hidden_size * (vision.hidden_size + language.hidden_size),
-        "language layers": work.num_positions * language.num_layers * language_layer,
+        "vision patches": images * vision.grid**2 * products(tower, "conv1."),
+        "vision layers": images * length * vision.num_layers * vision_layer,
+        "projector": images * vision.num_image_tokens * products(connector, ""),
+        "language layers": work.num_positions * language.num_layers * products(text, ".layers."),
         "language attention": attention_share * work.num_pairs * language.num_layers * 4 * heads,
         "vocabulary": num_predicted * 2 * language.hidden_size * language.padded_vocab_size(1),
     }

@@ -207,8 +207,8 @@ def _language_layer(config: Config, llava: Llava, batch: _Batch, card: Card, ker
     groups = model.num_query_groups * model.kv_channels // tp
     gain = FP8_GAIN if config.model.precision == "fp8" else 1.0
     forward = backward = 0.0
-    for outputs, inputs in ((query + 2 * groups, h), (h, query), (2 * f, h), (h, f)):
-        once, gradients = _linear(config, card, t, outputs, inputs, trained=not config.model.freeze_lm)
+    for outputs, inputs in ((query + 2 * groups, h), (h, query), ((1 + model.family.is_gated) * f, h), (h, f)):
+        once, gradients = _linear(config, card, t, outputs, inputs, trained=config.model.trains("language_model"))
         forward, backward = forward + once / gain, backward + gradients / gain
 
     between = h / tp if cut.uses_sequence_parallel else h
@@ -250,7 +250,7 @@ def _layer_collectives(config: Config, llava: Llava, batch: _Batch, card: Card, 
         # Gathered in front of qkv and fc1, reduced and scattered after proj and fc2; the other way round in the
         # backward pass, which gathers the inputs of trained weights once more. Or all-reduced: twice the bytes.
         forward, backward, times = (
-            (4, 4 + 2 * (not config.model.freeze_lm), 1) if cut.uses_sequence_parallel else (2, 2, 2)
+            (4, 4 + 2 * (config.model.trains("language_model")), 1) if cut.uses_sequence_parallel else (2, 2, 2)
         )
         calls += (1 + again) * forward + backward
         seconds += calls * _collective(card, times * hidden, tp)
@@ -273,14 +273,14 @@ def _vision(config: Config, llava: Llava, batch: _Batch, card: Card) -> tuple[fl
     """Tower and projector: seconds of the GPU's kernels, kernels, collectives, their seconds."""
     model, h = llava.vision, llava.language.hidden_size
     tp, w = config.parallel.tensor_model_parallel_size, ELEMENT[config.model.precision]
-    trained, images = not config.model.freeze_vit, batch.work.num_pictures
-    t = images * (model.num_image_tokens + 1)
+    trained, images = config.model.trains("vision_model"), batch.work.num_pictures
+    t = images * model.num_positions
     forward = backward = 0.0
     width, f = model.hidden_size, model.ffn_hidden_size // tp
     for outputs, inputs in ((3 * width // tp, width), (width, width // tp), (f, width), (width, f)):
         once, gradients = _linear(config, card, t, outputs, inputs, trained)
         forward, backward = forward + once, backward + gradients
-    attention = 4 * (model.num_image_tokens + 1) * t * width / tp / (ATTENTION_SHARE * card.peak)
+    attention = 4 * model.num_positions * t * width / tp / (ATTENTION_SHARE * card.peak)
     rows = VISION_ROWS * width * t * w / (COPY_SHARE * card.copy)
     forward, backward = forward + attention + rows, backward + 2 * attention + 1.5 * rows
     again = trained and config.training.recompute_granularity == "full"
@@ -296,7 +296,9 @@ def _vocabulary(config: Config, llava: Llava, batch: _Batch, card: Card) -> floa
     """Seconds of the GPU for logits and loss, forward and backward."""
     tp, labels = config.parallel.tensor_model_parallel_size, batch.work.num_labels
     vocab_size = llava.language.padded_vocab_size(tp) // tp
-    linear = _linear(config, card, labels, vocab_size, llava.language.hidden_size, not config.model.freeze_lm)
+    linear = _linear(
+        config, card, labels, vocab_size, llava.language.hidden_size, config.model.trains("language_model")
+    )
     return sum(linear) + 10 * labels * vocab_size * 4 / card.copy  # fp32 logits: cast, maximum, exponent, sum, gradient
 
 

@@ -37,6 +37,9 @@ REQUIRED = (
 LLAMA = Family(
     name="llama",
     weights=WEIGHTS,
+    activation="silu",
+    norm="RMSNorm",
+    prompt_format="llama_2",
     settings=(
         *SETTINGS,
         Setting("vocab_size", "vocab_size", 32000),

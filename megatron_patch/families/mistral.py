@@ -8,6 +8,9 @@ from megatron_patch.families.table import Family, Setting
 MISTRAL = Family(
     name="mistral",
     weights=WEIGHTS,
+    activation="silu",
+    norm="RMSNorm",
+    prompt_format="mistral",
     settings=(
         *SETTINGS,
         Setting("vocab_size", "vocab_size", 32000),

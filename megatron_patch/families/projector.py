@@ -12,4 +12,5 @@ PROJECTOR = Family(
         row("encoder.linear_fc2.weight", "linear_2.weight"),
         replicated("encoder.linear_fc2.bias", "linear_2.bias"),
     ),
+    activation="gelu",  # the exact one
 )

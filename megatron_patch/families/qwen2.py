@@ -8,6 +8,9 @@ from megatron_patch.families.table import Family, Setting, qkv
 QWEN2 = Family(
     name="qwen2",
     weights=(*WEIGHTS, qkv(MCORE + "self_attention.linear_qkv.bias", HF + "self_attn", "bias")),
+    activation="silu",
+    norm="RMSNorm",
+    prompt_format="chatml",
     settings=(
         *SETTINGS,
         Setting("vocab_size", "vocab_size", 151936),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_patch.families.sizes import LanguageModel, VisionModel
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_patch.families.sizes import LanguageModel, VisionModel
 
 # The end of a parameter's name -> the names of its dimensions. A bias has its weight's first dimension.
 SHAPES = {
@@ -48,7 +51,7 @@ def vision_dims(model: VisionModel) -> dict[str, int]:
         "one": 1,
         "colors": 3,
         "patch": model.patch_dim,
-        "positions": model.num_image_tokens + 1,
+        "positions": model.num_positions,
         **_transformer_dims(model, model.num_attention_heads, model.hidden_size // model.num_attention_heads),
     }
 

@@ -6,12 +6,15 @@ import math
 import re
 from dataclasses import dataclass
 
+from megatron_patch.families.shapes import language_dims
+from megatron_patch.families.table import Family, Strategy, Weight
+
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
     """Sizes of a decoder-only language model, in the names of megatron.core's TransformerConfig and GPTModel."""
 
-    family: str
+    family: Family
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -25,18 +28,21 @@ class LanguageModel:
     sliding_window: int | None = None
     rope_scaling_factor: float | None = None
     """Llama 3's stretching of the rotary embedding, with the constants that megatron.core has; none: not stretched."""
-    add_qkv_bias: bool = False
     share_embeddings_and_output_weights: bool = False
     """Whether the output layer's weight is the embedding's (tied)."""
 
     @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The family's table, without an output layer where the embedding is it."""
+        tied = self.share_embeddings_and_output_weights
+        return tuple(weight for weight in self.family.weights if not (tied and weight.mcore == "output_layer.weight"))
+
+    @property
     def num_parameters(self) -> int:
         """Weights of the whole model, embedding and output layer included (once, where they are one tensor)."""
-        qkv = (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
-        heads = self.num_attention_heads * self.kv_channels
-        layer = self.hidden_size * (qkv + heads + 3 * self.ffn_hidden_size + 2) + qkv * self.add_qkv_bias
-        tables = 1 if self.share_embeddings_and_output_weights else 2
-        return self.num_layers * layer + self.hidden_size * (tables * self.vocab_size + 1)
+        dims = language_dims(self)
+        counts = {weight.mcore: math.prod(weight.sized(dims).shape) for weight in self.weights}
+        return sum(count * (self.num_layers if "*" in name else 1) for name, count in counts.items())
 
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Rows of megatron.core's embedding: the vocabulary padded to a multiple of 128 x TP (Megatron-LM's rule)."""
@@ -46,22 +52,35 @@ class LanguageModel:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionModel:
-    """Sizes of a CLIP vision tower, in the names of megatron.core's TransformerConfig and CLIPViTModel."""
+    """Sizes of a vision tower, in the names of megatron.core's TransformerConfig and CLIPViTModel."""
 
-    family: str
+    family: Family
     num_layers: int
-    """Layers that are built: one less than the checkpoint has, since LLaVA takes the second last one's output."""
+    """Layers that are built: up to the one whose output LLaVA takes."""
     hidden_size: int
     ffn_hidden_size: int
     num_attention_heads: int
     layernorm_epsilon: float
     patch_dim: int
     img_size: int
+    num_unused_layers: int = 1
+    """The checkpoint's layers after these."""
+    select_strategy: Strategy = "default"
+
+    @property
+    def grid(self) -> int:
+        """Patches along an edge of the image. Pixels that fill none are not seen."""
+        return self.img_size // self.patch_dim
+
+    @property
+    def num_positions(self) -> int:
+        """What a layer of the tower sees of one image: its patches, and a class token if there is one."""
+        return self.grid**2 + self.family.has("class_token")
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions that one image takes in the text: its patches, without the class token."""
-        return (self.img_size // self.patch_dim) ** 2
+        """Positions that one image takes in the text."""
+        return self.num_positions - (self.select_strategy == "default")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The vocabulary of the tables: how one tensor, and one setting, is called on each side.
+"""The vocabulary of the tables: what a model is, and how a tensor or a setting of it is called on each side.
 
 A table is data. Nothing here touches a tensor: `layout.py` reads the same rows and moves the bytes.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from megatron_patch.families.shapes import whole_shape
@@ -20,6 +19,10 @@ MAX_SIZE = 2**31 - 1
 MAX_NUMBER = 1e30
 NUM_LAYERS = "num_hidden_layers"
 Layout = Literal["same", "qkv", "gated", "vocab", "class_token"]
+Norm = Literal["RMSNorm", "LayerNorm"]
+Activation = Literal["silu", "quick_gelu", "gelu_tanh", "gelu"]
+Strategy = Literal["default", "full"]
+"""LLaVA's vision_feature_select_strategy: all positions of the tower without the first, or all."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +134,44 @@ def short(value: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tower:
+    """What a kind of vision tower is to transformers and to LLaVA, beyond its tensors."""
+
+    hf_class: str
+    """The class that loads it by itself."""
+
+    whole_model: str
+    """`model_type` of the model whose vision half it is."""
+
+    feature_layer: int
+    """The hidden states that a new LLaVA takes: -2 is the second last layer's output."""
+
+    select_strategy: Strategy
+
+    image_processor: str
+    """The class of its image processor."""
+
+    image_settings: dict[str, Any] = field(compare=False)
+    """What that class means by leaving a setting out. `image_size` of the tower takes the place of sizes."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Family:
-    """How a kind of model is called on both sides."""
+    """What a kind of model is: its tensors, its settings, and the network that follows from neither."""
 
     name: str
     """Hugging Face's `model_type`."""
 
     weights: tuple[Weight, ...]
+    activation: Activation
+    norm: Norm | None = None
+    """None: it has no norm of its own."""
+
+    prompt_format: str | None = None
+    """Of a language model: what `auto` means where the checkpoint has no chat template and no mark of another kind."""
+
+    tower: Tower | None = None
+    """Of a vision tower."""
     settings: tuple[Setting, ...] = ()
     required: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     """Settings of config.json that the network takes as given, with the values that mean so, the default first."""
@@ -145,28 +179,31 @@ class Family:
     ignored: tuple[str, ...] = ()
     """Patterns of Hugging Face names that a checkpoint may hold and that carry nothing to convert."""
 
-    unused_layers: int = 0
-    """Last layers of the checkpoint that the network does not build; kept aside and put back on export."""
-
     unused: tuple[str, ...] = ()
-    """Other Hugging Face names that the network does not use; kept aside and put back on export."""
+    """Hugging Face names that the network does not use, besides its last layers'; carried over to the export."""
+
+    optional: tuple[str, ...] = ()
+    """The same of names that not every checkpoint has."""
 
     renamed: tuple[tuple[str, str], ...] = ()
     """(pattern, replacement): other spellings of the same Hugging Face names, turned into the table's."""
 
-    def rows(self, num_layers: int) -> Iterator[Weight]:
-        """The table with every layer written out."""
-        for weight in self.weights:
-            if "*" in weight.mcore:
-                yield from (weight.at(layer) for layer in range(num_layers))
-            else:
-                yield weight
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
 
-    def unused_names(self, num_layers: int) -> list[str]:
-        """Hugging Face names of the tensors that are kept aside, for a network of `num_layers` layers."""
-        aside = range(num_layers, num_layers + self.unused_layers)
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor whose megatron.core name ends so."""
+        return any(weight.mcore.endswith(name) for weight in self.weights)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward's first layer is a gate and what it lets pass."""
+        return any(weight.layout == "gated" for weight in self.weights)
+
+    def unused_names(self, layers: range) -> list[str]:
+        """Hugging Face names of the tensors that every checkpoint has and the network does not use, `layers`' too."""
         repeated = [weight for weight in self.weights if "*" in weight.mcore]
-        return [name for layer in aside for weight in repeated for name in weight.at(layer).hf] + list(self.unused)
+        return [name for layer in layers for weight in repeated for name in weight.at(layer).hf] + list(self.unused)
 
     def canonical(self, hf_name: str) -> str:
         """A Hugging Face name in the table's spelling."""

@@ -7,6 +7,7 @@ puts the projected embeddings where the placeholders are.
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,21 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_patch.config.train import Config
+from megatron_patch.families.projector import PROJECTOR
 from megatron_patch.families.sizes import LanguageModel, Llava, VisionModel
+from megatron_patch.families.table import Family
 from megatron_patch.model.offload import ActivationOffload
 from megatron_patch.model.specs import block_spec, norm, projector_submodules, uses_transformer_engine
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 """Of weights and activations. Transformer Engine takes bf16 to fp8 and back around its matrix products."""
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "quick_gelu": quick_gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+}
 
 CHANGES_LOGITS = ("inference_context", "inference_params", "runtime_gather_output", "mtp_in_postprocess")
 """What megatron.core's model may be called with, and `_LanguageModel` has no part for."""
@@ -66,10 +76,15 @@ class LlavaModel(MegatronModule):
                 vision,
                 block_spec(vision, config.model, AttnMaskType.no_mask),
                 ln_pre_impl=norm(config.model),
+                add_class_token=llava.vision.family.has("class_token"),
                 patch_dim=llava.vision.patch_dim,
-                img_h=llava.vision.img_size,
-                img_w=llava.vision.img_size,
+                # What is over at the edges fills no patch, and the convolution passes over it.
+                img_h=llava.vision.grid * llava.vision.patch_dim,
+                img_w=llava.vision.grid * llava.vision.patch_dim,
+                # By which it has a norm before its layers, or a bias of its patches. There is no norm after them.
+                model_subtype="clip" if llava.vision.family.has("ln_pre.weight") else "internvit",
             )
+            self.num_dropped = int(llava.vision.select_strategy == "default")
             projector = projector_config(config, llava)
             self.vision_projection = MultimodalProjector(
                 projector, projector_submodules(config.model), "mlp", llava.vision.hidden_size
@@ -169,14 +184,13 @@ class LlavaModel(MegatronModule):
 
     def _see(self, pixel_values: Tensor) -> Tensor:
         """[n, 3, h, w] -> what stands for the images in the text [n * patches, h]."""
-        features = self.vision_model(pixel_values)[:, self.vision_model.class_token_len :]  # [n, patches, h_vision]
+        features = self.vision_model(pixel_values)[:, self.num_dropped :]  # [n, patches, h_vision]
         return self.vision_projection(features).flatten(0, 1)
 
     def _freeze(self, config: Config) -> None:
-        if config.model.freeze_lm:
-            self.language_model.requires_grad_(False)
-        if config.model.freeze_vit and self.pre_process:
-            self.vision_model.requires_grad_(False)
+        for name, parameter in self.named_parameters():
+            if not config.model.trains(name):
+                parameter.requires_grad_(False)
 
 
 def find_patches(is_image: Tensor) -> Tensor:
@@ -237,7 +251,7 @@ class _LanguageModel(GPTModel):
 
 
 def language_config(config: Config, sizes: LanguageModel) -> TransformerConfig:
-    """megatron.core's settings of the language model: RMSNorm, rotary embedding, gated SiLU, no dropout."""
+    """megatron.core's settings of the language model: its family's network, rotary embedding, no dropout."""
     chunks = config.parallel.virtual_pipeline_model_parallel_size
     return TransformerConfig(
         num_layers=sizes.num_layers,
@@ -247,15 +261,12 @@ def language_config(config: Config, sizes: LanguageModel) -> TransformerConfig:
         num_query_groups=sizes.num_query_groups,
         kv_channels=sizes.kv_channels,
         layernorm_epsilon=sizes.layernorm_epsilon,
-        normalization="RMSNorm",
-        activation_func=F.silu,
-        gated_linear_unit=True,
-        bias_activation_fusion=True,
+        **_network(sizes.family),
+        bias_activation_fusion=sizes.family.is_gated and sizes.family.activation == "silu",
         # Transformer Engine's kernel; local layers have patches/rotary.py. It takes a packed sequence's borders on the
         # device, for which megatron.core's own rotation would wait in each layer.
         apply_rope_fusion=uses_transformer_engine(config.model),
-        add_bias_linear=False,
-        add_qkv_bias=sizes.add_qkv_bias,
+        add_qkv_bias=sizes.family.has("linear_qkv.bias"),
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         # With two stages the previous and the next are one rank, and batched messages would cross, silently.
@@ -273,18 +284,17 @@ def language_config(config: Config, sizes: LanguageModel) -> TransformerConfig:
 
 
 def vision_config(config: Config, sizes: VisionModel) -> TransformerConfig:
-    """megatron.core's settings of CLIP's tower: LayerNorm, biases, quick GELU. It stands on the first stage alone."""
+    """megatron.core's settings of the vision tower, which stands on the first stage alone."""
     return TransformerConfig(
         num_layers=sizes.num_layers,
         hidden_size=sizes.hidden_size,
         ffn_hidden_size=sizes.ffn_hidden_size,
         num_attention_heads=sizes.num_attention_heads,
         layernorm_epsilon=sizes.layernorm_epsilon,
-        normalization="LayerNorm",
-        activation_func=quick_gelu,
+        **_network(sizes.family),
         bias_activation_fusion=False,
         fp8=_fp8(config),
-        **({} if config.model.freeze_vit else _recompute(config)),
+        **(_recompute(config) if config.model.trains("vision_model") else {}),
         **_common(config),
     )
 
@@ -300,10 +310,20 @@ def projector_config(config: Config, llava: Llava) -> TransformerConfig:
         ffn_hidden_size=llava.language.hidden_size,
         num_attention_heads=llava.language.num_attention_heads,
         kv_channels=llava.language.kv_channels,
-        activation_func=F.gelu,
+        **_network(PROJECTOR),
         bias_activation_fusion=False,
         **_common(config),
     )
+
+
+def _network(family: Family) -> dict:
+    norm = {} if family.norm is None else {"normalization": family.norm}
+    return {
+        **norm,
+        "activation_func": ACTIVATIONS[family.activation],
+        "gated_linear_unit": family.is_gated,
+        "add_bias_linear": family.has("linear_fc1.bias"),
+    }
 
 
 def _common(config: Config) -> dict:

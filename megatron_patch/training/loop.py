@@ -58,7 +58,7 @@ def train(config: Config) -> int:
             config, llava, first_iteration=progress.iteration + 1, world_size=world_size, is_writer=is_writer
         )
         saver = Saver(config, chunks, optimizer)
-        unlearned = Unlearned(config.model.freeze_lm and config.model.freeze_vit)
+        unlearned = Unlearned(not any(map(config.model.trains, ("language_model", "vision_model"))))
         if progress.iteration >= config.training.train_iters:
             logger.info(
                 f"nothing to do: {progress.iteration} iterations are done, and --train-iters asks for "
@@ -112,7 +112,7 @@ def start_or_resume(
     if dist.get_rank() == 0:
         # Beside the weights, so that a checkpoint can be exported without the folder that it came from.
         copy_companions(config.model.description, config.checkpoint.folder)
-        write_processor(config, llava.language.family, config.checkpoint.folder)
+        write_processor(config, llava.language.family.name, config.checkpoint.folder)
     return chunks, wrapped, optimizer, progress
 
 

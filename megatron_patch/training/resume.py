@@ -280,7 +280,13 @@ def _facts(folder: Path) -> dict[str, Any]:
     """What training depends on besides weights: sizes, numbers in the network's formulas, tokenizer, pixels' range."""
     llava = read_config(folder)
     parts = {"the language model": llava.language, "the vision tower": llava.vision}
-    facts = {f"{name} of {part}": value for part in parts for name, value in dataclasses.asdict(parts[part]).items()}
+    facts = {
+        f"{field.name} of {part}": getattr(sizes, field.name)
+        for part, sizes in parts.items()
+        for field in dataclasses.fields(sizes)
+        if field.name != "family"
+    }
+    facts |= {f"family of {part}": sizes.family.name for part, sizes in parts.items()}
     files = (path for path in (folder / "tokenizer.json", folder / "tokenizer.model") if path.is_file())
     tokenizer = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
     pixels = read_image_settings(folder) if has_preprocessor(folder) else None

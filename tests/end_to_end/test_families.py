@@ -1,9 +1,10 @@
-"""Every kind of language model: in, trained, and out again, with transformers as the judge."""
+"""Every kind of model: in, trained, and out again, with transformers as the judge."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,15 @@ import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
+from PIL import Image
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from megatron_patch.config.train import Config, Parallel
 from megatron_patch.conversion.commands import main
@@ -28,7 +37,7 @@ from megatron_patch.training.saving import Saver
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
 from tests.distributed.ranks import run_ranks
-from tests.tiny import LANGUAGE_MODELS, save_clip
+from tests.tiny import LANGUAGE_MODELS, TOWERS, save_clip, save_llama
 
 CUTS = ((1, 1), (2, 1), (4, 1), (2, 2))
 TEXT = torch.arange(5, 295).reshape(2, -1)
@@ -40,16 +49,25 @@ def convert(target: Path, **flags: object) -> Path:
     return target
 
 
-@pytest.fixture(scope="module", params=LANGUAGE_MODELS)
-def source(request, tmp_path_factory) -> Path:
-    return LANGUAGE_MODELS[request.param](tmp_path_factory.mktemp(request.param) / "source")
+# Each language model with CLIP, and each kind of them with every other tower.
+MODELS = [(name, "clip") for name in LANGUAGE_MODELS]
+MODELS += [(name, tower) for tower in TOWERS for name in ("mistral", "llama 2", "qwen 2") if tower != "clip"]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=" and ".join)
+def sources(request, tmp_path_factory) -> tuple[Path, Path]:
+    """The folders of a language model and of a tower."""
+    language, tower = request.param
+    folder = tmp_path_factory.mktemp(language)
+    return LANGUAGE_MODELS[language](folder / "source"), TOWERS[tower](folder / "tower")
 
 
 @pytest.fixture(scope="module")
-def imported(source, clip) -> Path:
+def imported(sources) -> Path:
     """Verified while it was converted."""
-    sources = {"source_llm_ckpt_path": source, "source_clip_ckpt_path": clip}
-    target = convert(source.parent / "mcore", **sources, verify="true")
+    llm, tower = sources
+    flags = {"source_llm_ckpt_path": llm, "source_clip_ckpt_path": tower}
+    target = convert(llm.parent / "mcore", **flags, verify="true")
     parity = json.loads((target / "parity.json").read_text())
     assert parity["equal"]
     assert parity["logits_max_abs_difference"] <= 1e-5
@@ -58,8 +76,8 @@ def imported(source, clip) -> Path:
 
 
 @pytest.mark.parametrize(("tp", "pp"), CUTS)
-def test_round_trip_is_bit_exact(source, clip, tmp_path, tp, pp):
-    round_trip(source, clip, tmp_path, tp, pp)
+def test_round_trip_is_bit_exact(sources, tmp_path, tp, pp):
+    round_trip(*sources, tmp_path, tp, pp)
 
 
 @pytest.mark.parametrize("kind", LANGUAGE_MODELS)
@@ -70,13 +88,13 @@ def test_round_trip_at_tp_8_is_bit_exact(tmp_path, kind):
     round_trip(source, save_clip(tmp_path / "clip", num_attention_heads=8), tmp_path, tp=8, pp=1)
 
 
-def round_trip(source: Path, clip: Path, tmp_path: Path, tp: int, pp: int) -> None:
+def round_trip(source: Path, tower_folder: Path, tmp_path: Path, tp: int, pp: int) -> None:
     cut = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-    shards = convert(tmp_path / "shards", source_llm_ckpt_path=source, source_clip_ckpt_path=clip, **cut)
+    shards = convert(tmp_path / "shards", source_llm_ckpt_path=source, source_clip_ckpt_path=tower_folder, **cut)
     back = convert(tmp_path / "back", mg2hf="true", source_llm_ckpt_path=shards)
     llava = read_config(shards)
     language, tower, _ = parts(llava)
-    expected = {**HfReader(source, language.hub_name), **HfReader(clip, tower.hub_name)}
+    expected = {**HfReader(source, language.hub_name), **HfReader(tower_folder, tower.hub_name)}
     found = HfReader(back, partial(hub_name, llava))
     assert len(found) == len(expected) + 4  # the projector
     for name, tensor in expected.items():
@@ -113,11 +131,11 @@ def pixels(config: Config, batch) -> torch.Tensor:
     return normalize(batch.pixels, settings.mean, settings.std, torch.float32)
 
 
-def test_logits_equal_transformers(source, imported, tmp_path):
-    config = tiny_runs.config(imported, tmp_path)
-    (found,) = run_ranks(logits, Parallel(), 1, config, TEXT, torch.zeros(0, 3, 28, 28))
+def test_logits_equal_transformers(sources, imported, tmp_path):
+    config, size = tiny_runs.config(imported, tmp_path), read_config(imported).vision.img_size
+    (found,) = run_ranks(logits, Parallel(), 1, config, TEXT, torch.zeros(0, 3, size, size))
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(source).eval()(TEXT).logits
+        expected = AutoModelForCausalLM.from_pretrained(sources[0]).eval()(TEXT).logits
     assert (found - expected).abs().max() <= 1e-5
 
 
@@ -175,3 +193,32 @@ def test_tied_tables_stay_equal_on_two_stages(clip, tmp_path, frozen):
         assert losses == pytest.approx(expected, abs=1e-5)
     back = convert(tmp_path / "back", mg2hf="true", source_llm_ckpt_path=config.checkpoint.folder, verify="true")
     assert "language_model.lm_head.weight" not in HfReader(back)
+
+
+@pytest.mark.parametrize("layer", [-1, 2, -3])
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("strategy", ["full", "default"])
+def test_any_layer_of_a_tower_is_taken_as_transformers_takes_it(tmp_path, tower, layer, strategy):
+    """A whole LLaVA of transformers, in (proven by logits) and out again, its config and processor included."""
+    llm = LlamaForCausalLM.from_pretrained(save_llama(tmp_path / "llm"))
+    vision = AutoModel.from_pretrained(TOWERS[tower](tmp_path / "tower"))
+    taken = {"vision_feature_layer": layer, "vision_feature_select_strategy": strategy}
+    config = LlavaConfig(text_config=llm.config, vision_config=vision.config, image_token_index=299, **taken)
+    torch.manual_seed(1)
+    whole = LlavaForConditionalGeneration(config)
+    whole.model.language_model.load_state_dict(llm.model.state_dict())
+    whole.model.vision_tower.load_state_dict(vision.state_dict())
+    whole.save_pretrained(tmp_path / "whole")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "llm" / name, tmp_path / "whole")
+    shutil.copy(tmp_path / "tower" / "preprocessor_config.json", tmp_path / "whole")
+    mcore = convert(tmp_path / "mcore", source_llm_ckpt_path=tmp_path / "whole", verify="true")
+    back = convert(tmp_path / "back", mg2hf="true", source_llm_ckpt_path=mcore, verify="true")
+    judge = LlavaForConditionalGeneration.from_pretrained(back)
+    assert {name: getattr(judge.config, name) for name in taken} == taken
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(judge.state_dict()[name][: len(tensor)], tensor), name
+    image = Image.new("RGB", (40, 30), "red")
+    inputs = AutoProcessor.from_pretrained(back)(images=image, text="<image> a", return_tensors="pt")
+    assert int((inputs.input_ids == judge.config.image_token_id).sum()) == read_config(back).vision.num_image_tokens
+    judge(**inputs)  # which counts them, too

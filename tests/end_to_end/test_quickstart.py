@@ -83,7 +83,7 @@ def test_the_small_models_can_be_cut_in_two(tmp_path):
     import quickstart_make as make
 
     from megatron_patch.config.train import Parallel
-    from megatron_patch.families.llava import describe_language_model, describe_vision_model
+    from megatron_patch.families.hf_config import describe_language_model, describe_vision_model
     from megatron_patch.families.sizes import Llava
 
     make.save_language_model(tmp_path / "llm", seed=1)

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.config.train import Data, Parallel
+from megatron_patch.families.clip import CLIP
+from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.families.sizes import LanguageModel, Llava, VisionModel
 from tests.tiny_runs import config
 
 MISTRAL_7B = LanguageModel(
-    family="mistral",
+    family=MISTRAL,
     num_layers=32,
     hidden_size=4096,
     ffn_hidden_size=14336,
@@ -25,7 +27,7 @@ MISTRAL_7B = LanguageModel(
     max_position_embeddings=32768,
 )
 CLIP_L_336 = VisionModel(
-    family="clip_vision_model",
+    family=CLIP,
     num_layers=23,
     hidden_size=1024,
     ffn_hidden_size=4096,

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_patch.conversion import companions
-from megatron_patch.families.llava import describe
+from megatron_patch.families import hf_config
+from megatron_patch.families.hf_config import describe
 from megatron_patch.files.names import model_folder
 from tests.tiny import LANGUAGE_SIZES, VISION_SIZES
 from tests.unit.properties import damaged, examples, in_one_line
@@ -35,15 +36,15 @@ def test_weights_are_not_companions(tmp_path, hf):
 
 
 def test_source_configs_are_kept_as_they_are():
-    config = companions.llava_config(TEXT, CLIP, 300)
+    config = hf_config.llava_config(TEXT, CLIP, 300)
     assert config["text_config"] == TEXT
     assert config["vision_config"] == CLIP
     assert describe(config).image_token_id == 300
 
 
 def test_exported_config_says_what_versions_would_default_differently():
-    config = companions.llava_config(TEXT, CLIP, 300)
-    exported = companions.hf_config(config, describe(config), 320, "bfloat16")
+    config = hf_config.llava_config(TEXT, CLIP, 300)
+    exported = hf_config.exported_config(config, describe(config), 320, "bfloat16")
     text = exported["text_config"]
     assert text["vocab_size"] == 320
     assert text["sliding_window"] == 4096  # what Mistral means by leaving it out
@@ -52,8 +53,8 @@ def test_exported_config_says_what_versions_would_default_differently():
         assert part["dtype"] == part["torch_dtype"] == "bfloat16"
     assert exported["vision_config"]["num_hidden_layers"] == VISION_SIZES["num_hidden_layers"]
     assert exported["image_seq_length"] == 16
-    without_window = companions.llava_config({**TEXT, "sliding_window": None}, CLIP, 300)
-    exported = companions.hf_config(without_window, describe(without_window), 320, "bfloat16")
+    without_window = hf_config.llava_config({**TEXT, "sliding_window": None}, CLIP, 300)
+    exported = hf_config.exported_config(without_window, describe(without_window), 320, "bfloat16")
     assert exported["text_config"]["sliding_window"] is None
 
 
@@ -82,7 +83,7 @@ def test_an_image_transform_stands_in_one_file_that_all_versions_read(place, tmp
         companions.write_json(source, companions.PROCESSOR, {"image_processor": settings, "patch_size": 7})
     companions.write_preprocessor(source, target)
     assert settings.items() <= companions.read_json(target, companions.PREPROCESSOR).items()
-    companions.complete_processor(source, describe(companions.llava_config(TEXT, CLIP, 300)).vision)
+    companions.complete_processor(source, describe(hf_config.llava_config(TEXT, CLIP, 300)).vision)
     assert settings.items() <= companions.read_json(source, companions.PREPROCESSOR).items()
     assert "image_processor" not in companions.read_json(source, companions.PROCESSOR)
 

@@ -145,7 +145,7 @@ def test_swapped_query_and_key_are_found_by_shape(llava, weights):
 
 def test_unused_tensors_must_be_there(llava, weights):
     with pytest.raises(ValueError, match=r"vision_tower.*missing"):
-        to_mcore(rows(llava), InMemory(weights, "made here"), unused_names(llava))
+        to_mcore(rows(llava), InMemory(weights, "made here"), unused_names(llava, ()))
 
 
 @pytest.mark.parametrize(

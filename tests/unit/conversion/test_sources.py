@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from megatron_patch.conversion import sources
-from megatron_patch.conversion.companions import llava_config
 from megatron_patch.conversion.sources import open_sources
-from megatron_patch.families.llava import describe
+from megatron_patch.families.hf_config import describe, llava_config
 from megatron_patch.stores.mm_projector import NAMES
 from tests.tiny import save_clip, save_llama
 

@@ -16,6 +16,8 @@ from PIL import Image
 from megatron_patch.config.train import Checkpoint, Config, Data, Model, Optimizer, Training
 from megatron_patch.data.task_encoder import EncodedSample, LlavaTaskEncoder
 from megatron_patch.data.tokenizer_files import install_tokenizer
+from megatron_patch.families.clip import CLIP as CLIP_TOWER
+from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.families.sizes import LanguageModel, Llava, VisionModel
 from megatron_patch.prepare import ANNOTATIONS, Report, Settings, convert
 from tests.tiny import save_tokenizer
@@ -46,7 +48,7 @@ def describe(folder: Path) -> Llava:
     sizes = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
     return Llava(
         language=LanguageModel(
-            family="mistral",
+            family=MISTRAL,
             **sizes,
             num_query_groups=4,
             kv_channels=8,
@@ -55,7 +57,7 @@ def describe(folder: Path) -> Llava:
             rotary_base=1e4,
             max_position_embeddings=512,
         ),
-        vision=VisionModel(family="clip", **sizes, layernorm_epsilon=1e-5, patch_dim=7, img_size=28),
+        vision=VisionModel(family=CLIP_TOWER, **sizes, layernorm_epsilon=1e-5, patch_dim=7, img_size=28),
         image_token_id=image_token_id,
     )
 

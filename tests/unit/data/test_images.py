@@ -144,7 +144,7 @@ def test_a_run_writes_its_transform_beside_the_weights(tmp_path):
         folder = tmp_path / name
         shutil.copytree(tmp_path / "model", folder)
         config = settings(tmp_path / "model", image_transform=name)
-        write_processor(config, llava.language.family, folder)
+        write_processor(config, llava.language.family.name, folder)
         assert json.loads((folder / "preprocessor_config.json").read_text())["image_processor_type"] == (
             "LlavaImageProcessor" if name == "pad" else "CLIPImageProcessor"
         )

@@ -57,6 +57,9 @@ SPELLINGS = {
     "class by a CLIP": {"preprocessor_config": without(CLIP, KIND), "config": {"model_type": "clip"}},
     "defaults": {"preprocessor_config": {KIND: "CLIPImageProcessor"}},
     "one mean": {"preprocessor_config": without(CLIP, image_mean=0.5, image_std=0.25)},
+    "another tower's": {"preprocessor_config": {KIND: "SiglipImageProcessor", "size": {"height": 30, "width": 30}}},
+    "another tower's defaults": {"config": {"model_type": "siglip"}, "preprocessor_config": {}},
+    "another tower's fast": {"preprocessor_config": {KIND: "SiglipImageProcessorFast", "size": [30, 28]}},
     "nested": {"processor_config": {"image_processor": PADS, "processor_class": "LlavaProcessor"}},
     "nested and beside it": {"processor_config": {"image_processor": PADS}, "preprocessor_config": PADS},
     "not nested": {"processor_config": {"patch_size": 7}, "preprocessor_config": PADS},
@@ -76,7 +79,12 @@ def test_pixels_are_those_of_transformers(files, tmp_path):
 
 
 REFUSED = {
-    "another class": ({"preprocessor_config": {**CLIP, KIND: "SiglipImageProcessor"}}, "is 'SiglipImageProcessor'"),
+    "no square in old lengths": ({"preprocessor_config": {KIND: "SiglipImageProcessor", "size": 28}}, "takes height"),
+    "another class": ({"preprocessor_config": {**CLIP, KIND: "DPTImageProcessor"}}, "is 'DPTImageProcessor'"),
+    "no square": (
+        {"preprocessor_config": {KIND: "SiglipImageProcessor", "size": {"shortest_edge": 28}}},
+        "takes height",
+    ),
     "another class, nested": ({"processor_config": {"image_processor": {**CLIP, KIND: "ViTImageProcessor"}}}, "'ViT"),
     "a list of classes": ({"preprocessor_config": {**CLIP, KIND: ["CLIPImageProcessor"]}}, "image_processor_type is"),
     "code": ({"preprocessor_config": without(CLIP, KIND, auto_map={"AutoImageProcessor": "a.B"})}, "auto_map names"),

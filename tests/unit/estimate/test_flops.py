@@ -9,14 +9,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_patch.estimate.flops import Work, megatron_lm_flops, step_flops
+from megatron_patch.families.clip import CLIP
 from megatron_patch.families.llava import read_config
+from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.families.sizes import LanguageModel, Llava, VisionModel
 from megatron_patch.training.loop import start_or_resume
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
 
 VISION = VisionModel(
-    family="clip",
+    family=CLIP,
     num_layers=23,
     hidden_size=1024,
     ffn_hidden_size=4096,
@@ -51,7 +53,7 @@ def test_the_convention_is_megatron_lms():
     h, f, layers, v, s, q, kv = 4096, 14336, 32, 32768, 1000, 32 * 128, 8 * 128
     layer = h * (q + 2 * kv) + q * s / 2 * 2 + q * h + 3 * h * f
     language = LanguageModel(
-        family="mistral",
+        family=MISTRAL,
         num_layers=layers,
         hidden_size=h,
         ffn_hidden_size=f,

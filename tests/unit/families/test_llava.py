@@ -22,6 +22,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from megatron_patch.families import hf_config
 from megatron_patch.families import llava as families
 from megatron_patch.families.fused_names import FUSED_NORMS, to_local_name, to_transformer_engine_name
 from megatron_patch.families.layout import hf_shapes
@@ -53,36 +54,35 @@ def test_tables_hold_every_tensor_of_transformers_llava(tmp_path, config_class, 
     expected = {
         name: shape for weight in families.rows(llava) for name, shape in zip(weight.hf, hf_shapes(weight), strict=True)
     }
-    assert set(weights) == set(expected) | set(families.unused_names(llava))
-    assert not set(expected) & set(families.unused_names(llava))
+    assert set(weights) == set(expected) | set(families.unused_names(llava, weights))
+    assert not set(expected) & set(families.unused_names(llava, weights))
     assert {name: weights.shape(name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_number_of_parameters_is_the_tables(kind, tied):
-    llava = families.describe({**LLAVA, "text_config": changed(MISTRAL, model_type=kind, tie_word_embeddings=tied)})
+    llava = hf_config.describe({**LLAVA, "text_config": changed(MISTRAL, model_type=kind, tie_word_embeddings=tied)})
     (language, *_) = families.parts(llava)
     assert llava.language.num_parameters == sum(torch.Size(row.shape).numel() for row in language.rows())
 
 
 def test_sizes_of_a_language_model():
-    sizes = families.describe_language_model(MISTRAL)
+    sizes = hf_config.describe_language_model(MISTRAL)
     assert (sizes.num_layers, sizes.hidden_size, sizes.num_query_groups, sizes.kv_channels) == (4, 96, 4, 16)
     assert (sizes.rotary_base, sizes.sliding_window, sizes.layernorm_epsilon) == (1e6, None, 1e-5)
 
 
 def test_defaults_are_hugging_faces():
-    minimal = families.describe_language_model({"model_type": "mistral"})
+    minimal = hf_config.describe_language_model({"model_type": "mistral"})
     assert (minimal.sliding_window, minimal.num_query_groups, minimal.kv_channels) == (4096, 8, 128)
     assert minimal.rotary_base == 10000.0
-    llama = families.describe_language_model({"model_type": "llama", "head_dim": None})
+    llama = hf_config.describe_language_model({"model_type": "llama", "head_dim": None})
     assert (llama.sliding_window, llama.num_query_groups, llama.kv_channels) == (None, 32, 128)
-    qwen = families.describe_language_model(
+    qwen = hf_config.describe_language_model(
         {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096}
     )
     assert (qwen.sliding_window, qwen.num_query_groups, qwen.vocab_size) == (None, 32, 151936)
-    assert (minimal.add_qkv_bias, llama.add_qkv_bias, qwen.add_qkv_bias) == (False, False, True)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_defaults_are_hugging_faces():
     ids=["transformers 4", "transformers 5", "both"],
 )
 def test_rope_theta(rope, expected):
-    assert families.describe_language_model(changed(MISTRAL, **rope)).rotary_base == expected
+    assert hf_config.describe_language_model(changed(MISTRAL, **rope)).rotary_base == expected
 
 
 LLAMA3 = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_theta"}
@@ -111,7 +111,7 @@ LLAMA3 = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_th
     ids=["transformers 4", "transformers 5", "both"],
 )
 def test_rope_of_llama_3(rope):
-    sizes = families.describe_language_model(changed(MISTRAL, **rope))
+    sizes = hf_config.describe_language_model(changed(MISTRAL, **rope))
     assert (sizes.rotary_base, sizes.rope_scaling_factor) == (5e5, 8.0)
 
 
@@ -134,7 +134,7 @@ def test_rope_of_llama_3(rope):
 )
 def test_what_the_network_does_not_have_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        families.describe_language_model(changed(MISTRAL, **changes))
+        hf_config.describe_language_model(changed(MISTRAL, **changes))
 
 
 def published(kind, hidden, ffn, layers, heads, groups, vocab, **more):
@@ -153,7 +153,7 @@ def published(kind, hidden, ffn, layers, heads, groups, vocab, **more):
     ],
 )
 def test_sizes_of_published_models(name, config, parameters):
-    llava = families.describe({**LLAVA, "text_config": config})
+    llava = hf_config.describe({**LLAVA, "text_config": config})
     assert llava.language.num_parameters == parameters
     llava.check_model_size(name)
 
@@ -163,26 +163,26 @@ def test_a_llava_of_the_hub_leaves_most_to_defaults():
     tower = {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096}
     tower |= {"num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768}
     config = {"model_type": "llava", "text_config": text, "vision_config": tower, "image_token_index": 32000}
-    llava = families.describe({**config, "ignore_index": -100, "projector_hidden_act": "gelu", "vocab_size": 32064})
+    llava = hf_config.describe({**config, "ignore_index": -100, "projector_hidden_act": "gelu", "vocab_size": 32064})
     assert (llava.image_token_id, llava.language.vocab_size, llava.language.num_layers) == (32000, 32064, 32)
     assert (llava.vision.num_layers, llava.vision.num_image_tokens) == (23, 576)
-    assert families.describe_vision_model({**tower, "image_size": 224}).num_image_tokens == 256
+    assert hf_config.describe_vision_model({**tower, "image_size": 224}).num_image_tokens == 256
 
 
 def test_a_list_of_one_layer_is_that_layer():
-    assert families.describe({**LLAVA, "vision_feature_layer": [-2]}) == families.describe(LLAVA)
+    assert hf_config.describe({**LLAVA, "vision_feature_layer": [-2]}) == hf_config.describe(LLAVA)
 
 
 def test_vision_half_of_a_whole_clip():
     whole = CLIPConfig(vision_config=VISION_SIZES).to_dict()
-    sizes = families.describe_vision_model(whole)
-    assert sizes == families.describe_vision_model(CLIP)
+    sizes = hf_config.describe_vision_model(whole)
+    assert sizes == hf_config.describe_vision_model(CLIP)
     assert (sizes.num_layers, sizes.num_image_tokens) == (2, 16)
-    assert families.vision_config(whole)["model_type"] == "clip_vision_model"
+    assert hf_config.vision_config(whole)["model_type"] == "clip_vision_model"
 
 
 def test_names_of_a_whole_clip_and_of_transformers_5():
-    _, tower, _ = families.parts(families.describe(LLAVA))
+    _, tower, _ = families.parts(hf_config.describe(LLAVA))
     hub = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
     assert tower.hub_name("vision_model.encoder.layers.0.mlp.fc1.weight") == hub
     assert tower.hub_name("encoder.layers.0.mlp.fc1.weight") == hub
@@ -196,9 +196,19 @@ def test_names_of_a_whole_clip_and_of_transformers_5():
         (None, "config.json: missing"),
         ("{", r"config.json: not valid json \(Expecting"),
         ({"model_type": "mistral"}, "model_type is 'mistral', expected 'llava'"),
-        ({**LLAVA, "vision_feature_layer": -1}, "vision_feature_layer is -1, only -2 is supported"),
-        ({**LLAVA, "vision_feature_layer": [-2, -2]}, r"vision_feature_layer is \[-2, -2\], only -2 is supported"),
-        ({**LLAVA, "vision_feature_layer": []}, r"vision_feature_layer is \[\], only -2 is supported"),
+        *(
+            ({**LLAVA, "vision_feature_layer": layer}, f"layer is {layer}; the tower has layers 1 to 3, or -3 to -1")
+            for layer in (-4, 0, 4)
+        ),
+        *(
+            (
+                {**LLAVA, "vision_feature_layer": layer},
+                f"layer is {re.escape(repr(layer))}; expected one layer's number",
+            )
+            for layer in ([-2, -2], [], True, "-2")
+        ),
+        ({**LLAVA, "vision_feature_select_strategy": "cls"}, "strategy is 'cls'; expected 'default' or 'full'"),
+        ({**LLAVA, "vision_feature_select_strategy": ["full"]}, "expected 'default' or 'full'"),
         ({"model_type": "llava"}, "has no 'text_config'"),
     ],
 )
@@ -224,13 +234,13 @@ def test_unfit_config_json(tmp_path, content, message):
     ],
 )
 def test_names_of_a_whole_llava(written, hub):
-    assert families.hub_name(families.describe(LLAVA), written) == hub
+    assert families.hub_name(hf_config.describe(LLAVA), written) == hub
 
 
 @pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config])
 def test_transformer_engine_names_are_those_in_megatron_cores_source(family):
     """Its list of a GPTModel's tensors in either spec, and the hook with which it turns fused names into local ones."""
-    llava = families.describe({**LLAVA, "text_config": family(**LANGUAGE_SIZES).to_dict()})
+    llava = hf_config.describe({**LLAVA, "text_config": family(**LANGUAGE_SIZES).to_dict()})
     local = [row.mcore for part in families.parts(llava)[:2] for row in part.rows()]
     fused = {to_transformer_engine_name(name): name for name in local}
     assert len(fused) == len(local)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 
-from megatron_patch.families.llava import describe_language_model, describe_vision_model
+from megatron_patch.families.hf_config import describe_language_model, describe_vision_model
 from megatron_patch.families.llava_repository import check_settings, check_tower, is_repository, text_config
 from tests.unit.properties import changed, examples
 
@@ -52,7 +52,7 @@ def test_the_language_model(said, family):
     assert is_repository(config)
     check_settings(config)
     text = text_config(config)
-    assert text["model_type"] == describe_language_model(text).family == family
+    assert text["model_type"] == describe_language_model(text).family.name == family
     assert not [name for name in text if "mm_" in name or "image" in name]
 
 

@@ -1,0 +1,49 @@
+"""SigLIP's vision tower (Zhai et al. 2023, arXiv:2303.15343): CLIP's layers; no class token and no norm before them."""
+
+from __future__ import annotations
+
+from megatron_patch.families.clip import EMBEDDINGS, LAYERS
+from megatron_patch.families.table import Family, Setting, Tower, replicated
+
+HEAD = "vision_model.head."
+ATTENTION = HEAD + "attention."
+
+SIGLIP = Family(
+    name="siglip_vision_model",
+    weights=(replicated("conv1.bias", "vision_model.embeddings.patch_embedding.bias"), *EMBEDDINGS, *LAYERS),
+    activation="gelu_tanh",
+    norm="LayerNorm",
+    tower=Tower(
+        hf_class="SiglipVisionModel",
+        whole_model="siglip",
+        feature_layer=-2,
+        select_strategy="full",
+        image_processor="SiglipImageProcessor",
+        image_settings={
+            "size": {"height": 224, "width": 224},
+            "do_center_crop": False,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
+    ),
+    settings=(
+        Setting("hidden_size", "hidden_size", 768),
+        Setting("ffn_hidden_size", "intermediate_size", 3072),
+        Setting("num_attention_heads", "num_attention_heads", 12),
+        Setting("layernorm_epsilon", "layer_norm_eps", 1e-6),
+        Setting("patch_dim", "patch_size", 16),
+        Setting("img_size", "image_size", 224),
+        Setting("num_layers", "num_hidden_layers", 12),
+    ),
+    required=(("hidden_act", ("gelu_pytorch_tanh",)), ("num_channels", (3,))),
+    unused=("vision_model.post_layernorm.weight", "vision_model.post_layernorm.bias"),
+    # Attention that pools all positions into one, which vision_use_head false leaves out.
+    optional=(
+        HEAD + "probe",
+        *(ATTENTION + name for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")),
+        *(f"{HEAD}{name}.{kind}" for name in ("layernorm", "mlp.fc1", "mlp.fc2") for kind in ("weight", "bias")),
+    ),
+    # A whole SiglipModel brings its text half.
+    ignored=(r"text_model\..*", r"logit_(scale|bias)", r"vision_model\.embeddings\.position_ids"),
+    renamed=((r"^(?=(embeddings|encoder|post_layernorm|head)\.)", "vision_model."),),
+)
