@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from megatron_patch.config.train import PromptFormatName
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("docs", "examples", "toolkits", "benchmarks", "tests", "megatron_patch")
@@ -82,6 +85,13 @@ def test_every_positional_argument_is_there(script, numbers, optional):
 def test_an_argument_that_is_handed_on_at_another_place_is_found():
     with pytest.raises(AssertionError, match="TP is \\$2, and handed on as number 1"):
         list(generate.positionals('TP=$2\nPP=${1}\nexec convert \\\n    --tp="$TP" \\\n    --pp="$PP" \\\n'))
+
+
+def test_every_prompt_format_has_its_row():
+    (rows,) = re.findall(
+        r"^### Prompt formats\n\n.*?\n\n", (ROOT / "docs/formats.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert set(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) == set(get_args(PromptFormatName))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
