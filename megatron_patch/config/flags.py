@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import functools
 import inspect
 import sys
 import textwrap
@@ -138,6 +139,7 @@ def default_text(setting: Field) -> str:
     return f"default: {str(default).lower() if isinstance(default, bool) or default is None else default}"
 
 
+@functools.cache  # each call would parse the whole file
 def help_texts(owner: type) -> dict[str, str]:
     """The sentence under each field of a dataclass, read from the class's source."""
     (class_node,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
