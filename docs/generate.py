@@ -7,6 +7,7 @@ families' tables. Imports no torch.
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import Field, fields, is_dataclass
@@ -195,10 +196,18 @@ def family_sections(family: Family) -> Iterator[str]:
     if family.required:
         yield "Taken as given in config.json, the first value where it is left out; another value is refused:"
         yield table(("in config.json", "values"), [(code(name), fact(values)) for name, values in family.required])
-    texts = help_texts(Family)
-    others = [field for field in fields(Family) if field.name not in TABLES and getattr(family, field.name) != ()]
-    rows = [(code(field.name), fact(getattr(family, field.name)), texts.get(field.name, "")) for field in others]
-    yield table(("field", "value", "what it says"), [(name, value, sentence(text)) for name, value, text in rows])
+    yield table(("field", "value", "what it says"), facts(family))
+
+
+def facts(owner: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every field of a table that is not shown elsewhere and says something, with the sentence under it."""
+    texts = help_texts(type(owner))
+    for field in fields(owner):
+        value, name = getattr(owner, field.name), prefix + field.name
+        if is_dataclass(value):
+            yield from facts(value, f"{name}.")
+        elif name not in TABLES and value not in ((), None):
+            yield code(name), fact(value), sentence(texts.get(field.name, ""))
 
 
 def weight_row(weight: Weight) -> tuple[str, ...]:
@@ -219,12 +228,10 @@ def fact(value: Any) -> str:
     """A field's value, whatever it is."""
     if value is None:
         return "none"
-    if is_dataclass(value):
-        return "<br>".join(f"{field.name}: {fact(getattr(value, field.name))}" for field in fields(value))
-    if callable(value):
-        return code(value.__name__)
+    if isinstance(value, dict):
+        return "<br>".join(f"{code(name)}: {code(json.dumps(held))}" for name, held in value.items())
     if isinstance(value, tuple | list | frozenset):
-        return "<br>".join(" -> ".join(map(fact, item)) if isinstance(item, tuple) else fact(item) for item in value)
+        return "<br>".join(" to ".join(map(fact, item)) if isinstance(item, tuple) else fact(item) for item in value)
     return code(str(value).lower() if isinstance(value, bool) else str(value))
 
 

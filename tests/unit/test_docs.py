@@ -115,4 +115,4 @@ def test_files_and_functions_that_a_page_names_are_there(page):
     for file, names in NAMED.findall(text):
         source = "".join(path.read_text() for path in find(file, page))
         for name in names.split("."):
-            assert re.search(rf"\b(def|class) {name}\b|^{name}\b", source, re.MULTILINE), f"{file} has no {name}"
+            assert re.search(rf"\b(def|class) {name}\b|^ *{name}\b", source, re.MULTILINE), f"{file} has no {name}"
