@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup quickstart test lint matrix bench bench-training bench-converter bench-gpu clean
+.PHONY: setup quickstart test lint docs matrix bench bench-training bench-converter bench-gpu clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	git ls-files '*.sh' .ci/run | xargs $(BIN)/shellcheck
+
+# The pages that say what the code says.
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
 
 matrix: $(STAMP)
 	$(BIN)/python -W ignore -m tests.distributed.matrix

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import functools
 import inspect
 import sys
 import textwrap
@@ -27,7 +28,7 @@ def parse(config_class: type[T], argv: Sequence[str], *, positional: str | None 
     for owner, setting, kind in walk(config_class):
         group = next((g for g in parser._action_groups if g.title == owner.__name__), None)
         group = group or parser.add_argument_group(owner.__name__, inspect.getdoc(owner))
-        help_text = f"{_help_texts(owner)[setting.name]} {_default_text(setting)}"
+        help_text = f"{help_texts(owner)[setting.name]} ({default_text(setting)})"
         if setting.name == positional:
             group.add_argument(setting.name, metavar=setting.name.upper(), type=_reader(kind), help=help_text)
         elif positional and kind is bool:
@@ -39,7 +40,7 @@ def parse(config_class: type[T], argv: Sequence[str], *, positional: str | None 
                 type=_reader(kind),
                 required=_required(setting),
                 default=argparse.SUPPRESS,
-                metavar=_values(kind),
+                metavar=values_text(kind),
                 help=help_text,
             )
     given = vars(parser.parse_args(argv))
@@ -97,12 +98,12 @@ def _reader(kind: Any) -> Any:
         try:
             return plain(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {_values(kind)}") from None
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {values_text(kind)}") from None
 
     return read
 
 
-def _values(kind: Any) -> str:
+def values_text(kind: Any) -> str:
     """What a flag takes, in words: a type's name or its choices."""
     plain = _without_none(kind)
     if plain is bool:
@@ -130,15 +131,17 @@ def _required(setting: Field) -> bool:
     return setting.default is MISSING and setting.default_factory is MISSING
 
 
-def _default_text(setting: Field) -> str:
+def default_text(setting: Field) -> str:
+    """What a flag means when it is left out, in words: "required" or "default: VALUE"."""
     if _required(setting):
-        return "(required)"
+        return "required"
     default = setting.default
-    return f"(default: {str(default).lower() if isinstance(default, bool) or default is None else default})"
+    return f"default: {str(default).lower() if isinstance(default, bool) or default is None else default}"
 
 
-def _help_texts(owner: type) -> dict[str, str]:
-    """The sentence under each field, read from the class's source."""
+@functools.cache  # each call would parse the whole file
+def help_texts(owner: type) -> dict[str, str]:
+    """The sentence under each field of a dataclass, read from the class's source."""
     (class_node,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
     texts = {}
     for node, following in zip(class_node.body, class_node.body[1:], strict=False):

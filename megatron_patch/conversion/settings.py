@@ -85,7 +85,7 @@ class Conversion:
     """Iteration to read of a Megatron-Core checkpoint that has several; none: the one that its tracker names."""
 
     precision: Precision = "bf16"
-    """Type of the weights written."""
+    """Type of the weights written: bf16, fp16 or fp32."""
 
     hf_ckpt_path: Path | None = None
     """A LLaVA's folder, for the config.json and tokenizer that a Megatron-Core checkpoint does not carry."""

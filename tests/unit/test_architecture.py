@@ -19,7 +19,7 @@ ORDER = (
     ("model", "data", "estimate"),
     ("conversion", "prepare"),
     ("training",),
-    ("cli", "toolkits", "examples", "benchmarks", "tests"),
+    ("cli", "toolkits", "examples", "benchmarks", "docs", "tests"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 OF_MEGATRON_CORE = {"model", "training", "patches"}

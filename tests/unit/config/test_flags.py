@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.config import train
-from megatron_patch.config.flags import flag, parse, walk
+from megatron_patch.config.flags import flag, help_texts, parse, walk
 from megatron_patch.config.train import Config
 
 REQUIRED = "--data-path data --lr 1e-3 --train-iters 9 --output out --pretrained-checkpoint weights".split()
@@ -43,6 +43,10 @@ def error_of(capsys, *words: str) -> str:
 
 def test_flags_are_frozen():
     assert [flag(setting.name) for _, setting, _ in walk(Config)] == FLAGS
+
+
+def test_a_source_is_parsed_once_for_all_its_flags():
+    assert help_texts(train.Model) is help_texts(train.Model)
 
 
 def test_values_reach_their_fields():
