@@ -22,8 +22,10 @@ from megatron_patch.config.train import Config
 from megatron_patch.conversion.settings import Conversion
 from megatron_patch.data import inspect_samples
 from megatron_patch.families.fused_names import FUSED_NORMS
-from megatron_patch.families.llava import LANGUAGE_FAMILIES, VISION_FAMILIES, describe, parts
+from megatron_patch.families.hf_config import describe
+from megatron_patch.families.llava import parts
 from megatron_patch.families.projector import PROJECTOR
+from megatron_patch.families.registry import LANGUAGE_FAMILIES, VISION_FAMILIES
 from megatron_patch.families.table import Family, Weight
 
 ROOT = Path(__file__).resolve().parent.parent

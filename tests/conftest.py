@@ -67,6 +67,15 @@ def mcore(tmp_path_factory, mistral, clip) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mcore_siglip(tmp_path_factory, mistral) -> Path:
+    """The same language model with a tiny SigLIP."""
+    from tests.tiny import save_mcore, save_siglip
+
+    folder = tmp_path_factory.mktemp("siglip")
+    return save_mcore(folder, mistral, save_siglip(folder / "tower"))
+
+
+@pytest.fixture(scope="session")
 def hf(tmp_path_factory, mcore) -> Path:
     """The same model as a LlavaForConditionalGeneration, fp32."""
     from megatron_patch.conversion.commands import main as convert

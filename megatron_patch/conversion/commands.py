@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def import_hf(conversion: Conversion) -> None:
-    """Hugging Face's language model and CLIP, or a whole LLaVA -> Megatron-Core shards."""
+    """Hugging Face's language model and vision tower, or a whole LLaVA -> Megatron-Core shards."""
     conversion.refuse(NOT_FROM_HF, "a Megatron-Core checkpoint")
     llm, clip = conversion.source_llm_ckpt_path, conversion.source_clip_ckpt_path
     read = Unchanged([llm, clip, conversion.projector])

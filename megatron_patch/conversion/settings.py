@@ -50,8 +50,8 @@ class Conversion:
     checkpoint is cut again."""
 
     source_clip_ckpt_path: Path | None = None
-    """Hugging Face folder of a CLIP (whole, or its vision half); none: the source is a whole LLaVA. With --mg2hf true
-    only where the checkpoint lacks the tower's unused last layer."""
+    """Hugging Face folder of a vision tower (or of a whole CLIP or the like); none: the source is a whole LLaVA. With
+    --mg2hf true only where the checkpoint lacks the tower's unused last layer."""
 
     projector: Path | None = None
     """LLaVA's mm_projector.bin to begin with; none: a new projector, or the whole LLaVA's. --parts writes one."""
@@ -192,7 +192,7 @@ def describe_sources(conversion: Conversion) -> tuple[dict[str, Any], Llava]:
         kind = "no whole LLaVA"
         if of_repository:
             kind = f"of the LLaVA repository, with {llava_repository.tower_name(text)} for its tower"
-        raise ValueError(f"--source-clip-ckpt-path none: a CLIP's folder is needed, since {llm} is {kind}")
+        raise ValueError(f"--source-clip-ckpt-path none: a vision tower's folder is needed, since {llm} is {kind}")
     tower = companions.read_json(clip)
     vision = _described(describe_vision_model, tower, clip)
     if of_repository:

@@ -1,4 +1,4 @@
-"""What an import reads: a language model and a CLIP, or a whole LLaVA, with the projector of either or a new one."""
+"""What an import reads: a language model and a tower, or a whole LLaVA, with the projector of either or a new one."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def open_unused(llava: Llava, carriers: Sequence[Path], clip: Path | None, check
     """The tensors that transformers' model has and megatron.core's has not, for an export.
 
     As the import kept them in the first of `carriers` that has them (`check`: compared with their sha256), or those of
-    the CLIP in `clip`. Raises ValueError or FileNotFoundError, one line, when they are in neither.
+    the tower in `clip`. Raises ValueError or FileNotFoundError, one line, when they are in neither.
     """
     kept = next((path / UNUSED for path in carriers if (path / UNUSED).is_file()), None)
     if kept is not None:
@@ -99,8 +99,8 @@ def open_unused(llava: Llava, carriers: Sequence[Path], clip: Path | None, check
         reader = open_model(clip, tower.hub_name)
     else:
         raise FileNotFoundError(
-            f"{carriers[0] / UNUSED}: missing; it holds the tower's last layer, which no training uses; give CLIP's "
-            "folder with --source-clip-ckpt-path"
+            f"{carriers[0] / UNUSED}: missing; it holds the tower's last layers, which no training uses; give "
+            "the tower's folder with --source-clip-ckpt-path"
         )
     names = unused_names(llava, reader)
     for name in names:

@@ -34,12 +34,12 @@ def describe(hf_config: dict[str, Any]) -> Llava:
     text, tower = (checked(name, hf_config[name], dict) for name in ("text_config", "vision_config"))
     return Llava(
         language=describe_language_model(text),
-        vision=describe_vision_model(tower, *_features(hf_config)),
+        vision=describe_vision_model(tower, *features(hf_config)),
         image_token_id=_image_token_id(hf_config),
     )
 
 
-def _features(hf_config: dict[str, Any]) -> tuple[int, Strategy]:
+def features(hf_config: dict[str, Any]) -> tuple[int, Strategy]:
     """Which of the tower's hidden states are taken, and which of their positions."""
     layer = hf_config.get("vision_feature_layer", -2)
     # transformers puts the features of several layers side by side: those of one are as they are.

@@ -14,6 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron_patch.data.prompts import IMAGE, Turn, find_format, prompt_format
+from megatron_patch.families.clip import CLIP
+from megatron_patch.families.hf_config import describe_vision_model, features
 from megatron_patch.prepare.workers import Tell
 
 CLIP_L_336 = 576
@@ -67,9 +69,10 @@ class Measure:
         try:
             config = json.loads(path.read_bytes())
             vision = config.get("vision_config")
-            # CLIPVisionConfig's own sizes where the file leaves them out.
-            side = vision.get("image_size", 224) // vision.get("patch_size", 32) if vision is not None else None
-            self.num_image_tokens = CLIP_L_336 if side is None else side**2
+            self.num_image_tokens = CLIP_L_336
+            if vision is not None:
+                tower = {"model_type": CLIP.name, **vision}  # as transformers, where the file names none
+                self.num_image_tokens = describe_vision_model(tower, *features(config)).num_image_tokens
             family = (config.get("text_config") or config).get("model_type", "")
         except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"--tokenizer {folder}: its config.json is no model's ({error}); copy it again") from None

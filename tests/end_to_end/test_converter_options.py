@@ -341,7 +341,10 @@ def test_a_tied_source_that_holds_another_output_layer(tmp_path, capsys, clip):
             "is a whole LLaVA and has its own; give none",
         ),
         ({"source_llm_ckpt_path": "hf", "projector": "x.bin"}, "--projector x.bin: "),
-        ({"source_llm_ckpt_path": "mistral"}, "--source-clip-ckpt-path none: a CLIP's folder is needed, since "),
+        (
+            {"source_llm_ckpt_path": "mistral"},
+            "--source-clip-ckpt-path none: a vision tower's folder is needed, since ",
+        ),
         (
             {"source_llm_ckpt_path": "mistral", "source_clip_ckpt_path": "clip", "projector": "x"},
             "x: no such file; exp",

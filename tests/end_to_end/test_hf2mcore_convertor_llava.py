@@ -222,7 +222,7 @@ def changed(position: int, value: object) -> tuple:
         (changed(1, "no model"), "no model/config.json: missing"),
         (changed(1, "a clip"), "a clip/config.json: language model: model_type 'clip_vision_model' is not supported"),
         (changed(2, "no clip"), "no clip/config.json: missing"),
-        (changed(2, "none"), "--source-clip-ckpt-path none: a CLIP's folder is needed"),
+        (changed(2, "none"), "--source-clip-ckpt-path none: a vision tower's folder is needed"),
         (changed(3, "a mistral"), "a mistral: and a mistral, which is read, lie in each other"),
         (changed(3, ""), "--target-ckpt-path an empty path"),
         (

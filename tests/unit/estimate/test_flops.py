@@ -37,9 +37,11 @@ def added_product(of_sum: torch.Size, left: torch.Size, right: torch.Size, **unu
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("freeze_lm", [False, True])
 @pytest.mark.parametrize("freeze_vit", [False, True])
-def test_flops_are_those_that_torch_counts(mcore, tmp_path, freeze_lm, freeze_vit):
-    config = tiny_runs.config(mcore, tmp_path, freeze_lm=freeze_lm, freeze_vit=freeze_vit, use_flash_attn=False)
-    llava = read_config(mcore)
+@pytest.mark.parametrize("has_class_token", [False, True])
+def test_flops_are_those_that_torch_counts(mcore, mcore_siglip, tmp_path, has_class_token, freeze_lm, freeze_vit):
+    folder = mcore if has_class_token else mcore_siglip
+    config = tiny_runs.config(folder, tmp_path, freeze_lm=freeze_lm, freeze_vit=freeze_vit, use_flash_attn=False)
+    llava = read_config(folder)
     _, wrapped, optimizer, _ = start_or_resume(config, llava)
     in_place = {torch.ops.aten.addmm_: added_product}  # of weights' gradients; torch counts the other form alone
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:

@@ -109,6 +109,10 @@ def test_one_process(mcore, tmp_path, changed):
     check(mcore, tmp_path, 1, {}, changed)
 
 
+def test_another_tower(mcore_siglip, tmp_path):
+    check(mcore_siglip, tmp_path, 1, {}, {})
+
+
 @pytest.mark.parametrize(
     "sizes",
     [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {"context_parallel_size": 2}, {}],

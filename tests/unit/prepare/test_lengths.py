@@ -15,7 +15,13 @@ from tests.unit.data.samples import convert_folder, describe, settings, write_an
 def test_lengths_are_those_of_training(workers, tmp_path):
     model = describe(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(
-        json.dumps({"text_config": {"model_type": "mistral"}, "vision_config": {"image_size": 28, "patch_size": 7}})
+        json.dumps(
+            {
+                "text_config": {"model_type": "mistral"},
+                "vision_config": {"model_type": "siglip_vision_model", "image_size": 30, "patch_size": 7},
+                "vision_feature_select_strategy": "full",
+            }
+        )
     )
     entries = write_pretrain(tmp_path / "data", 20)
     for index, sample in enumerate(entries[:10]):
@@ -53,6 +59,7 @@ def test_a_language_model_alone_counts_pictures_as_llavas(tmp_path):
     [
         ("config.json", "[", "its config.json is no model's"),
         ("config.json", '{"vision_config": 7}', "its config.json is no model's"),
+        ("config.json", '{"vision_config": {"model_type": "vit"}}', "its config.json is no model's .*'vit' is not"),
         ("tokenizer.json", "{}", "its tokenizer is not readable"),
         ("tokenizer.json", None, "neither tokenizer.json nor tokenizer.model"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json: holds a list"),

@@ -9,7 +9,7 @@
 #                                                   LLaVA from Hugging Face, or a Megatron-Core checkpoint, which is
 #                                                   resharded for TP and PP
 #                                                   mg2hf=true: a Megatron-Core checkpoint, saved at any TP and PP
-#   SOURCE_CLIP_CKPT_PATH  folder | none            a CLIP from Hugging Face; none where the source is a whole
+#   SOURCE_CLIP_CKPT_PATH  folder | none            a CLIP or SigLIP from Hugging Face; none where the source is a whole
 #                                                   LLaVA or Megatron-Core's
 #   TARGET_CKPT_PATH       folder                   for the result; new or empty
 #   TP PP                  numbers                  tensor and pipeline parallel sizes of the shards written
