@@ -6,7 +6,6 @@ answered at once.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import signal
 import sys
@@ -32,7 +31,7 @@ from megatron_patch.conversion.settings import (
 )
 from megatron_patch.families import llava_repository
 from megatron_patch.families.hf_config import describe, exported_config
-from megatron_patch.families.sizes import Llava
+from megatron_patch.families.sizes import Llava, plain
 from megatron_patch.files.terminal import loading
 from megatron_patch.files.unchanged import Unchanged
 from megatron_patch.files.whole import check_target, written_aside
@@ -374,7 +373,8 @@ def _exported_vocab_size(llava: Llava) -> int:
 def _args(conversion: Conversion, llava: Llava) -> dict[str, Any]:
     """What Megatron-LM keeps as `args` in a shard: plain values, so that it loads with weights_only."""
     padded = llava.language.padded_vocab_size(conversion.tensor_model_parallel_size)
-    sizes = {**dataclasses.asdict(llava.language), "vision": dataclasses.asdict(llava.vision)}
+    sizes = {**plain(llava.language), "vision": plain(llava.vision)}
+    sizes["add_qkv_bias"] = llava.language.family.has("linear_qkv.bias")
     return {**sizes, "padded_vocab_size": padded, "params_dtype": DTYPES[conversion.precision]}
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from megatron_patch.families.shapes import language_dims
 from megatron_patch.families.table import Family, Strategy, Weight
@@ -109,6 +110,11 @@ class Llava:
                 f"--model-size {model_size}: the language model's config.json describes {actual} parameters; "
                 f"give the size of that model, another model, or auto to skip this check"
             )
+
+
+def plain(sizes: LanguageModel | VisionModel) -> dict[str, Any]:
+    """Sizes by their names, the family by its own: for files, and to be compared."""
+    return {field.name: getattr(sizes, field.name) for field in fields(sizes)} | {"family": sizes.family.name}
 
 
 def divisors(number: int) -> list[int]:

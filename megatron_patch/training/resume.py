@@ -31,6 +31,7 @@ from megatron_patch.conversion.companions import CONFIG as MODEL_CONFIG
 from megatron_patch.conversion.companions import TRACKER, checkpoint_folder, read_json
 from megatron_patch.data.preprocessor import has_preprocessor, read_image_settings
 from megatron_patch.families.llava import read_config
+from megatron_patch.families.sizes import plain
 from megatron_patch.files.marks import beside, claim, discard
 from megatron_patch.files.names import RUN_CONFIG as CONFIG
 from megatron_patch.model.llava import LlavaModel
@@ -280,13 +281,7 @@ def _facts(folder: Path) -> dict[str, Any]:
     """What training depends on besides weights: sizes, numbers in the network's formulas, tokenizer, pixels' range."""
     llava = read_config(folder)
     parts = {"the language model": llava.language, "the vision tower": llava.vision}
-    facts = {
-        f"{field.name} of {part}": getattr(sizes, field.name)
-        for part, sizes in parts.items()
-        for field in dataclasses.fields(sizes)
-        if field.name != "family"
-    }
-    facts |= {f"family of {part}": sizes.family.name for part, sizes in parts.items()}
+    facts = {f"{name} of {part}": value for part, sizes in parts.items() for name, value in plain(sizes).items()}
     files = (path for path in (folder / "tokenizer.json", folder / "tokenizer.model") if path.is_file())
     tokenizer = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
     pixels = read_image_settings(folder) if has_preprocessor(folder) else None

@@ -139,6 +139,18 @@ def test_logits_equal_transformers(sources, imported, tmp_path):
     assert (found - expected).abs().max() <= 1e-5
 
 
+def test_what_shards_say_of_the_model_is_plain(imported):
+    """As Megatron-LM keeps it, the names of the families among it."""
+    shard = imported / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    args = torch.load(shard, weights_only=True)["args"]
+    vision = args.pop("vision")
+    assert all(isinstance(value, (str, int, float, bool, type(None))) for value in (*args.values(), *vision.values()))
+    config = json.loads((imported / "config.json").read_text())
+    assert args["family"] == config["text_config"]["model_type"]
+    assert vision["family"] == config["vision_config"]["model_type"]
+    assert args["add_qkv_bias"] == (args["family"] == "qwen2")
+
+
 def test_stock_megatron_core_loads_the_shards(imported, tmp_path):
     """GPTModel with the local spec, every key of it and no other."""
     (keys,) = run_ranks(load_in_stock_model, Parallel(), 1, imported)
