@@ -24,11 +24,12 @@ from megatron_patch.families.sizes import Llava
 from megatron_patch.families.stages import Stage, pipeline_stages
 from megatron_patch.families.table import Weight
 from megatron_patch.files.names import COMMON, model_folder
+from megatron_patch.files.whole import write_whole
 from megatron_patch.stores import mp_rank
 from megatron_patch.stores.mp_rank import MpRankReader
 from megatron_patch.stores.reader import Reader, Views
 from megatron_patch.tensor_io import disk
-from megatron_patch.tensor_io.disk import sync, sync_tree
+from megatron_patch.tensor_io.disk import sync_tree
 from megatron_patch.tensor_io.stream import BUFFER, read
 from megatron_patch.tensor_io.view import View
 
@@ -317,11 +318,7 @@ def write_dist(
 def _write_tracker(folder: Path) -> None:
     sync_tree(folder)
     disk.reached("shards synced")
-    tracker = folder / f"{TRACKER}.partial"
-    tracker.write_text(f"{RELEASE}\n")
-    sync(tracker)
-    disk.reached("tracker written")
-    tracker.rename(folder / TRACKER)
+    write_whole(folder / TRACKER, f"{RELEASE}\n")
 
 
 def num_bytes_written(llava: Llava, tp_size: int, pp_size: int, dtype: torch.dtype) -> int:

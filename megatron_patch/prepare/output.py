@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
@@ -18,8 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.files import marks
 from megatron_patch.files.names import MANIFEST
-from megatron_patch.files.whole import write_whole
+from megatron_patch.files.whole import removed_on_error, write_whole
 from megatron_patch.prepare.objects import Objects, is_url
 from megatron_patch.prepare.own import LOCK, PLAN, RECORDS, check_folder, check_list, lock, remove_temporary
 
@@ -136,7 +136,7 @@ class LocalOutput:
         descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             _lock(descriptor, aside)
-            with _removed_on_error(aside):
+            with removed_on_error(aside, aside):
                 os.ftruncate(descriptor, 0)
                 yield descriptor
                 os.fsync(descriptor)
@@ -279,26 +279,12 @@ def _is_intact(path: Path, record: Record) -> bool:
     return crc32 == record.crc32
 
 
-@contextmanager
-def _removed_on_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        path.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk, by the descriptor
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-
-
 def _lock(descriptor: int, path: Path) -> None:
     """Raises ValueError when another process writes the file, or has just put it in its place."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_there = path.stat().st_ino == os.fstat(descriptor).st_ino
-    except (BlockingIOError, FileNotFoundError):
-        is_there = False
-    if not is_there:
-        raise ValueError(f"{path}: another conversion is writing it; wait for it, or end it")
+        marks.lock(descriptor, path)
+    except BlockingIOError:
+        raise ValueError(f"{path}: another conversion is writing it; wait for it, or end it") from None
 
 
 def _named(place: str) -> Path:

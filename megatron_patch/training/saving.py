@@ -30,6 +30,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_patch.config.train import Config
 from megatron_patch.conversion.companions import TRACKER
 from megatron_patch.files.marks import MARK, beside, claim, discard, is_ours, release
+from megatron_patch.files.whole import write_whole
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.stores import checksums
 from megatron_patch.tensor_io import disk
@@ -149,11 +150,7 @@ class Saver:
         disk.sync(self.target.parent)
         disk.sync(self.target)
         tracker = self.target.parent / TRACKER
-        temporary = beside(tracker)
-        temporary.write_text(str(int(self.target.name.removeprefix("iter_"))))
-        disk.sync(temporary)
-        disk.reached("tracker written")
-        temporary.rename(tracker)
+        write_whole(tracker, str(int(self.target.name.removeprefix("iter_"))))
         disk.reached("tracker renamed")
         disk.sync(tracker.parent)
         if self.config.checkpoint.keep_checkpoints is not None:
