@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from megatron_patch.config.flags import parse
 from megatron_patch.conversion import companions
 from megatron_patch.conversion.settings import (
@@ -33,6 +31,7 @@ from megatron_patch.conversion.settings import (
 from megatron_patch.families import llava_repository
 from megatron_patch.families.llava import describe
 from megatron_patch.families.sizes import Llava
+from megatron_patch.files.meter import Meter
 from megatron_patch.files.terminal import loading
 from megatron_patch.files.unchanged import Unchanged
 from megatron_patch.files.whole import check_target, written_aside
@@ -219,8 +218,8 @@ def _write_mcore(conversion: Conversion, folder: Path, mcore: Reader, llava: Lla
             tp_size=conversion.tensor_model_parallel_size,
             stages=stages_of(conversion, llava),
         )
-    with _progress(_num_bytes(conversion, llava)) as bar:
-        write(folder, mcore, llava, args=_args(conversion, llava), source=identity(files), progress=bar.update)
+    with Meter(_num_bytes(conversion, llava), "B") as meter:
+        write(folder, mcore, llava, args=_args(conversion, llava), source=identity(files), progress=meter.add)
 
 
 def _wrote(conversion: Conversion) -> str:
@@ -289,13 +288,13 @@ def _write_export(conversion: Conversion, folder: Path, config: dict[str, Any], 
     for name, view in with_rows(weights, llava, vocab_size).views.items():
         writer.add(name, view)
     # What reads a tokenizer takes as long to import as gigabytes to copy.
-    with ThreadPoolExecutor(max_workers=1) as pool, _progress(writer.total_size) as bar:
+    with ThreadPoolExecutor(max_workers=1) as pool, Meter(writer.total_size, "B") as meter:
         described = pool.submit(_describe_export, conversion, folder, config, llava, vocab_size)
 
         def update(num_bytes: int) -> None:
             if described.done():
                 described.result()
-            bar.update(num_bytes)
+            meter.add(num_bytes)
 
         writer.close(update)
         described.result()
@@ -370,7 +369,3 @@ def _args(conversion: Conversion, llava: Llava) -> dict[str, Any]:
     padded = llava.language.padded_vocab_size(conversion.tensor_model_parallel_size)
     sizes = {**dataclasses.asdict(llava.language), "vision": dataclasses.asdict(llava.vision)}
     return {**sizes, "padded_vocab_size": padded, "params_dtype": DTYPES[conversion.precision]}
-
-
-def _progress(num_bytes: int) -> tqdm:
-    return tqdm(total=num_bytes, unit="B", unit_scale=True, desc="converting", file=sys.stderr)

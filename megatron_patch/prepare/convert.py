@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_patch.config.dataset import Settings
+from megatron_patch.files.meter import Meter
 from megatron_patch.files.text import printable
 from megatron_patch.prepare.lengths import Lengths, Measure
 from megatron_patch.prepare.objects import is_url
@@ -15,7 +17,6 @@ from megatron_patch.prepare.output import LocalOutput, ObjectOutput, Record, mak
 from megatron_patch.prepare.own import check_apart
 from megatron_patch.prepare.pictures import Pictures, open_roots
 from megatron_patch.prepare.prepare import prepare_energon
-from megatron_patch.prepare.progress import Progress
 from megatron_patch.prepare.samples import read_samples
 from megatron_patch.prepare.shards import Job, TooManyRejected
 from megatron_patch.prepare.workers import Tell, run
@@ -118,21 +119,19 @@ def _plan_of_images(settings: Settings) -> list[str] | None:
 
 def _write_shards(job: Job, shards: range, settings: Settings) -> list[Record]:
     records: list[Record] = []
-    progress = Progress(sum(len(job.positions(shard)) for shard in shards))
+    num_samples = sum(len(job.positions(shard)) for shard in shards)
     answers = run(job.write, shards, settings.num_workers)
     try:
-        for answer in answers:
-            if isinstance(answer, int):
-                progress.add(answer)
-                continue
-            records.append(answer)
-            if sum(len(record.rejected) for record in records) > job.max_rejected:
-                raise TooManyRejected([])
+        with Meter(num_samples, "samples") as meter, contextlib.closing(answers):
+            for answer in answers:
+                if isinstance(answer, int):
+                    meter.add(answer)
+                    continue
+                records.append(answer)
+                if sum(len(record.rejected) for record in records) > job.max_rejected:
+                    raise TooManyRejected([])
     except TooManyRejected as error:
         _stop(job, [*error.args[0], *(line for record in records for line in record.rejected)], settings)
-    finally:
-        answers.close()
-        progress.close()
     return sorted(records, key=lambda record: record.shard)
 
 

@@ -10,7 +10,7 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -31,7 +31,7 @@ PART = 16384
 """Bytes that a process hands over at a time: the system takes them as a whole, so that nobody waits for the rest."""
 
 
-def run(task: Callable[[int, Tell], T], shards: Sequence[int], num_workers: int) -> Iterator[T | int]:
+def run(task: Callable[[int, Tell], T], shards: Sequence[int], num_workers: int) -> Generator[T | int, None, None]:
     """`task(shard, tell)` for each shard, in any order: yields the results, and what `tell` is told as it comes.
 
     An exception of a task ends it, and with it the other processes. So does closing the iterator. ValueError, OSError
