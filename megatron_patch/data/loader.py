@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.energon import SavableDataLoader, WorkerConfig, load_dataset
+from megatron.energon import WorkerConfig, load_dataset
 from megatron.energon.epathlib import EPath
 from megatron.energon.errors import FatalSampleError
 from megatron.energon.metadataset.loader_interface import LoadedDatasetList
@@ -29,6 +29,7 @@ from megatron_patch.data import position, readers
 from megatron_patch.data.dataset_code import DatasetCodeError, guarded
 from megatron_patch.data.failures import Failures
 from megatron_patch.data.mock import MockLoader
+from megatron_patch.data.private_api import StartedLoader
 from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
 from megatron_patch.families.sizes import Llava
 from megatron_patch.files.names import MANIFEST
@@ -46,7 +47,7 @@ PREPARE = (
 )
 
 
-class Loader(SavableDataLoader[Batch]):
+class Loader(StartedLoader[Batch]):
     """An endless energon loader that knows what its position means. Its workers live as long as its one iterator."""
 
     def __init__(
@@ -63,7 +64,6 @@ class Loader(SavableDataLoader[Batch]):
         self.shared_memory = (ahead * self.num_workers + 1) * size if self.num_workers else 0
         """Bytes that what was read ahead, and the batch that is trained, take of it."""
         self._killed_by: int | None = None
-        self._begun: Any = None
         self._seconds = seconds
         if self.num_workers:
             self.worker_init_fn = functools.partial(readers.begin, self.worker_init_fn, failures.dataset)
@@ -84,18 +84,12 @@ class Loader(SavableDataLoader[Batch]):
     def begin(self) -> None:
         """Start the workers, which begin to read. Raises ValueError where that cannot be."""
         assert not self.is_closed, "its workers ended"
-        if self.num_workers and self._iterator is None and self._begun is None:
-            try:
-                self._begun = super()._get_iterator()
-            except OSError as error:
-                raise ValueError(
-                    f"{self.failures.dataset}: a process to read it cannot be started ({error}); use fewer "
-                    f"--num-workers"
-                ) from error
-
-    def _get_iterator(self) -> Any:
-        begun, self._begun = self._begun, None
-        return super()._get_iterator() if begun is None else begun
+        try:
+            self.start_workers()
+        except OSError as error:
+            raise ValueError(
+                f"{self.failures.dataset}: a process to read it cannot be started ({error}); use fewer --num-workers"
+            ) from error
 
     def _batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         try:
@@ -126,28 +120,19 @@ class Loader(SavableDataLoader[Batch]):
             self._killed_by = self._killed_by or readers.was_killed(worker)
 
     def close(self) -> None:
-        """End the workers. Left to the garbage collector, which first ends queues' threads, each takes 5 seconds."""
-        if self.num_workers and self._running is not None and not self.is_closed:
+        """End the workers."""
+        if self.num_workers and self.has_started and not self.is_closed:
             # Seen before they end: what reads in a thread may close this while the main one looks for the reason.
             self._note_killed(worker for worker in self.workers if (worker.exitcode or 0) < 0)
-            self._running._shutdown_workers()
+            self.end_workers()
             self.is_closed = True
 
     def _awaited(self) -> tuple[int, int]:
         """Number and process id of the reader whose batch is next."""
         if not self.workers:
             return 0, os.getpid()
-        number, *_ = self._running._task_info.get(self._running._rcvd_idx, (0,))
+        number = self.next_worker
         return number, self.workers[number].pid
-
-    @property
-    def workers(self) -> list[multiprocessing.Process]:
-        """The processes that read; none before they began."""
-        return getattr(self._running, "_workers", [])
-
-    @property
-    def _running(self) -> Any:
-        return self._iterator if self._begun is None else self._begun
 
 
 @contextlib.contextmanager

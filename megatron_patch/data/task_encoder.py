@@ -110,8 +110,16 @@ class BytesDecoder(SampleDecoder):
     """Parses json and text and leaves images as bytes: decoding them is the encoder's part, where it is guarded."""
 
     def __init__(self) -> None:
-        self._config = {"image_decode": "bytes"}
-        self._decoder = Decoder([], pre=[], post=[_parse])
+        super().__init__()
+        self._parser = Decoder([], pre=[], post=[_parse])
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """A sample's entries, by their extensions."""
+        return self._parser(sample)
+
+    def config(self) -> dict[str, Any]:
+        """What energon writes down of a decoder."""
+        return {"image_decode": "bytes"}
 
 
 class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
