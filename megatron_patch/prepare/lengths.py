@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron_patch.data.prompts import IMAGE, Turn, find_format, prompt_format
+from megatron_patch.families.llava import describe_vision_model
 from megatron_patch.prepare.workers import Tell
 
 CLIP_L_336 = 576
@@ -67,12 +68,11 @@ class Measure:
         try:
             config = json.loads(path.read_bytes())
             vision = config.get("vision_config")
-            # CLIPVisionConfig's own sizes where the file leaves them out.
-            side = vision.get("image_size", 224) // vision.get("patch_size", 32) if vision is not None else None
-            self.num_image_tokens = CLIP_L_336 if side is None else side**2
+            tower = None if vision is None else describe_vision_model(vision)
             family = (config.get("text_config") or config).get("model_type", "")
-        except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"--tokenizer {folder}: its config.json is no model's ({error}); copy it again") from None
+        self.num_image_tokens = CLIP_L_336 if tower is None else tower.num_image_tokens
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # several processes count
         try:
             self._tokenizer = _load(Path(folder), is_llava=vision is not None)

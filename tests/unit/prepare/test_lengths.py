@@ -14,8 +14,9 @@ from tests.unit.data.samples import convert_folder, describe, settings, write_an
 @pytest.mark.parametrize("workers", [1, 2])
 def test_lengths_are_those_of_training(workers, tmp_path):
     model = describe(tmp_path / "model")
+    tower = {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 7}
     (tmp_path / "model" / "config.json").write_text(
-        json.dumps({"text_config": {"model_type": "mistral"}, "vision_config": {"image_size": 28, "patch_size": 7}})
+        json.dumps({"text_config": {"model_type": "mistral"}, "vision_config": tower})
     )
     entries = write_pretrain(tmp_path / "data", 20)
     for index, sample in enumerate(entries[:10]):
@@ -53,6 +54,11 @@ def test_a_language_model_alone_counts_pictures_as_llavas(tmp_path):
     [
         ("config.json", "[", "its config.json is no model's"),
         ("config.json", '{"vision_config": 7}', "its config.json is no model's"),
+        (
+            "config.json",
+            '{"vision_config": {"model_type": "x"}}',
+            "no model's .vision tower: model_type 'x' is not supp",
+        ),
         ("tokenizer.json", "{}", "its tokenizer is not readable"),
         ("tokenizer.json", None, "neither tokenizer.json nor tokenizer.model"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json: holds a list"),
