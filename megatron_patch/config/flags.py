@@ -13,9 +13,12 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def parse(config_class: type[T], argv: Sequence[str], *, positional: str | None = None) -> T:
@@ -140,10 +143,12 @@ def _default_text(setting: Field) -> str:
 def _help_texts(owner: type) -> dict[str, str]:
     """The sentence under each field, read from the class's source."""
     (class_node,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+    assert isinstance(class_node, ast.ClassDef)
     texts = {}
     for node, following in zip(class_node.body, class_node.body[1:], strict=False):
         if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
-            texts[node.target.id] = inspect.cleandoc(following.value.value)
+            assert isinstance(node.target, ast.Name)
+            texts[node.target.id] = inspect.cleandoc(ast.literal_eval(following.value))
     return texts
 
 

@@ -1,13 +1,14 @@
 """All that is used here of what torch, energon and Python do not promise, behind names of our own.
 
 Read in torch 2.13.0 (torch/utils/data/dataloader.py, torch/_utils.py), energon 7.4.1 (typed_converter.py,
-module_loader.py, flavors/webdataset/metadata.py) and CPython 3.11 (multiprocessing/queues.py). A test for each says
-when one of them is gone or has another meaning.
+module_loader.py, flavors/webdataset/metadata.py) and CPython 3.11 (multiprocessing/process.py, queues.py). A test for
+each says when one of them is gone or has another meaning.
 """
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.process
 import multiprocessing.queues
 import types
 from collections.abc import Callable, Iterator
@@ -76,6 +77,12 @@ def on_lost_batch(explain: Callable[[Exception], Exception]) -> None:
             results.put((item[0], ExceptionWrapper((type(reason), reason, None), "in a process that reads")))
 
     multiprocessing.queues.Queue._on_queue_feeder_error = hand_over
+
+
+def children() -> dict[int, str]:
+    """Processes that multiprocessing started here: pid -> name. What Python promises would reap those that ended."""
+    module: Any = multiprocessing.process
+    return {process.pid: process.name for process in list(module._children) if process.pid}
 
 
 @contextlib.contextmanager

@@ -194,6 +194,7 @@ def chat_template(
     if name == TOKENIZER:
         from megatron_patch.data.tokenize import open_tokenizer
 
+        assert folder is not None, "whose own it is"
         own = read_template(folder, open_tokenizer(folder))
         if own is None:
             raise ValueError(f"--prompt-format tokenizer: {folder} has no chat template; name a format")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import signal
 import threading
@@ -17,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +142,14 @@ class Answers:
 
     def get(self) -> Any:
         """The next one."""
-        loader, number = self._loader(), self._number
+        loader: Any = self._loader()
+        number = self._number
         reader = lambda: (number, loader.workers[number].pid)  # noqa: E731
         with waiting(Wait(self._dataset, "no answer", self._seconds, reader)):
             return self._answers.get()
 
 
-def was_killed(process: multiprocessing.Process) -> int | None:
+def was_killed(process: BaseProcess) -> int | None:
     """The number of the signal that ended it, if one did. That is noticed in several ways, some while it still ends."""
     with contextlib.suppress(RuntimeError):  # torch's, out of the signal that the process ended
         process.join(0.2)

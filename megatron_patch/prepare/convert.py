@@ -13,7 +13,7 @@ from megatron_patch.files.meter import Meter
 from megatron_patch.files.text import printable
 from megatron_patch.prepare.lengths import Lengths, Measure
 from megatron_patch.prepare.objects import is_url
-from megatron_patch.prepare.output import LocalOutput, ObjectOutput, Record, make_manifest, open_output
+from megatron_patch.prepare.output import LocalOutput, NoOutput, ObjectOutput, Record, make_manifest, open_output
 from megatron_patch.prepare.own import check_apart
 from megatron_patch.prepare.pictures import Pictures, open_roots
 from megatron_patch.prepare.prepare import prepare_energon
@@ -90,7 +90,7 @@ def convert(settings: Settings) -> Report:
             quarantine=output.quarantine,
             lengths=_measure(measure, job, records, settings) if measure else None,
         )
-        if not settings.dry_run and settings.part is None:
+        if not isinstance(output, NoOutput) and settings.part is None:
             _finish(output, report, plan, prepare=not settings.no_prepare)
         return report
     finally:

@@ -305,7 +305,8 @@ def _to_record(shard: str, content: Any) -> Record | None:
     """None for whatever is no record of that shard: it is written again."""
     try:
         rejected = [(int(position), str(name), str(why)) for position, name, why in content["rejected"]]
-        record = Record(**{**content, "rejected": rejected})
+        values: dict[str, Any] = {**content, "rejected": rejected}
+        record = Record(**values)
     except (TypeError, KeyError, ValueError):
         return None
     numbers = [value for name, value in asdict(record).items() if name not in ("shard", "rejected")]

@@ -166,7 +166,7 @@ def load_safetensors(path: Path, check: bool = True) -> dict[str, Tensor]:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(memoryview(as_bytes(tensor).numpy())).hexdigest()
+    return hashlib.sha256(as_bytes(tensor).numpy().data).hexdigest()
 
 
 def _header(views: Mapping[str, View], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:

@@ -127,7 +127,8 @@ def write_torch_dist(
 def _metadata(found: Sequence[Block], archives: Sequence[TorchArchive], nothing_size: int) -> Metadata:
     """What lies where, as torch.distributed.checkpoint reads it."""
     layers = Counter(block.key for block in found)
-    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    tensors: dict[str, TensorStorageMetadata] = {}
+    others: dict[str, BytesStorageMetadata] = {}
     places = {}
     for block, archive in zip(found, archives, strict=True):
         shape = block.sizes if block.layer is None else torch.Size((layers[block.key], *block.view.shape))
@@ -136,9 +137,9 @@ def _metadata(found: Sequence[Block], archives: Sequence[TorchArchive], nothing_
         entry.chunks.append(ChunkStorageMetadata(block.offsets, block.sizes))
         places[MetadataIndex(block.key, block.offsets)] = _StorageInfo(DATA, archive.start, archive.size)
     for key in dict.fromkeys(key for block in found for key in _extra_states(block, layers[block.key])):
-        tensors[key] = BytesStorageMetadata()
+        others[key] = BytesStorageMetadata()
         places[MetadataIndex(key)] = _StorageInfo(DATA, 0, nothing_size)
-    return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
+    return Metadata({**tensors, **others}, storage_data=places, storage_meta=StorageMeta())
 
 
 def _extra_states(block: Block, num_layers: int) -> Iterator[str]:

@@ -135,11 +135,11 @@ def grouped(targets: Iterable[Target]) -> list[list[Target]]:
         groups.setdefault(key, []).append(target)
 
     def place(group: list[Target]) -> tuple[str, int]:
-        found = (part for part in group[0].view.strips[0].parts if part.source is not None)
-        first = next(found, None)
-        if first is None or first.source.path is None:
+        found = ((part.source, part.row) for part in group[0].view.strips[0].parts if part.source is not None)
+        source, row = next(found, (None, 0))
+        if source is None or source.path is None:
             return "", 0
-        return str(first.source.path), first.source.offset + first.row * first.source.row_bytes
+        return str(source.path), source.offset + row * source.row_bytes
 
     return sorted(groups.values(), key=place)
 

@@ -61,6 +61,7 @@ class Source:
     @cached_property
     def made(self) -> Tensor:
         """What `make` gives, [rows, columns]."""
+        assert self.make is not None, self.name
         return self.make().detach().reshape(self.rows, self.columns).contiguous()
 
     def release(self) -> None:
@@ -140,7 +141,9 @@ class View:
 
     def unchecked(self) -> View:
         """The same values, read without comparing them with a manifest or a CRC-32: for what is read a second time."""
-        plain = {source: replace(source, digests=(), record=None) for source in self.sources}
+        plain: dict[Source | None, Source] = {
+            source: replace(source, digests=(), record=None) for source in self.sources
+        }
         strips = (
             Strip(strip.rows, tuple(part._replace(source=plain.get(part.source)) for part in strip.parts))
             for strip in self.strips

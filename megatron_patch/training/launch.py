@@ -91,7 +91,7 @@ def check_files(config: Config) -> None:
         ("--data-path", config.data.data_path),
         ("--valid-data-path", config.data.valid_data_path),
     ):
-        if path not in (None, MOCK) and not path.exists():
+        if path is not None and path != MOCK and not path.exists():
             raise FileNotFoundError(f"{flag} {path}: no such folder")
     for flag, path in (("--data-path", config.data.data_path), ("--valid-data-path", config.data.valid_data_path)):
         if path is not None and path.is_dir() and not (path / ".nv-meta" / "dataset.yaml").is_file():
@@ -290,7 +290,7 @@ def _not_saved(folder: Path, log: Path, first_rank: int) -> str | None:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     failures = {
-        first_rank + int(path.parent.name): ProcessFailure(int(path.parent.name), pid=0, exitcode=1, error_file=path)
+        first_rank + int(path.parent.name): ProcessFailure(int(path.parent.name), 0, 1, error_file=str(path))
         for path in folder.glob("*/attempt_*/*/error.json")
     }
     if failures:

@@ -308,7 +308,8 @@ def agree(action: Callable[..., T], *arguments: Any, rank: int | None = None) ->
 
     Waits for the slowest for as long as a disk may take.
     """
-    result = error = None
+    result: Any = None
+    error = None
     try:
         if rank in (None, dist.get_rank()):
             result = action(*arguments)
@@ -325,4 +326,6 @@ def agree(action: Callable[..., T], *arguments: Any, rank: int | None = None) ->
 @functools.lru_cache(maxsize=1)
 def _patient(world: dist.ProcessGroup) -> dist.ProcessGroup:
     """A group of the same processes for what waits for disks."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)
+    return group

@@ -84,10 +84,10 @@ class Saver:
 
     def _start(self, progress: Progress, position: bytes | None) -> None:
         agree(_make_empty, self.partial, rank=0)
-        written = []  # by this process itself
+        written: dict[Path, bytes] = {}  # by this process itself
         if position is not None:
-            written.append(position_file(self.partial, parallel_state.get_data_parallel_rank()))
-        agree(lambda: [path.write_bytes(position) for path in written])
+            written[position_file(self.partial, parallel_state.get_data_parallel_rank())] = position
+        agree(lambda: [path.write_bytes(content) for path, content in written.items()])
         model = model_state(self.chunks)
         request = dist_checkpointing.save(
             {
@@ -107,7 +107,7 @@ class Saver:
         if request.async_fn is not None:
             request = request._replace(async_fn=functools.partial(_write, request.async_fn, sums))
         request.finalize_fns.insert(0, lambda: agree(_written))
-        request.add_finalize_fn(lambda: self._publish(sums, written))
+        request.add_finalize_fn(lambda: self._publish(sums, [*written]))
         if self.config.checkpoint.async_save:
             if request.async_fn is not None:
                 request = request._replace(preload_fn=functools.partial(_stage, request.async_fn_args[1]))

@@ -6,6 +6,7 @@ Asked of them directly: where they change, this says which name, and not that tr
 from __future__ import annotations
 
 import multiprocessing.queues
+import os
 import time
 
 import braceexpand
@@ -18,7 +19,7 @@ from megatron.energon.module_loader import ModuleLoader
 from megatron.energon.typed_converter import JsonParser
 from torch.utils.data import DataLoader
 
-from megatron_patch.data.private_api import StartedLoader, on_lost_batch, replaced_in_energon
+from megatron_patch.data.private_api import StartedLoader, children, on_lost_batch, replaced_in_energon
 
 
 class Started(StartedLoader, DataLoader):
@@ -63,6 +64,15 @@ def test_workers_are_ended(loader):
     loader.end_workers()
     assert not any(worker.is_alive() for worker in loader.workers)
     assert time.monotonic() - start < 5
+
+
+def test_children_are_known_and_not_reaped():
+    child = torch.multiprocessing.get_context("fork").Process(target=lambda: None, name="reader")
+    child.start()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert children()[child.pid] == "reader"
+    assert os.waitpid(child.pid, os.WNOHANG) == (child.pid, 0)
+    child.join()
 
 
 def test_energons_loader_is_torchs():
