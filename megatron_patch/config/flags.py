@@ -24,7 +24,7 @@ T = TypeVar("T", bound="DataclassInstance")
 def parse(config_class: type[T], argv: Sequence[str], *, positional: str | None = None) -> T:
     """Build `config_class` from `--flag value` pairs. A mistake is one line on stderr and exit code 2.
 
-    `positional`: a setting that is given without its flag. Beside it, a bool's flag takes no value and means true.
+    `positional`: a setting that is given without its flag. Beside it, a bool's flag without a value means true.
     """
     parser = _Parser(description=inspect.getdoc(config_class), allow_abbrev=False, formatter_class=_Formatter)
     for owner, setting, kind in walk(config_class):
@@ -33,8 +33,6 @@ def parse(config_class: type[T], argv: Sequence[str], *, positional: str | None 
         help_text = f"{_help_texts(owner)[setting.name]} {_default_text(setting)}"
         if setting.name == positional:
             group.add_argument(setting.name, metavar=setting.name.upper(), type=_reader(kind), help=help_text)
-        elif positional and kind is bool:
-            group.add_argument(flag(setting.name), action="store_true", default=argparse.SUPPRESS, help=help_text)
         else:
             group.add_argument(
                 flag(setting.name),
@@ -45,11 +43,20 @@ def parse(config_class: type[T], argv: Sequence[str], *, positional: str | None 
                 metavar=_values(kind),
                 help=help_text,
             )
+    if positional:
+        switches = {flag(setting.name) for _, setting, kind in walk(config_class) if kind is bool}
+        argv = list(_with_values(argv, switches))
     given = vars(parser.parse_args(argv))
     try:
         return _build(config_class, given)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _with_values(argv: Sequence[str], switches: set[str]) -> Iterator[str]:
+    """Each of `switches` that has no value gets one."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        yield f"{word}=true" if word in switches and following not in ("true", "false") else word
 
 
 def flag(field_name: str) -> str:
