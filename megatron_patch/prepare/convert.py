@@ -13,7 +13,7 @@ from megatron_patch.files.meter import Meter
 from megatron_patch.files.text import printable
 from megatron_patch.prepare.lengths import Lengths, Measure
 from megatron_patch.prepare.objects import is_url
-from megatron_patch.prepare.output import LocalOutput, NoOutput, ObjectOutput, Record, make_manifest, open_output
+from megatron_patch.prepare.output import LocalOutput, NoOutput, ObjectOutput, ShardRecord, make_manifest, open_output
 from megatron_patch.prepare.own import check_apart
 from megatron_patch.prepare.pictures import Pictures, open_roots
 from megatron_patch.prepare.prepare import prepare_energon
@@ -26,7 +26,7 @@ from megatron_patch.prepare.workers import Tell, run
 class Report:
     """What became of the samples: given = written + rejected."""
 
-    records: list[Record]
+    records: list[ShardRecord]
     """The shards', in their order."""
     num_shards: int
     """Of the whole output; `records` are fewer with --part."""
@@ -117,8 +117,8 @@ def _plan_of_images(settings: Settings) -> list[str] | None:
     ]
 
 
-def _write_shards(job: Job, shards: range, settings: Settings) -> list[Record]:
-    records: list[Record] = []
+def _write_shards(job: Job, shards: range, settings: Settings) -> list[ShardRecord]:
+    records: list[ShardRecord] = []
     num_samples = sum(len(job.positions(shard)) for shard in shards)
     answers = run(job.write, shards, settings.num_workers)
     try:
@@ -135,7 +135,7 @@ def _write_shards(job: Job, shards: range, settings: Settings) -> list[Record]:
     return sorted(records, key=lambda record: record.shard)
 
 
-def _measure(measure: Measure, job: Job, records: list[Record], settings: Settings) -> Lengths | None:
+def _measure(measure: Measure, job: Job, records: list[ShardRecord], settings: Settings) -> Lengths | None:
     rejected = {position for record in records for position, *_ in record.rejected}
 
     def count(shard: int, tell: Tell) -> Counter[int]:

@@ -58,7 +58,7 @@ EXTRA_STATES = {
 
 
 @dataclass(frozen=True)
-class Block:
+class StoredBlock:
     """A tensor of the model and its place in the stored one."""
 
     name: str
@@ -92,7 +92,7 @@ def write_torch_dist(
     plain values. `source`, `progress`, errors: as `mp_rank.write_ranks`.
     """
     folder.mkdir()
-    found = [Block(name, weight, view, *stored_key(name)) for name, (weight, view) in planned.items()]
+    found = [StoredBlock(name, weight, view, *stored_key(name)) for name, (weight, view) in planned.items()]
     nothing = io.BytesIO()
     torch.save([None], nothing)  # what every `_extra_state` is, in a list as megatron.core has it: one for all of them
     with closing(OutputFile(folder / DATA)) as file:
@@ -124,7 +124,7 @@ def write_torch_dist(
     disk.reached("manifest written")
 
 
-def _metadata(found: Sequence[Block], archives: Sequence[TorchArchive], nothing_size: int) -> Metadata:
+def _metadata(found: Sequence[StoredBlock], archives: Sequence[TorchArchive], nothing_size: int) -> Metadata:
     """What lies where, as torch.distributed.checkpoint reads it."""
     layers = Counter(block.key for block in found)
     tensors: dict[str, TensorStorageMetadata] = {}
@@ -142,7 +142,7 @@ def _metadata(found: Sequence[Block], archives: Sequence[TorchArchive], nothing_
     return Metadata({**tensors, **others}, storage_data=places, storage_meta=StorageMeta())
 
 
-def _extra_states(block: Block, num_layers: int) -> Iterator[str]:
+def _extra_states(block: StoredBlock, num_layers: int) -> Iterator[str]:
     """Keys of the `_extra_state` that go with a block's module, as megatron.core's ShardedObject spells them."""
     path, _, parameter = block.key.rpartition(".")
     parent, _, module = path.rpartition(".")

@@ -111,11 +111,11 @@ def copy(
 def read(views: dict[str, View]) -> dict[str, Tensor]:
     """The tensors themselves, each in its own memory. Raises as `copy` does."""
     tensors = {name: torch.empty(view.shape, dtype=view.dtype) for name, view in views.items()}
-    copy((Target(name, view, Memory(tensors[name]), 0) for name, view in views.items() if view.nbytes), rest=False)
+    copy((Target(name, view, TensorFile(tensors[name]), 0) for name, view in views.items() if view.nbytes), rest=False)
     return tensors
 
 
-class Memory:
+class TensorFile:
     """A tensor as a file to write into."""
 
     def __init__(self, tensor: Tensor) -> None:

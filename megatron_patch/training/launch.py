@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""What ranks save after: `training.stopping`'s."""
+"""What ranks save after. A terminal that is closed sends SIGHUP; clusters (Slurm's --signal) announce the end with
+SIGUSR1."""
 STOPPED = tuple(128 + number for number in SIGNALS)
 """Exit codes of a run that a signal ended after it was saved."""
 

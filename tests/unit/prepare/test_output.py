@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_patch.files import whole
 from megatron_patch.prepare import output, own
-from megatron_patch.prepare.output import LocalOutput, Record
+from megatron_patch.prepare.output import LocalOutput, ShardRecord
 from megatron_patch.prepare.tar import TarWriter
 from tests.unit.data.samples import convert_folder, write_annotations, write_pretrain
 from tests.unit.prepare.shards import read_shards, rejects, shards
@@ -352,7 +352,10 @@ def test_links_that_are_made_after_the_look_are_not_followed(tmp_path, monkeypat
             own.lock(tmp_path / "lock", shared=False)
         output = LocalOutput(str(tmp_path / "wds"))
         output.partial = tmp_path
-        with pytest.raises(OSError, match="tmp"), output.new_shard("00000.tar", Record(shard="00000.tar", given=1)):
+        with (
+            pytest.raises(OSError, match="tmp"),
+            output.new_shard("00000.tar", ShardRecord(shard="00000.tar", given=1)),
+        ):
             pass
         monkeypatch.setattr(whole.marks, "beside", lambda path: path.with_name("list.0.tmp"))
         with pytest.raises(FileExistsError):
