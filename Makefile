@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup quickstart test lint docs matrix bench bench-training bench-converter bench-gpu clean
+.PHONY: setup quickstart check test lint docs matrix bench bench-training bench-converter bench-gpu clean
 
 setup: $(STAMP)
 
@@ -18,6 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	sh examples/llava_mcore/quickstart.sh
 
+check: lint test
+
 # A file's tests share what they set up, so that they stay together; in the files' order, the longest are not the last.
 # Hundreds of processes import what is compiled here, also where they may not write it (PYTHONDONTWRITEBYTECODE).
 test: $(STAMP)
@@ -27,6 +29,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/pyrefly check --output-format min-text
 	git ls-files '*.sh' .ci/run | xargs $(BIN)/shellcheck
 
 # The pages that say what the code says.

@@ -11,8 +11,10 @@ import torch
 from transformers import CLIPVisionConfig, LlavaConfig, MistralConfig
 
 from megatron_patch.config.train import Checkpoint, Config, Data, Model, Optimizer, Training
+from megatron_patch.conversion.companions import preprocessor_config
 from megatron_patch.data.task_encoder import MULTIPLE, PADDING, Batch
 from megatron_patch.data.tokenize import IGNORE
+from megatron_patch.families.llava import read_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +89,7 @@ def write_description(folder: Path, size: str, num_layers: int | None = None) ->
         patch_size=PATCH,
     )
     LlavaConfig(text_config=text, vision_config=vision, image_token_index=sizes.vocab_size - 1).save_pretrained(folder)
-    preprocessor = {
-        "size": {"shortest_edge": sizes.image_size},
-        "crop_size": {"height": sizes.image_size, "width": sizes.image_size},
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }
+    preprocessor = preprocessor_config(read_config(folder).vision)
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
 
 

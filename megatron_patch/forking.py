@@ -64,6 +64,7 @@ def _fork_and_wait(patience: float) -> int | None:
     """What `os.fork` gives, in both processes; None where the new one did not come up, which is gone then."""
     here, there = socket.socketpair()
     with here, there:
+        assert _fork is not None, "not `needed`"
         pid = _fork()
         if pid == 0:
             _ask(here, there)

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from megatron_patch.conversion.commands import main as convert
+from megatron_patch.families.hf_config import describe_vision_model, preprocessor_config
 
 # Awkward on purpose: three query heads per group, head_dim given and unlike hidden / heads, a vocabulary that 128 does
 # not divide, a norm epsilon and a rope theta that are no default.
@@ -91,25 +92,8 @@ def save_clip(folder: Path, dtype: torch.dtype = torch.float32, **changed) -> Pa
     config = CLIPVisionConfig(**{**VISION_SIZES, **changed})
     model = _random(CLIPVisionModel, config, dtype)
     model.save_pretrained(folder)
-    size = config.image_size
-    (Path(folder) / "preprocessor_config.json").write_text(
-        json.dumps(
-            {
-                "image_processor_type": "CLIPImageProcessor",
-                "do_resize": True,
-                "size": {"shortest_edge": size},
-                "resample": 3,
-                "do_center_crop": True,
-                "crop_size": {"height": size, "width": size},
-                "do_rescale": True,
-                "rescale_factor": 1 / 255,
-                "do_normalize": True,
-                "image_mean": [0.48145466, 0.4578275, 0.40821073],
-                "image_std": [0.26862954, 0.26130258, 0.27577711],
-                "do_convert_rgb": True,
-            }
-        )
-    )
+    preprocessor = preprocessor_config(describe_vision_model(config.to_dict()))
+    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return Path(folder)
 
 

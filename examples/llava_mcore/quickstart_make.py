@@ -19,6 +19,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from megatron_patch.families.hf_config import describe_vision_model, preprocessor_config
+
 PICTURE_SIZE = 56
 # Pictures are drawn larger and scaled down, which smooths the edges.
 OVERSAMPLING = 3
@@ -195,26 +197,8 @@ def save_vision_tower(folder: Path, seed: int) -> None:
         initializer_range=0.1,
     )
     CLIPVisionModel(config).save_pretrained(folder)
-    side = {"height": PICTURE_SIZE, "width": PICTURE_SIZE}
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(
-            {
-                "image_processor_type": "CLIPImageProcessor",
-                "do_resize": True,
-                "size": {"shortest_edge": PICTURE_SIZE},
-                "resample": 3,
-                "do_center_crop": True,
-                "crop_size": side,
-                "do_rescale": True,
-                "rescale_factor": 1 / 255,
-                "do_normalize": True,
-                "image_mean": [0.48145466, 0.4578275, 0.40821073],
-                "image_std": [0.26862954, 0.26130258, 0.27577711],
-                "do_convert_rgb": True,
-            },
-            indent=2,
-        )
-    )
+    preprocessor = preprocessor_config(describe_vision_model(config.to_dict()))
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2))
 
 
 def main() -> None:

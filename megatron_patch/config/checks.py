@@ -7,9 +7,13 @@ import math
 import sysconfig
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
-def require_finite(settings: object) -> None:
+def require_finite(settings: DataclassInstance) -> None:
     """Raise ValueError for the first field that is infinite or NaN."""
     for setting in fields(settings):
         value = getattr(settings, setting.name)

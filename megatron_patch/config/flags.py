@@ -14,15 +14,18 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def parse(config_class: type[T], argv: Sequence[str], *, positional: str | None = None) -> T:
     """Build `config_class` from `--flag value` pairs. A mistake is one line on stderr and exit code 2.
 
-    `positional`: a setting that is given without its flag. Beside it, a bool's flag takes no value and means true.
+    `positional`: a setting that is given without its flag. Beside it, a bool's flag without a value means true.
     """
     parser = _Parser(description=inspect.getdoc(config_class), allow_abbrev=False, formatter_class=_Formatter)
     for owner, setting, kind in walk(config_class):
@@ -31,8 +34,6 @@ def parse(config_class: type[T], argv: Sequence[str], *, positional: str | None 
         help_text = f"{help_texts(owner)[setting.name]} ({default_text(setting)})"
         if setting.name == positional:
             group.add_argument(setting.name, metavar=setting.name.upper(), type=_reader(kind), help=help_text)
-        elif positional and kind is bool:
-            group.add_argument(flag(setting.name), action="store_true", default=argparse.SUPPRESS, help=help_text)
         else:
             group.add_argument(
                 flag(setting.name),
@@ -43,11 +44,20 @@ def parse(config_class: type[T], argv: Sequence[str], *, positional: str | None 
                 metavar=values_text(kind),
                 help=help_text,
             )
+    if positional:
+        switches = {flag(setting.name) for _, setting, kind in walk(config_class) if kind is bool}
+        argv = list(_with_values(argv, switches))
     given = vars(parser.parse_args(argv))
     try:
         return _build(config_class, given)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _with_values(argv: Sequence[str], switches: set[str]) -> Iterator[str]:
+    """Each of `switches` that has no value gets one."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        yield f"{word}=true" if word in switches and following not in ("true", "false") else word
 
 
 def flag(field_name: str) -> str:
@@ -143,10 +153,12 @@ def default_text(setting: Field) -> str:
 def help_texts(owner: type) -> dict[str, str]:
     """The sentence under each field of a dataclass, read from the class's source."""
     (class_node,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+    assert isinstance(class_node, ast.ClassDef)
     texts = {}
     for node, following in zip(class_node.body, class_node.body[1:], strict=False):
         if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
-            texts[node.target.id] = inspect.cleandoc(following.value.value)
+            assert isinstance(node.target, ast.Name)
+            texts[node.target.id] = inspect.cleandoc(ast.literal_eval(following.value))
     return texts
 
 

@@ -24,6 +24,7 @@ from megatron_patch.files.names import model_folder
 MOCK = Path("mock")
 """In place of a dataset: random samples."""
 Precision = Literal["bf16", "fp16", "fp32", "fp8"]
+Recompute = Literal["none", "sel", "full", "offload", "true", "false"]
 PromptFormatName = Literal["auto", "mistral", "llama_2", "llama_3", "v1", "plain", "chatml", "nvgpt", "tokenizer"]
 
 
@@ -90,7 +91,9 @@ class Model:
     @property
     def description(self) -> Path:
         """Folder that describes the model: config.json, tokenizer, processor."""
-        return model_folder(self.model_config or self.pretrained_checkpoint)
+        folder = self.model_config or self.pretrained_checkpoint
+        assert folder is not None, "refused above"
+        return model_folder(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +247,7 @@ class Training:
     train_iters: int
     """Iterations in all; a resumed run counts the ones before."""
 
-    recompute: Literal["none", "sel", "full", "offload", "true", "false"] = "none"
+    recompute: Recompute = "none"
     """Activations: sel (true) recomputes attention's, full whole layers; offload: kept on the CPU; none (false)."""
 
     recompute_method: Literal["uniform", "block"] | None = None
@@ -304,7 +307,8 @@ class Training:
     @property
     def recompute_granularity(self) -> Literal["selective", "full"] | None:
         """The setting in megatron.core's words; None where nothing is recomputed."""
-        return {"sel": "selective", "true": "selective", "full": "full"}.get(self.recompute)
+        names: dict[str, Literal["selective", "full"]] = {"sel": "selective", "true": "selective", "full": "full"}
+        return names.get(self.recompute)
 
 
 @dataclass(frozen=True, kw_only=True)

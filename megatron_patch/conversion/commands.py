@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from megatron_patch.config.flags import parse
 from megatron_patch.conversion import companions
 from megatron_patch.conversion.settings import (
@@ -32,6 +30,7 @@ from megatron_patch.conversion.settings import (
 from megatron_patch.families import llava_repository
 from megatron_patch.families.hf_config import describe, exported_config
 from megatron_patch.families.sizes import Llava, plain
+from megatron_patch.files.meter import Meter
 from megatron_patch.files.terminal import loading
 from megatron_patch.files.unchanged import Unchanged
 from megatron_patch.files.whole import check_target, written_aside
@@ -218,8 +217,8 @@ def _write_mcore(conversion: Conversion, folder: Path, mcore: Reader, llava: Lla
             tp_size=conversion.tensor_model_parallel_size,
             stages=stages_of(conversion, llava),
         )
-    with _progress(_num_bytes(conversion, llava)) as bar:
-        write(folder, mcore, llava, args=_args(conversion, llava), source=identity(files), progress=bar.update)
+    with Meter(_num_bytes(conversion, llava), "B") as meter:
+        write(folder, mcore, llava, args=_args(conversion, llava), source=identity(files), progress=meter.add)
 
 
 def _wrote(conversion: Conversion) -> str:
@@ -288,13 +287,13 @@ def _write_export(conversion: Conversion, folder: Path, config: dict[str, Any], 
     for name, view in with_rows(weights, llava, vocab_size).views.items():
         writer.add(name, view)
     # What reads a tokenizer takes as long to import as gigabytes to copy.
-    with ThreadPoolExecutor(max_workers=1) as pool, _progress(writer.total_size) as bar:
+    with ThreadPoolExecutor(max_workers=1) as pool, Meter(writer.total_size, "B") as meter:
         described = pool.submit(_describe_export, conversion, folder, config, llava, vocab_size)
 
         def update(num_bytes: int) -> None:
             if described.done():
                 described.result()
-            bar.update(num_bytes)
+            meter.add(num_bytes)
 
         writer.close(update)
         described.result()
@@ -334,7 +333,7 @@ def _write_parts(
     from megatron_patch.stores.mm_projector import write_mm_projector
 
     write_mm_projector(folder, weights)
-    tower_class, dtype = llava.vision.family.tower.hf_class, DTYPES[conversion.precision]
+    tower_class, dtype = llava.vision.family.hf_class, DTYPES[conversion.precision]
     write_parts(folder, weights, config, tower_class, dtype, conversion.max_shard_bytes)
     kept = next((f for f in (path / companions.SOURCE_TOKENIZER for path in carriers) if f.is_dir()), None)
     added = any(read_record(path).get("added_tokens") for path in carriers)
@@ -376,7 +375,3 @@ def _args(conversion: Conversion, llava: Llava) -> dict[str, Any]:
     sizes = {**plain(llava.language), "vision": plain(llava.vision)}
     sizes["add_qkv_bias"] = llava.language.family.has("linear_qkv.bias")
     return {**sizes, "padded_vocab_size": padded, "params_dtype": DTYPES[conversion.precision]}
-
-
-def _progress(num_bytes: int) -> tqdm:
-    return tqdm(total=num_bytes, unit="B", unit_scale=True, desc="converting", file=sys.stderr)

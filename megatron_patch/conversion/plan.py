@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +24,15 @@ from megatron_patch.families.sizes import Llava
 from megatron_patch.families.stages import Stage, pipeline_stages
 from megatron_patch.families.table import Weight
 from megatron_patch.files.names import COMMON, model_folder
+from megatron_patch.files.whole import write_whole
 from megatron_patch.stores import mp_rank
 from megatron_patch.stores.mp_rank import MpRankReader
 from megatron_patch.stores.reader import Reader, Views
 from megatron_patch.tensor_io import disk
-from megatron_patch.tensor_io.disk import sync, sync_tree
+from megatron_patch.tensor_io.disk import sync_tree
 from megatron_patch.tensor_io.stream import BUFFER, read
 from megatron_patch.tensor_io.view import View
 
-T = TypeVar("T", Tensor, View)
 RELEASE = "release"
 
 
@@ -117,13 +117,9 @@ def new_projector(rows: Iterable[Weight], seed: int) -> dict[str, Tensor]:
     return tensors
 
 
-def append_mean_rows(table: T, num_rows: int) -> T:
-    """`table` [n, h], a tensor or a view, with its mean row (computed in fp32) repeated up to `num_rows` rows."""
-    missing = num_rows - table.shape[0]
-    if isinstance(table, Tensor):
-        mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
-        return torch.cat([table, mean.expand(missing, -1)])
-    shape = (missing, table.shape[1])
+def append_mean_rows(table: View, num_rows: int) -> View:
+    """`table` [n, h] with its mean row repeated up to `num_rows` rows."""
+    shape = (num_rows - table.shape[0], table.shape[1])
     name = f"the mean row of {table.sources[0].name}"
     return View.cat([table, View.made(lambda: _mean_row(table).expand(shape), shape, table.dtype, name)])
 
@@ -224,7 +220,7 @@ def _check_vocabulary(folder: Path, target: Path, llava: Llava) -> None:
 
     Shapes tell every other size; a vocabulary that pads to the same one would pass for another's.
     """
-    said = {}
+    said: dict[Path, Any] = {}
     if (folder / CONFIG).is_file():
         said[folder / CONFIG] = read_config(folder).language.vocab_size
     for path in sorted([*target.glob(f"mp_rank_*/{mp_rank.FILE}"), *target.glob(COMMON)])[:1]:
@@ -317,11 +313,7 @@ def write_dist(
 def _write_tracker(folder: Path) -> None:
     sync_tree(folder)
     disk.reached("shards synced")
-    tracker = folder / f"{TRACKER}.partial"
-    tracker.write_text(f"{RELEASE}\n")
-    sync(tracker)
-    disk.reached("tracker written")
-    tracker.rename(folder / TRACKER)
+    write_whole(folder / TRACKER, f"{RELEASE}\n")
 
 
 def num_bytes_written(llava: Llava, tp_size: int, pp_size: int, dtype: torch.dtype) -> int:

@@ -155,7 +155,9 @@ class Conversion:
     @property
     def max_shard_bytes(self) -> int:
         """`max_shard_size` in bytes."""
-        number, unit = re.fullmatch(SIZE, self.max_shard_size).groups()
+        found = re.fullmatch(SIZE, self.max_shard_size)
+        assert found is not None, "refused above"
+        number, unit = found.groups()
         return int(number) * 1000 ** ("KMGT".index(unit) + 1)
 
     def verifies(self, num_bytes: int) -> bool:

@@ -52,7 +52,7 @@ def open_sources(llava: Llava, llm: Path, clip: Path | None, projector: Path | N
         config = read_json(llm / CONFIG) if (llm / CONFIG).is_file() else {}
         if is_repository(config):
             models = [open_model(llm, partial(_repository_name, llava)), open_model(clip, tower.hub_name)]
-            reader = _with_tower(*models, bool(config.get("unfreeze_mm_vision_tower")))
+            reader = _with_tower(models[0], models[1], bool(config.get("unfreeze_mm_vision_tower")))
         else:
             models = [open_model(llm, language.hub_name), open_model(clip, tower.hub_name)]
             if projector is None:
@@ -77,7 +77,7 @@ def open_model(folder: Path, rename: Callable[[str], str | None]) -> HfReader:
     return HfReader(folder, rename)
 
 
-def with_rows(reader: Reader, llava: Llava, num_rows: int) -> Reader:
+def with_rows(reader: Reader, llava: Llava, num_rows: int) -> Views:
     """A model (the hub's names) with `num_rows` rows in embedding and output layer; new ones are the others' mean."""
     tables = {name for weight in rows(llava) if weight.layout == "vocab" for name in weight.hf}
     views = {name: reader.view(name) for name in reader}

@@ -23,7 +23,7 @@ from megatron_patch.stores.torch_dist import model_tensors, read_metadata
 
 
 @dataclass(frozen=True)
-class Stored:
+class Contents:
     """Tensors as they lie on the disk."""
 
     kind: str
@@ -54,19 +54,19 @@ def summarize(path: Path) -> dict[str, str]:
     }
 
 
-def _stored(path: Path) -> Stored:
+def _stored(path: Path) -> Contents:
     """Find out the format."""
     if (path / companions.TRACKER).is_file():
         folder = companions.checkpoint_folder(path)
         text = (path / companions.TRACKER).read_text().strip()
         found = _megatron_core(folder)
-        return Stored(found.kind, found.tensors, found.files, {"iteration": text, **found.notes})
+        return Contents(found.kind, found.tensors, found.files, {"iteration": text, **found.notes})
     if (path / ".metadata").is_file() or any(path.glob("mp_rank_*")):
         return _megatron_core(path)
     return _hugging_face(path)
 
 
-def _hugging_face(path: Path) -> Stored:
+def _hugging_face(path: Path) -> Contents:
     notes = {}
     try:
         refuse_adapter(path)
@@ -84,10 +84,10 @@ def _hugging_face(path: Path) -> Stored:
     views = [reader.view(name) for name in reader]
     files = reader.files()
     kind = "Hugging Face, " + ("safetensors" if files[0].suffix == ".safetensors" else "torch.save")
-    return Stored(kind, [(view.dtype, view.shape) for view in views], files, notes)
+    return Contents(kind, [(view.dtype, view.shape) for view in views], files, notes)
 
 
-def _megatron_core(folder: Path) -> Stored:
+def _megatron_core(folder: Path) -> Contents:
     if (folder / ".metadata").is_file():
         metadata = read_metadata(folder / ".metadata")
         model = model_tensors(metadata)
@@ -95,7 +95,7 @@ def _megatron_core(folder: Path) -> Stored:
         others = sum("_extra_state" not in key for key in metadata.state_dict_metadata.keys() - model.keys())
         notes = {"beside the model": f"{others} entries of optimizer and progress"} if others else {}
         notes["manifest"] = _sums(folder) or _manifest(folder)
-        return Stored("Megatron-Core, torch_dist", tensors, sorted(folder.glob("*.distcp")), notes)
+        return Contents("Megatron-Core, torch_dist", tensors, sorted(folder.glob("*.distcp")), notes)
     stages = rank_files(folder)
     files = [file for ranks in stages for file in ranks]
     tensors = [tensor for file in files for tensor in _rank_tensors(file)]
@@ -103,7 +103,7 @@ def _megatron_core(folder: Path) -> Stored:
         "parallel sizes": f"TP {len(stages[0])} x PP {len(stages)}; values and tensors below are those of all ranks",
         "manifest": _manifest(folder),
     }
-    return Stored("Megatron-Core, mp_rank shards", tensors, files, notes)
+    return Contents("Megatron-Core, mp_rank shards", tensors, files, notes)
 
 
 def _rank_tensors(file: Path) -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:

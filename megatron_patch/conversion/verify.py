@@ -78,7 +78,10 @@ class Parity:
         """The content of parity.json; NaN is null there."""
         first = self.first_divergence
         blocks = [
-            {name: value if name == "name" or math.isfinite(value) else None for name, value in asdict(block).items()}
+            {
+                name: value if isinstance(value, str) or math.isfinite(value) else None
+                for name, value in asdict(block).items()
+            }
             for block in self.blocks
         ]
         return {
@@ -156,11 +159,12 @@ def _run_hf(llava: Llava, hf_config: dict[str, Any], weight: Load, input_ids: Te
     tied = llava.language.share_embeddings_and_output_weights
 
     def load(name: str) -> Tensor:
-        name = hub_name(llava, name)
-        return weight(EMBED_TOKENS if tied and name == LM_HEAD else name).float()
+        own = hub_name(llava, name)
+        assert own is not None, name
+        return weight(EMBED_TOKENS if tied and own == LM_HEAD else own).float()
 
     stream_weights(model, load)
-    modules = {name.removeprefix("model."): module for name, module in model.named_modules()}
+    modules: dict[str, Any] = {name.removeprefix("model."): module for name, module in model.named_modules()}
     tower = modules.get("vision_tower.vision_model", modules["vision_tower"])  # transformers 4 has one more module
     used = {name.split(".")[1] for row in llava.vision.family.weights for name in row.hf}
     for name in set(dict(tower.named_children())) - used:  # norm and pooling after the layers
@@ -221,7 +225,8 @@ def _make_buffers(model: nn.Module, config: LlavaConfig, device: torch.device) -
             if hasattr(child, "inv_freq"):
                 setattr(module, name, type(child)(config=config.text_config).to(device))
         if "position_ids" in module._buffers:
-            module.position_ids = torch.arange(module.num_positions, device=device).expand(1, -1)
+            count: Any = module.num_positions
+            module.position_ids = torch.arange(count, device=device).expand(1, -1)
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not left, f"constants of transformers' network that are not known here: {left}"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,11 +17,9 @@ import braceexpand
 import megatron.energon
 from megatron.energon import BaseCoreDatasetFactory, DatasetLoaderInterface, Sample
 from megatron.energon.epathlib import EPath
-from megatron.energon.flavors.webdataset import metadata
-from megatron.energon.module_loader import ModuleLoader
-from megatron.energon.typed_converter import JsonParser
 
 from megatron_patch.data.conversation import Conversation
+from megatron_patch.data.private_api import replaced_in_energon
 
 ENERGON = "megatron.energon"
 KINDS = (Sample, BaseCoreDatasetFactory, DatasetLoaderInterface)
@@ -44,32 +41,25 @@ def guarded(*, allow_code: bool) -> Iterator[None]:
         yield
         return
     read: list[str] = []  # the yaml files, the last being the one whose names are looked up
-    originals = JsonParser._resolve_object, ModuleLoader._load_module, EPath.open
+    plainly_opened = EPath.open
 
-    def resolve(parser: JsonParser, module_name: str, object_name: str, *_: Any, **__: Any) -> type:
+    def resolve(parser: object, module_name: str, object_name: str, *_: Any, **__: Any) -> type:
         found = _allowed(module_name, object_name)
         if found is None:
             raise _refused(read, f"{module_name}.{object_name}")
         return found
 
-    def load_module(loader: ModuleLoader, path: EPath | str) -> None:
+    def load_module(loader: object, path: EPath | str) -> None:
         raise _refused(read, str(path))
 
     def opened(path: EPath, *args: Any, **kwargs: Any) -> Any:
         if path.name.endswith((".yaml", ".yml")):
             read.append(str(path))
-        return originals[2](path, *args, **kwargs)
+        return plainly_opened(path, *args, **kwargs)
 
-    JsonParser._resolve_object, ModuleLoader._load_module, EPath.open = resolve, load_module, opened
-    metadata.braceexpand = types.SimpleNamespace(braceexpand=_expand)
-    # Modules that were allowed to an earlier dataset of this process are kept there.
-    kept, ModuleLoader._modules = ModuleLoader._modules, {}
-    try:
+    # Nor are modules known that an earlier dataset of this process was allowed.
+    with replaced_in_energon(resolve, load_module, opened, _expand):
         yield
-    finally:
-        JsonParser._resolve_object, ModuleLoader._load_module, EPath.open = originals
-        metadata.braceexpand = braceexpand
-        ModuleLoader._modules = kept
 
 
 def _expand(pattern: str, escape: bool = True) -> Iterator[str]:

@@ -90,8 +90,7 @@ def _unidentified(data: bytes) -> str:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        mark = image.getexif().get(ExifTags.Base.Orientation)
-        turn = TURNS.get(mark)
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
         return image  # damaged EXIF, for which Pillow raises what it likes: the image itself is whole
     return image if turn is None else image.transpose(turn)

@@ -184,7 +184,8 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     """From the first chunk, which is one of three kinds (RFC 9649)."""
     if data[8:15] == b"WEBPVP8":
         if data[15:16] == b"X":
-            return tuple(int.from_bytes(data[place : place + 3], "little") + 1 for place in (24, 27))
+            width, height = (int.from_bytes(data[place : place + 3], "little") + 1 for place in (24, 27))
+            return width, height
         if data[15:16] == b"L":
             (bits,) = struct.unpack_from("<I", data, 21)
             return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1

@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import math
-import multiprocessing
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.energon import SavableDataLoader, WorkerConfig, load_dataset
+from megatron.energon import WorkerConfig, load_dataset
 from megatron.energon.epathlib import EPath
 from megatron.energon.errors import FatalSampleError
 from megatron.energon.metadataset.loader_interface import LoadedDatasetList
@@ -28,7 +27,8 @@ from megatron_patch.config.train import MOCK, Config
 from megatron_patch.data import position, readers
 from megatron_patch.data.dataset_code import DatasetCodeError, guarded
 from megatron_patch.data.failures import Failures
-from megatron_patch.data.mock import MockLoader
+from megatron_patch.data.mock import BatchLoader, MockLoader
+from megatron_patch.data.private_api import StartedLoader
 from megatron_patch.data.task_encoder import Batch, LlavaTaskEncoder
 from megatron_patch.families.sizes import Llava
 from megatron_patch.files.names import MANIFEST
@@ -46,7 +46,7 @@ PREPARE = (
 )
 
 
-class Loader(SavableDataLoader[Batch]):
+class Loader(StartedLoader[Batch]):
     """An endless energon loader that knows what its position means. Its workers live as long as its one iterator."""
 
     def __init__(
@@ -63,20 +63,21 @@ class Loader(SavableDataLoader[Batch]):
         self.shared_memory = (ahead * self.num_workers + 1) * size if self.num_workers else 0
         """Bytes that what was read ahead, and the batch that is trained, take of it."""
         self._killed_by: int | None = None
-        self._begun: Any = None
         self._seconds = seconds
         if self.num_workers:
+            assert self.worker_init_fn is not None, "energon's"
             self.worker_init_fn = functools.partial(readers.begin, self.worker_init_fn, failures.dataset)
-        self.result_queues = [
+        queues: list[Any] = [  # what energon asks of them
             readers.Answers(answers, self, failures.dataset, number, seconds)
             for number, answers in enumerate(self.result_queues)
         ]
+        self.result_queues = queues
         # For its workers' seeds torch draws from this, not from the numbers that a model begins with.
         self.generator = torch.Generator()
         # Energon always pins, which without a device is only a warning.
         self.pin_memory = torch.cuda.is_available()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         """The workers begin to read now, not when the first batch is asked for."""
         self.begin()
         return self._batches(super().__iter__())
@@ -84,20 +85,14 @@ class Loader(SavableDataLoader[Batch]):
     def begin(self) -> None:
         """Start the workers, which begin to read. Raises ValueError where that cannot be."""
         assert not self.is_closed, "its workers ended"
-        if self.num_workers and self._iterator is None and self._begun is None:
-            try:
-                self._begun = super()._get_iterator()
-            except OSError as error:
-                raise ValueError(
-                    f"{self.failures.dataset}: a process to read it cannot be started ({error}); use fewer "
-                    f"--num-workers"
-                ) from error
+        try:
+            self.start_workers()
+        except OSError as error:
+            raise ValueError(
+                f"{self.failures.dataset}: a process to read it cannot be started ({error}); use fewer --num-workers"
+            ) from error
 
-    def _get_iterator(self) -> Any:
-        begun, self._begun = self._begun, None
-        return super()._get_iterator() if begun is None else begun
-
-    def _batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _batches(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
         try:
             while True:
                 with readers.waiting(readers.Wait(self.failures.dataset, "no batch", self._seconds, self._awaited)):
@@ -121,54 +116,47 @@ class Loader(SavableDataLoader[Batch]):
         if self._killed_by is not None:
             raise ValueError(readers.of_killed(self.failures.dataset, self._killed_by)) from error
 
-    def _note_killed(self, workers: Iterable[multiprocessing.Process]) -> None:
+    def _note_killed(self, workers: Iterable[BaseProcess]) -> None:
         for worker in workers:
             self._killed_by = self._killed_by or readers.was_killed(worker)
 
     def close(self) -> None:
-        """End the workers. Left to the garbage collector, which first ends queues' threads, each takes 5 seconds."""
-        if self.num_workers and self._running is not None and not self.is_closed:
+        """End the workers."""
+        if self.num_workers and self.has_started and not self.is_closed:
             # Seen before they end: what reads in a thread may close this while the main one looks for the reason.
             self._note_killed(worker for worker in self.workers if (worker.exitcode or 0) < 0)
-            self._running._shutdown_workers()
+            self.end_workers()
             self.is_closed = True
 
     def _awaited(self) -> tuple[int, int]:
         """Number and process id of the reader whose batch is next."""
         if not self.workers:
             return 0, os.getpid()
-        number, *_ = self._running._task_info.get(self._running._rcvd_idx, (0,))
-        return number, self.workers[number].pid
-
-    @property
-    def workers(self) -> list[multiprocessing.Process]:
-        """The processes that read; none before they began."""
-        return getattr(self._running, "_workers", [])
-
-    @property
-    def _running(self) -> Any:
-        return self._iterator if self._begun is None else self._begun
+        number = self.next_worker
+        pid = self.workers[number].pid
+        assert pid is not None, "it was started"
+        return number, pid
 
 
 @contextlib.contextmanager
-def reading(loader: Loader | MockLoader | None) -> Iterator[Iterator[Batch | None]]:
-    """`loader`'s batches, None for ever without one. What fails because a worker was killed says so.
+def reading(loader: BatchLoader | None) -> Iterator[Iterator[Batch]]:
+    """`loader`'s batches, and nothing without one. What fails because a worker was killed says so.
 
     The workers end with it.
     """
     try:
-        yield itertools.repeat(None) if loader is None else iter(loader)
+        yield iter(()) if loader is None else iter(loader)
     except Exception as error:
         # Torch raises in the midst of anything when one ends, and something else may have made its own of that.
-        if isinstance(loader, Loader):
+        if loader is not None:
             loader.raise_if_killed(error)
         raise
     finally:
-        if isinstance(loader, Loader):
+        if loader is not None:
             loader.close()
 
 
-def train_loader(config: Config, llava: Llava, *, rank: int, world_size: int) -> Loader | MockLoader:
+def train_loader(config: Config, llava: Llava, *, rank: int, world_size: int) -> BatchLoader:
     """Endless shuffled micro batches of the train split for data-parallel `rank` of `world_size`.
 
     The same arguments give the same batches, in however many processes. Raises ValueError for a dataset that is not
@@ -177,7 +165,7 @@ def train_loader(config: Config, llava: Llava, *, rank: int, world_size: int) ->
     return _loader(config, llava, config.data.data_path, "train", rank=rank, world_size=world_size)
 
 
-def valid_loader(config: Config, llava: Llava, *, rank: int, world_size: int) -> Loader | MockLoader:
+def valid_loader(config: Config, llava: Llava, *, rank: int, world_size: int) -> BatchLoader:
     """Endless micro batches of the val split in its order, which starts over at its end; see `train_loader`."""
     if config.data.valid_data_path is None:
         raise ValueError("--valid-data-path none: nothing to validate on")
@@ -186,7 +174,7 @@ def valid_loader(config: Config, llava: Llava, *, rank: int, world_size: int) ->
 
 def resumed_loader(
     config: Config, llava: Llava, read_position: Callable[[int], dict[str, Any]], *, rank: int, world_size: int
-) -> Loader | MockLoader:
+) -> BatchLoader:
     """A `train_loader` that goes on exactly where the ranks of a run stopped, fewer or more than `world_size` of them.
 
     `read_position`: number of a rank -> what `position.load` gives of its `save_position`. What a process reads follows
@@ -200,8 +188,8 @@ def resumed_loader(
     if not (isinstance(ranks, int) and isinstance(workers, int) and ranks > 0 and workers >= 0):
         raise ValueError(f"position in the data: {', '.join(SHARES)} are {ranks!r}, {workers!r}; expected numbers")
     dealt_anew = ranks != world_size and config.data.data_path != MOCK
+    num_workers = _workers_per_rank(ranks, workers, world_size, config) if dealt_anew else workers
     if dealt_anew:
-        num_workers = _workers_per_rank(ranks, workers, world_size, config)
         config = replace(config, data=replace(config.data, num_workers=num_workers))
         logger.info(
             f"{world_size} data-parallel ranks with {num_workers} reading processes each go on where {ranks} with "
@@ -235,8 +223,9 @@ def resumed_loader(
     return loader
 
 
-def save_position(loader: Loader | MockLoader) -> bytes:
+def save_position(loader: BatchLoader | None) -> bytes:
     """Where the loader is: its next batch, and what it is a position in. Not after its iterator is gone."""
+    assert loader is not None, "whose position is saved reads"
     assert not loader.is_closed, "its workers, who know the position, ended with its iterator"
     return position.dump({"fingerprint": loader.fingerprint, "state": loader.save_state_rank()})
 
@@ -257,7 +246,7 @@ def _workers_per_rank(ranks: int, workers: int, world_size: int, config: Config)
     return total // world_size
 
 
-def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, world_size: int) -> Loader | MockLoader:
+def _loader(config: Config, llava: Llava, path: Path, split: str, *, rank: int, world_size: int) -> BatchLoader:
     data = config.data
     encoder = LlavaTaskEncoder(config, llava)
     fingerprint = _fingerprint(config, encoder, split, world_size)

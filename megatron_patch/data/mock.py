@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,21 @@ CAPTION = 27
 """Median length of an answer in tokens; with `SPREAD` a mean of 30."""
 SPREAD = 0.45
 """Standard deviation of the answers' lengths, of their logarithm."""
+
+
+class BatchLoader(Protocol):
+    """What gives batches: a `loader.Loader` or a `MockLoader`."""
+
+    fingerprint: dict[str, Any]
+    is_closed: bool
+    shared_memory: int
+
+    def __iter__(self) -> Generator[Batch, None, None]: ...
+    def begin(self) -> None: ...
+    def close(self) -> None: ...
+    def raise_if_killed(self, error: Exception) -> None: ...
+    def save_state_rank(self) -> Any: ...
+    def restore_state_rank(self, state: Any) -> None: ...
 
 
 class MockLoader:
@@ -49,7 +64,13 @@ class MockLoader:
     def begin(self) -> None:
         """As `loader.Loader` has it; there is nobody to start."""
 
-    def __iter__(self) -> Iterator[Batch]:
+    def close(self) -> None:
+        """As above."""
+
+    def raise_if_killed(self, error: Exception) -> None:
+        """As above."""
+
+    def __iter__(self) -> Generator[Batch, None, None]:
         while True:
             number = self._taken + self._rank
             self._taken += self._world_size

@@ -22,12 +22,12 @@ LLaVA-1.5's second stage. square: to `crop_size` whatever its shape."""
 NESTED = "image_processor"
 TYPE = "image_processor_type"
 CLIP, LLAVA = "CLIPImageProcessor", "LlavaImageProcessor"
-TOWERS = [family.tower for family in VISION_FAMILIES.values()]
+TOWERS = VISION_FAMILIES.values()
 # What each class means by leaving a setting out. LLaVA's is CLIP's, with padding.
 DEFAULTS = {tower.image_processor: tower.image_settings for tower in TOWERS}
 DEFAULTS[LLAVA] = DEFAULTS[CLIP]
 # What transformers takes for a config.json's model_type where no file names a class.
-OF_MODELS = {family.name: family.tower.image_processor for family in VISION_FAMILIES.values()}
+OF_MODELS = {tower.name: tower.image_processor for tower in TOWERS}
 OF_MODELS |= {tower.whole_model: tower.image_processor for tower in TOWERS} | {"llava": LLAVA}
 # What all transforms do. Settings that ask for anything else are refused.
 SUPPORTED = {
@@ -188,26 +188,26 @@ def _settings(kind: str, config: dict[str, Any]) -> ImageSettings:
         raise ValueError(f"size is {_short(values['size'])}; {kind} takes height and width")
     crop = _lengths("crop_size", values.get("crop_size", size), square=True)
     pads = kind == LLAVA and bool(config.get("do_pad"))  # CLIP's class makes nothing of it
-    crop_size = (crop.get("height"), crop.get("width"))
+    height, width = crop.get("height"), crop.get("width")
     if set(size) == {"shortest_edge"} and crops:
         transform, edge = "pad" if pads else "clip", size["shortest_edge"]
     elif set(size) == {"height", "width"} and not pads:
         # Cutting the middle out of what has this size already changes nothing.
-        if crops and crop_size != (size["height"], size["width"]):
+        if crops and (height, width) != (size["height"], size["width"]):
             raise ValueError(f"size is {size!r} and crop_size another; only a shortest_edge can be cropped")
-        crop_size = (size["height"], size["width"])
-        transform, edge = "square", min(crop_size)
+        height, width = size["height"], size["width"]
+        transform, edge = "square", min(height, width)
     else:
         raise ValueError(
             f"size is {_short(size)} with do_center_crop {crops}; only a shortest_edge with it, and height and width "
             f"without it, are supported"
         )
-    if None in crop_size:
+    if height is None or width is None:
         raise ValueError(f"crop_size is {_short(values.get('crop_size'))}; expected height and width")
     mean, std = (_per_channel(name, values[name]) for name in ("image_mean", "image_std"))
     if 0 in std:
         raise ValueError(f"image_std is {_short(values['image_std'])}; expected no 0")
-    return ImageSettings(transform=transform, size=edge, crop_size=crop_size, mean=mean, std=std)
+    return ImageSettings(transform=transform, size=edge, crop_size=(height, width), mean=mean, std=std)
 
 
 def _lengths(name: str, value: object, square: bool) -> dict[str, int]:
@@ -223,11 +223,12 @@ def _lengths(name: str, value: object, square: bool) -> dict[str, int]:
     raise ValueError(f"{name} is {_short(value)}; expected numbers of pixels")
 
 
-def _per_channel(name: str, value: object) -> tuple[float, ...]:
+def _per_channel(name: str, value: object) -> tuple[float, float, float]:
     values = value if isinstance(value, list) else [value] * 3
     if len(values) != 3 or not all(type(number) in (int, float) and math.isfinite(number) for number in values):
         raise ValueError(f"{name} is {_short(value)}; expected three numbers")
-    return tuple(values)
+    red, green, blue = values
+    return red, green, blue
 
 
 def _short(value: object) -> str:

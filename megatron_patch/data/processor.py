@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from megatron_patch.config.train import Config
 from megatron_patch.data.preprocessor import preprocessor_of, read_image_settings, read_preprocessor
 from megatron_patch.data.prompts import chat_template, find_format
 from megatron_patch.data.tokenize import load_tokenizer
-from megatron_patch.files.marks import beside
-from megatron_patch.files.names import PREPROCESSOR
+from megatron_patch.files.names import CHAT_TEMPLATE, PREPROCESSOR
+from megatron_patch.files.whole import write_whole
 
 
 def write_processor(config: Config, family: str, folder: Path) -> None:
@@ -23,15 +22,8 @@ def write_processor(config: Config, family: str, folder: Path) -> None:
     if config.data.image_transform != "auto":
         settings = read_image_settings(description, config.data.image_transform)
         preprocessor = preprocessor_of(settings, read_preprocessor(description))
-        _write(folder / PREPROCESSOR, json.dumps(preprocessor, indent=2) + "\n")
+        write_whole(folder / PREPROCESSOR, json.dumps(preprocessor, indent=2) + "\n")
     tokenizer, marked = load_tokenizer(description), config.data.use_im_start_end
     name = find_format(config.data.prompt_format, description, family, tokenizer)
     template = chat_template(name, description, tokenizer, use_im_start_end=marked)
-    _write(folder / "chat_template.jinja", template)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    aside = beside(path)
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(folder / CHAT_TEMPLATE, template)

@@ -29,7 +29,7 @@ MARKED_IMAGE = "<im_start><image><im_end>"
 """`<image>` between NeVA's tokens, as `use_im_start_end` writes it."""
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 """Who speaks, in LLaVA's words and in those of chat templates."""
-TOKENIZER = "tokenizer"
+OWN_TEMPLATE = "tokenizer"
 """The prompt format that is the tokenizer's own chat template."""
 
 
@@ -113,7 +113,7 @@ def document_pieces(sequence: Sequence[str | bytes], tokenizer: Any) -> list[Pie
 
 def prompt_format(name: str, tokenizer: Any) -> Prompt:
     """The format of that name in the tokenizer's words. Raises ValueError when its end is not one token there."""
-    if name == TOKENIZER:
+    if name == OWN_TEMPLATE:
         return ChatTemplate(tokenizer)
     style = _begun(name, tokenizer).bound(tokenizer.bos_token or "", tokenizer.eos_token or "")
     end = style.end.strip()
@@ -170,7 +170,7 @@ def find_format(given: str, folder: Path, family: str, tokenizer: Any | None = N
     template = read_template(folder, tokenizer)
     usual = LANGUAGE_FAMILIES[family].prompt_format if family in LANGUAGE_FAMILIES else None
     if template is not None:
-        return _format_of(template, tokenizer, usual) or TOKENIZER
+        return _format_of(template, tokenizer, usual) or OWN_TEMPLATE
     if "vicuna" in _model_names(folder).lower():
         return "v1"
     if {"<|eot_id|>", "<|start_header_id|>"} <= set(_added_tokens(tokenizer)):
@@ -192,9 +192,10 @@ def chat_template(
     come first where the format has a place for it.
     """
     image = MARKED_IMAGE if use_im_start_end else IMAGE
-    if name == TOKENIZER:
+    if name == OWN_TEMPLATE:
         from megatron_patch.data.tokenize import open_tokenizer
 
+        assert folder is not None, "whose own it is"
         own = read_template(folder, open_tokenizer(folder))
         if own is None:
             raise ValueError(f"--prompt-format tokenizer: {folder} has no chat template; name a format")

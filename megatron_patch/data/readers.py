@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
-import multiprocessing.queues
 import os
 import signal
 import threading
@@ -18,12 +16,13 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from megatron.energon.errors import FatalSampleError
-from torch._utils import ExceptionWrapper
 
+from megatron_patch.data.private_api import on_lost_batch
 from megatron_patch.data.processes import in_words
 
 logger = logging.getLogger(__name__)
@@ -52,15 +51,12 @@ def begin(begin_worker: Callable[[int], None], dataset: Path, number: int) -> No
     """A reader's first step. What it cannot hand over, it says instead of it. `begin_worker`: energon's own step."""
     begin_worker(number)
 
-    def hand_over(results: Any, error: Exception, item: Any) -> None:
+    def explain(error: Exception) -> FatalSampleError:
         reason = " ".join(str(error).split()) or type(error).__name__
         advice = MORE_ROOM if "shared memory" in reason else "use fewer --num-workers"
-        fatal = FatalSampleError(f"{dataset}: a process that reads could not hand over a batch ({reason}); {advice}")
-        if isinstance(item, tuple):
-            results.put((item[0], ExceptionWrapper((FatalSampleError, fatal, None), "in a process that reads")))
+        return FatalSampleError(f"{dataset}: a process that reads could not hand over a batch ({reason}); {advice}")
 
-    # Python's hook for what fails in that thread, of the class: the queues are torch's and energon's.
-    multiprocessing.queues.Queue._on_queue_feeder_error = hand_over
+    on_lost_batch(explain)
 
 
 def is_hurried() -> bool:
@@ -146,13 +142,14 @@ class Answers:
 
     def get(self) -> Any:
         """The next one."""
-        loader, number = self._loader(), self._number
+        loader: Any = self._loader()
+        number = self._number
         reader = lambda: (number, loader.workers[number].pid)  # noqa: E731
         with waiting(Wait(self._dataset, "no answer", self._seconds, reader)):
             return self._answers.get()
 
 
-def was_killed(process: multiprocessing.Process) -> int | None:
+def was_killed(process: BaseProcess) -> int | None:
     """The number of the signal that ended it, if one did. That is noticed in several ways, some while it still ends."""
     with contextlib.suppress(RuntimeError):  # torch's, out of the signal that the process ended
         process.join(0.2)

@@ -97,7 +97,8 @@ BY_VALUE = ("input_ids", "labels")
 
 def _rebuild(values: dict[str, Any]) -> Batch:
     """What `Batch.__reduce__` took apart."""
-    return Batch(**(values | {name: torch.from_numpy(values[name]) for name in BY_VALUE}))
+    tensors: dict[str, Any] = {name: torch.from_numpy(values[name]) for name in BY_VALUE}
+    return Batch(**(values | tensors))
 
 
 def _parse(extension: str, data: bytes) -> Any:
@@ -110,8 +111,16 @@ class BytesDecoder(SampleDecoder):
     """Parses json and text and leaves images as bytes: decoding them is the encoder's part, where it is guarded."""
 
     def __init__(self) -> None:
-        self._config = {"image_decode": "bytes"}
-        self._decoder = Decoder([], pre=[], post=[_parse])
+        super().__init__()
+        self._parser = Decoder([], pre=[], post=[_parse])
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """A sample's entries, by their extensions."""
+        return self._parser(sample)
+
+    def config(self) -> dict[str, Any]:
+        """What energon writes down of a decoder."""
+        return {"image_decode": "bytes"}
 
 
 class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
@@ -200,8 +209,8 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
         return Pack.derive_from(samples[0], samples=samples)
 
     @stateless
-    def batch(self, samples: list[EncodedSample] | list[Pack]) -> Batch:
-        """Pad and stack, or put a pack's samples one after the other."""
+    def batch(self, samples: list[Any]) -> Batch:
+        """Pad and stack several `EncodedSample`, or put those of one `Pack` one after the other."""
         if isinstance(samples[0], Pack):
             (pack,) = samples
             return pack_samples(pack.samples, self.segment_multiple)
@@ -217,8 +226,9 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
         """A sample's text, cut where learned and given text meet, and its encoded images."""
         said = conversation.read(sample)
         if isinstance(said, InterleavedSample):
-            pieces = document_pieces(said.sequence, self.tokenizer)
-            pictures = [part for part in said.sequence if isinstance(part, bytes)]
+            sequence: list[Any] = said.sequence  # images as bytes, which is how `BytesDecoder` leaves them
+            pieces = document_pieces(sequence, self.tokenizer)
+            pictures = [part for part in sequence if isinstance(part, bytes)]
         else:
             pieces, pictures = self.prompt.pieces(said.turns), said.pictures
         return ((text.replace(IMAGE, self.image_text), is_learned) for text, is_learned in pieces), pictures

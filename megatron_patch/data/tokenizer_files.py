@@ -248,7 +248,9 @@ def _backend(backend: dict[str, Any], original: Any, tokens: dict[str, int]) -> 
 
 def _adds_nothing(processor: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[str]]:
     """A post-processor without what adds tokens, and the names of those that do more than begin and end a sequence."""
-    kind = processor["type"] if processor else None
+    if not processor:
+        return processor, []
+    kind = processor["type"]
     if kind == "Sequence":
         parts = [_adds_nothing(part) for part in processor["processors"]]
         left = [part for part, _ in parts if part is not None]
@@ -256,7 +258,7 @@ def _adds_nothing(processor: dict[str, Any] | None) -> tuple[dict[str, Any] | No
     if kind == "TemplateProcessing":
         kept = {name: [part for part in processor[name] if "Sequence" in part] for name in ("single", "pair")}
         return {**processor, **kept, "special_tokens": {}}, []
-    return (processor, []) if kind in (None, "ByteLevel") else (None, [f"a post-processor {kind}"])
+    return (processor, []) if kind == "ByteLevel" else (None, [f"a post-processor {kind}"])
 
 
 def _configured(config: dict[str, Any], original: Any, backend: dict[str, Any], rows: int) -> dict[str, Any]:

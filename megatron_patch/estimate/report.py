@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_patch.config.train import Config
+from megatron_patch.config.train import Config, Recompute
 from megatron_patch.estimate.cards import CARDS, Card
 from megatron_patch.estimate.memory import GIB, memory_report, plan
 from megatron_patch.estimate.time import Time, predict
@@ -113,9 +113,10 @@ def _candidates(config: Config, llava: Llava, world_size: int) -> Iterator[Confi
         for pp in divisors(cut.pipeline_model_parallel_size)
         for cp in divisors(cut.context_parallel_size)
     ]
+    recomputes: tuple[Recompute, ...] = ("none", config.training.recompute)
     for micro_batch in (1,) if config.data.packs else MICRO_BATCHES:
         for tp, pp, cp in sizes:
-            for recompute in dict.fromkeys(("none", config.training.recompute)):
+            for recompute in dict.fromkeys(recomputes):
                 try:
                     candidate = _changed(config, tp, pp, cp, micro_batch, recompute)
                     candidate.check(llava)
@@ -125,7 +126,7 @@ def _candidates(config: Config, llava: Llava, world_size: int) -> Iterator[Confi
                 yield candidate
 
 
-def _changed(config: Config, tp: int, pp: int, cp: int, micro_batch: int, recompute: str) -> Config:
+def _changed(config: Config, tp: int, pp: int, cp: int, micro_batch: int, recompute: Recompute) -> Config:
     parallel = replace(
         config.parallel,
         tensor_model_parallel_size=tp,

@@ -108,7 +108,7 @@ def predict(config: Config, llava: Llava, world_size: int, card: Card, kernels: 
     batch = _micro_batch(config, llava)
     memories = plan(config, llava, world_size, fraction=0.0)
     stages = [_stage(config, llava, stage, batch, card, kernels, memory) for stage, memory in enumerate(memories)]
-    slowest = max(stages, key=_Stage.seconds.fget)
+    slowest = max(stages, key=lambda stage: stage.seconds)
     bubble = (len(stages) - 1) / cut.virtual_pipeline_model_parallel_size
     iteration = (micro_batches + bubble) * slowest.seconds
     iteration += max(_step_seconds(config, memory, world_size, card, slowest.seconds) for memory in memories)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_patch.families.table import Family, Setting, Tower, Weight, column, qkv, replicated, row
+from megatron_patch.families.table import Setting, VisionFamily, Weight, column, qkv, replicated, row
 
 HF = "vision_model.encoder.layers.*."
 MCORE = "decoder.layers.*."
@@ -27,7 +27,7 @@ LAYERS = (
     replicated(MCORE + "mlp.linear_fc2.bias", HF + "mlp.fc2.bias"),
 )
 
-CLIP = Family(
+CLIP = VisionFamily(
     name="clip_vision_model",
     weights=(
         Weight("class_token", ("vision_model.embeddings.class_embedding",), layout="class_token"),
@@ -38,20 +38,18 @@ CLIP = Family(
     ),
     activation="quick_gelu",
     norm="LayerNorm",
-    tower=Tower(
-        hf_class="CLIPVisionModel",
-        whole_model="clip",
-        feature_layer=-2,
-        select_strategy="default",
-        image_processor="CLIPImageProcessor",
-        image_settings={
-            "size": {"shortest_edge": 224},
-            "do_center_crop": True,
-            "crop_size": {"height": 224, "width": 224},
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
-        },
-    ),
+    hf_class="CLIPVisionModel",
+    whole_model="clip",
+    feature_layer=-2,
+    select_strategy="default",
+    image_processor="CLIPImageProcessor",
+    image_settings={
+        "size": {"shortest_edge": 224},
+        "do_center_crop": True,
+        "crop_size": {"height": 224, "width": 224},
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    },
     settings=(
         Setting("hidden_size", "hidden_size", 768),
         Setting("ffn_hidden_size", "intermediate_size", 3072),

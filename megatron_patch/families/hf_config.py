@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_patch.families.registry import LANGUAGE_FAMILIES, VISION_FAMILIES
 from megatron_patch.families.sizes import LanguageModel, Llava, VisionModel
 from megatron_patch.families.table import MAX_SIZE, Family, Strategy, checked, short
+
+F = TypeVar("F", bound=Family)
 
 # LlavaConfig's settings that the network takes as given; an absent one means the first value.
 REQUIRED = {
@@ -125,7 +127,7 @@ def describe_vision_model(
     family = _family(VISION_FAMILIES, hf_config, "vision tower")
     settings = family.read_settings(hf_config)
     there = settings.pop("num_layers")
-    layer = family.tower.feature_layer if feature_layer is None else feature_layer
+    layer = family.feature_layer if feature_layer is None else feature_layer
     num_layers = layer if layer >= 0 else there + 1 + layer
     if not 1 <= num_layers <= there:
         raise ValueError(
@@ -135,7 +137,7 @@ def describe_vision_model(
         family=family,
         num_layers=num_layers,
         num_unused_layers=there - num_layers,
-        select_strategy=select_strategy or family.tower.select_strategy,
+        select_strategy=select_strategy or family.select_strategy,
         **settings,
     )
 
@@ -143,13 +145,13 @@ def describe_vision_model(
 def vision_config(hf_config: dict[str, Any]) -> dict[str, Any]:
     """The vision half of a whole CLIPModel's config.json and the like; a tower's own is returned as it is."""
     for family in VISION_FAMILIES.values():
-        if hf_config.get("model_type") == family.tower.whole_model:
+        if hf_config.get("model_type") == family.whole_model:
             half = checked("vision_config", hf_config.get("vision_config", {}), dict)
             return {"model_type": family.name, **half}
     return hf_config
 
 
-def _family(known: dict[str, Family], hf_config: dict[str, Any], what: str) -> Family:
+def _family(known: dict[str, F], hf_config: dict[str, Any], what: str) -> F:
     model_type = hf_config.get("model_type")
     if not isinstance(model_type, str) or model_type not in known:
         raise ValueError(f"{what}: model_type {short(model_type)} is not supported, only {', '.join(known)}")
@@ -167,8 +169,8 @@ def llava_config(text: dict[str, Any], tower: dict[str, Any], image_token_index:
         "multimodal_projector_bias": True,
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": False,
-        "vision_feature_layer": family.tower.feature_layer,
-        "vision_feature_select_strategy": family.tower.select_strategy,
+        "vision_feature_layer": family.feature_layer,
+        "vision_feature_select_strategy": family.select_strategy,
         "text_config": text,
         "vision_config": tower,
     }
@@ -211,13 +213,13 @@ def vision_settings(model: VisionModel) -> dict[str, Any]:
 
 def preprocessor_config(model: VisionModel) -> dict[str, Any]:
     """The family's image transform at the tower's size, for a tower that comes without preprocessor_config.json."""
-    tower = model.family.tower
+    family = model.family
     sized = {
         name: dict.fromkeys(value, model.img_size) if isinstance(value, dict) else value
-        for name, value in tower.image_settings.items()
+        for name, value in family.image_settings.items()
     }
     return {
-        "image_processor_type": tower.image_processor,
+        "image_processor_type": family.image_processor,
         "do_resize": True,
         "resample": 3,
         "do_rescale": True,

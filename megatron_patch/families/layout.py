@@ -9,14 +9,32 @@ be sized (`Weight.sized`), the others need not be.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from megatron_patch.families.table import Weight
+from megatron_patch.tensor_io.view import View
 
-T = TypeVar("T")  # Tensor or View
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Values(Protocol):
+    """What a torch.Tensor and a `View` have in common."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def narrow(self, axis: int, start: int, length: int, /) -> Self: ...
+
+    def reshape(self, *shape: int) -> Self: ...
+
+    def new_zeros(self, *shape: int) -> Self: ...
+
+
+T = TypeVar("T", bound=Values)
 
 
 def merge(weight: Weight, tensors: Sequence[T]) -> T:
@@ -73,8 +91,8 @@ def shard(weight: Weight, whole: T, size: int) -> tuple[T, ...]:
 def unshard(weight: Weight, shards: Sequence[T]) -> T:
     """The inverse of `shard`. Raises ValueError when ranks disagree on a replicated tensor; views are not read."""
     if weight.axis is None:
-        if isinstance(shards[0], Tensor):
-            check_replicas(weight, shards)
+        if tensors := [part for part in shards if isinstance(part, Tensor)]:
+            check_replicas(weight, tensors)
         return shards[0]
     blocks = zip(*(_cut(part, _num_blocks(weight), weight.axis) for part in shards), strict=True)
     return _join([part for block in blocks for part in block], weight.axis)
@@ -127,6 +145,6 @@ def _cut_at(tensor: T, lengths: Sequence[int], axis: int = 0) -> list[T]:
 
 
 def _join(parts: Sequence[T], axis: int = 0) -> T:
-    if isinstance(parts[0], Tensor):
-        return torch.cat(list(parts), axis)
-    return type(parts[0]).cat(parts, axis)
+    tensors: Any = parts  # all of them the one or the other, which no checker can see
+    joined: Any = torch.cat(tensors, axis) if isinstance(parts[0], Tensor) else View.cat(tensors, axis)
+    return joined

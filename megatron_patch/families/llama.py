@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_patch.families.table import Family, Setting, gated, qkv, replicated, row, vocab
+from megatron_patch.families.table import LanguageFamily, Setting, gated, qkv, replicated, row, vocab
 
 HF = "model.layers.*."
 MCORE = "decoder.layers.*."
@@ -34,7 +34,7 @@ REQUIRED = (
     ("pretraining_tp", (1,)),
 )
 
-LLAMA = Family(
+LLAMA = LanguageFamily(
     name="llama",
     weights=WEIGHTS,
     activation="silu",

@@ -46,7 +46,7 @@ def text_config(hf_config: dict[str, Any]) -> dict[str, Any]:
     kind = hf_config["model_type"]
     named = hf_config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
-    family = ARCHITECTURES.get(architecture) if kind == "llava" else None
+    family = ARCHITECTURES.get(architecture) if kind == "llava" and architecture is not None else None
     family = family or LANGUAGE_MODELS.get(kind)
     if family is None:
         known = ", ".join(LANGUAGE_MODELS)

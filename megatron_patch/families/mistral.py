@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from megatron_patch.families.llama import REQUIRED, SETTINGS, WEIGHTS
-from megatron_patch.families.table import Family, Setting
+from megatron_patch.families.table import LanguageFamily, Setting
 
-MISTRAL = Family(
+MISTRAL = LanguageFamily(
     name="mistral",
     weights=WEIGHTS,
     activation="silu",

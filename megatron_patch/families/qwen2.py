@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from megatron_patch.families.llama import HF, MCORE, SETTINGS, WEIGHTS
-from megatron_patch.families.table import Family, Setting, qkv
+from megatron_patch.families.table import LanguageFamily, Setting, qkv
 
-QWEN2 = Family(
+QWEN2 = LanguageFamily(
     name="qwen2",
     weights=(*WEIGHTS, qkv(MCORE + "self_attention.linear_qkv.bias", HF + "self_attn", "bias")),
     activation="silu",

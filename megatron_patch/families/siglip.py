@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from megatron_patch.families.clip import EMBEDDINGS, LAYERS
-from megatron_patch.families.table import Family, Setting, Tower, replicated
+from megatron_patch.families.table import Setting, VisionFamily, replicated
 
 HEAD = "vision_model.head."
 ATTENTION = HEAD + "attention."
 
-SIGLIP = Family(
+SIGLIP = VisionFamily(
     name="siglip_vision_model",
     weights=(replicated("conv1.bias", "vision_model.embeddings.patch_embedding.bias"), *EMBEDDINGS, *LAYERS),
     activation="gelu_tanh",
     norm="LayerNorm",
-    tower=Tower(
-        hf_class="SiglipVisionModel",
-        whole_model="siglip",
-        feature_layer=-2,
-        select_strategy="full",
-        image_processor="SiglipImageProcessor",
-        image_settings={
-            "size": {"height": 224, "width": 224},
-            "do_center_crop": False,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-        },
-    ),
+    hf_class="SiglipVisionModel",
+    whole_model="siglip",
+    feature_layer=-2,
+    select_strategy="full",
+    image_processor="SiglipImageProcessor",
+    image_settings={
+        "size": {"height": 224, "width": 224},
+        "do_center_crop": False,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
     settings=(
         Setting("hidden_size", "hidden_size", 768),
         Setting("ffn_hidden_size", "intermediate_size", 3072),

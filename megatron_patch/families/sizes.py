@@ -8,14 +8,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron_patch.families.shapes import language_dims
-from megatron_patch.families.table import Family, Strategy, Weight
+from megatron_patch.families.table import LanguageFamily, Strategy, VisionFamily, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
     """Sizes of a decoder-only language model, in the names of megatron.core's TransformerConfig and GPTModel."""
 
-    family: Family
+    family: LanguageFamily
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -55,7 +55,7 @@ class LanguageModel:
 class VisionModel:
     """Sizes of a vision tower, in the names of megatron.core's TransformerConfig and CLIPViTModel."""
 
-    family: Family
+    family: VisionFamily
     num_layers: int
     """Layers that are built: up to the one whose output LLaVA takes."""
     hidden_size: int

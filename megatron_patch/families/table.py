@@ -133,28 +133,6 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tower:
-    """What a kind of vision tower is to transformers and to LLaVA, beyond its tensors."""
-
-    hf_class: str
-    """The class that loads it by itself."""
-
-    whole_model: str
-    """`model_type` of the model whose vision half it is."""
-
-    feature_layer: int
-    """The hidden states that a new LLaVA takes: -2 is the second last layer's output."""
-
-    select_strategy: Strategy
-
-    image_processor: str
-    """The class of its image processor."""
-
-    image_settings: dict[str, Any] = field(compare=False)
-    """What that class means by leaving a setting out. `image_size` of the tower takes the place of sizes."""
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Family:
     """What a kind of model is: its tensors, its settings, and the network that follows from neither."""
@@ -166,12 +144,6 @@ class Family:
     activation: Activation
     norm: Norm | None = None
     """None: it has no norm of its own."""
-
-    prompt_format: str | None = None
-    """Of a language model: what `auto` means where the checkpoint has no chat template and no mark of another kind."""
-
-    tower: Tower | None = None
-    """Of a vision tower."""
     settings: tuple[Setting, ...] = ()
     required: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     """Settings of config.json that the network takes as given, with the values that mean so, the default first."""
@@ -224,3 +196,33 @@ class Family:
                     f"{name} is {short(given)}; for {self.name} only {', '.join(map(repr, allowed))} is supported"
                 )
         return {setting.mcore: setting.read(hf_config) for setting in self.settings}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LanguageFamily(Family):
+    """What a kind of language model is."""
+
+    prompt_format: str
+    """What `auto` means where the checkpoint has no chat template and no mark of another kind."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class VisionFamily(Family):
+    """What a kind of vision tower is, also to transformers and to LLaVA."""
+
+    hf_class: str
+    """The class that loads it by itself."""
+
+    whole_model: str
+    """`model_type` of the model whose vision half it is."""
+
+    feature_layer: int
+    """The hidden states that a new LLaVA takes: -2 is the second last layer's output."""
+
+    select_strategy: Strategy
+
+    image_processor: str
+    """The class of its image processor."""
+
+    image_settings: dict[str, Any] = field(compare=False)
+    """What that class means by leaving a setting out. `image_size` of the tower takes the place of sizes."""

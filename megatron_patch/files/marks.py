@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import stat
+import time
 import uuid
 from pathlib import Path
 
@@ -17,7 +18,7 @@ MARK = ".written_by_megatron_patch"
 
 def beside(path: Path) -> Path:
     """A name in the same folder that nobody else has, for what is to be renamed to `path` when it is whole."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def is_ours(folder: Path) -> bool:
@@ -100,18 +101,35 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def lock(descriptor: int) -> bool:
-    """Lock an open file for this process. False on a file system that has no locks, as Lustre may.
+def lock(descriptor: int, path: Path | None = None, *, shared: bool = False, seconds: float = 0.0) -> bool:
+    """Lock an open file until it is closed; `shared` locks go together. False where the file system has none.
 
-    Raises BlockingIOError where another process has it.
+    Raises BlockingIOError where another process has it for `seconds`, or has renamed or removed the file at `path`
+    since it was opened.
     """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return False
-    return True
+    is_locked = _flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, seconds)
+    if path is not None:
+        try:
+            is_there = os.path.samestat(os.stat(path), os.fstat(descriptor))
+        except FileNotFoundError:
+            is_there = False
+        if not is_there:
+            raise BlockingIOError(f"{path}: renamed or removed")
+    return is_locked
+
+
+def _flock(descriptor: int, kind: int, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.05)
+        except OSError:  # of a file system without locks, as Lustre may be
+            return False
 
 
 def check_page(path: Path, beginning: str) -> None:

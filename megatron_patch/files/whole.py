@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -87,14 +86,22 @@ def written_aside(target: Path, num_bytes: int = 0) -> Iterator[Path]:
 
 def write_whole(path: Path, text: str) -> None:
     """The file is there as a whole or not at all. Raises OSError that names it."""
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    aside = marks.beside(path)
     file = aside.open("x", encoding="utf-8")  # never what is there already, nor through a link
-    try:
+    with removed_on_error(aside, path):
         with file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        disk.reached(f"{path.name} written")
         aside.rename(path)
+
+
+@contextmanager
+def removed_on_error(aside: Path, path: Path) -> Iterator[None]:
+    """Have nothing left of `aside`, which is to become `path`, after an error. An OSError names `path`."""
+    try:
+        yield
     except BaseException as error:
         aside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:  # a full disk, by the descriptor
@@ -118,11 +125,9 @@ def _lock(partial: Path, target: Path) -> tuple[int, bool]:
     except FileNotFoundError:  # it was renamed or removed meanwhile
         raise ValueError(busy) from None
     try:
-        is_locked = marks.lock(mark)
         # Its last owner may have renamed or removed it between our opening and our locking it.
-        if not os.path.samestat(os.stat(partial / marks.MARK), os.fstat(mark)):
-            raise BlockingIOError
-    except (BlockingIOError, FileNotFoundError):
+        is_locked = marks.lock(mark, partial / marks.MARK)
+    except BlockingIOError:
         os.close(mark)
         raise ValueError(busy) from None
     if not is_locked:

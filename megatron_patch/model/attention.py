@@ -96,14 +96,14 @@ class SDPAttention(MegatronModule):
         if self.context_group is None:
             context = self._attend(query, key, value, is_causal=is_causal)
         else:
-            context = self._attend_pieces(query, key, value)
+            context = self._attend_pieces(query, key, value, self.context_group)
         # The memory-efficient kernel (fp32 on a GPU) lays its output out sample by sample, from which the next layer
         # would make a matrix product for each position. What others give is contiguous here already.
         return context.permute(2, 0, 1, 3).flatten(2).contiguous()  # [s, b, n * d]
 
-    def _attend_pieces(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend_pieces(self, query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup) -> Tensor:
         """This rank's two pieces of the queries, each against the part of the sequence that ends with it."""
-        size, rank = self.context_group.size(), self.context_group.rank()
+        size, rank = group.size(), group.rank()
         length = query.shape[2] // 2
         contexts = []
         for piece, queries in zip((rank, 2 * size - 1 - rank), query.chunk(2, dim=2), strict=True):

@@ -88,7 +88,7 @@ def _make_host_groups(timeout: timedelta) -> None:
 
     def make(groups: list[list[int]]) -> dist.ProcessGroup | None:
         made = [dist.new_group(ranks, timeout=timeout, backend="gloo") for ranks in groups if len(ranks) > 1]
-        return next((group for group in made if group is not dist.GroupMember.NON_GROUP_MEMBER), None)
+        return next((group for group in made if isinstance(group, dist.ProcessGroup)), None)
 
     _host_groups = HostGroups(sharing=make(sharing), replica=make(replicas) if stages > 1 else None)
 

@@ -144,6 +144,9 @@ class LlavaModel(MegatronModule):
         with ActivationOffload(self) if self.offloads_activations else contextlib.nullcontext():
             embeddings = None
             if self.pre_process:
+                assert input_ids is not None
+                assert image_positions is not None
+                assert pixel_values is not None
                 embeddings = self._embed(input_ids, image_positions, image_rows, pixel_values)
             return self.language_model(
                 input_ids=input_ids,

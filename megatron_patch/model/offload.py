@@ -51,12 +51,14 @@ class Saved:
         self.kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         self.leaving: Tensor | None = None
         self.arriving: Tensor | None = None
-        self.left: cuda.Event | None = None
-        self.arrived: cuda.Event | None = None
+        self.left: torch.Event | cuda.Event | None = None
+        self.arrived: torch.Event | cuda.Event | None = None
         self.was_loaded = False
 
     def __del__(self) -> None:
-        if self.arriving is not None:  # fetched and never asked for: what takes its memory next waits for the copy
+        if (
+            self.arriving is not None and self.arrived is not None
+        ):  # fetched and never asked for: what takes its memory next waits for the copy
             cuda.current_stream(self.device).wait_event(self.arrived)
 
 
@@ -88,6 +90,7 @@ class Offload:
         self.leaving.append(saved)
         if len(self.leaving) > IN_FLIGHT:
             gone = self.leaving.popleft()
+            assert gone.left is not None
             compute.wait_event(gone.left)
             gone.leaving = None
         return saved
@@ -103,6 +106,8 @@ class Offload:
                 self._fetch(earlier)
         if saved.leaving is not None:
             return saved.leaving
+        assert saved.arriving is not None, "it was fetched"
+        assert saved.arrived is not None, "it was fetched"
         cuda.current_stream(saved.device).wait_event(saved.arrived)
         tensor, saved.arriving, saved.was_loaded = saved.arriving, None, True
         return tensor
@@ -114,6 +119,7 @@ class Offload:
         saved.arriving = torch.empty_like(saved.kept, device=saved.device)
         _, back = streams(saved.device)
         back.wait_stream(cuda.current_stream(saved.device))  # which may still read what the memory held before
+        assert saved.left is not None, "it was saved"
         back.wait_event(saved.left)
         with cuda.stream(back):
             saved.arriving.copy_(saved.kept, non_blocking=True)

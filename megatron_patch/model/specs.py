@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -46,7 +48,8 @@ class TorchNorm:
                 )
         kind = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization]
         module = kind(hidden_size, eps=eps)
-        for parameter in module.parameters():
+        weights: list[Any] = list(module.parameters())
+        for parameter in weights:
             parameter.sequence_parallel = config.sequence_parallel
         return module
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -36,7 +37,7 @@ def positions_without_memory(module: ModuleType) -> None:
 class _MetaStays(TorchFunctionMode):
     """`.cuda()` leaves a tensor on the meta device where it is: in this context and this thread alone."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function, types, args: Any = (), kwargs=None):
         if function is torch.Tensor.cuda and args[0].is_meta:
             return args[0]
         return function(*args, **(kwargs or {}))

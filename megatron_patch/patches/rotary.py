@@ -118,7 +118,8 @@ class _Rotation(torch.autograd.Function):
     def forward(ctx, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         # Not by save_for_backward: they are all layers' own, so there is nothing to offload or to count.
         ctx.tables = cos, sin
-        return _rotate(t, cos, *sin.chunk(2, dim=-1), -1)
+        first, second = sin.chunk(2, dim=-1)
+        return _rotate(t, cos, first, second, -1)
 
     @staticmethod
     @once_differentiable

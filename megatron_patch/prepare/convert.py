@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_patch.config.dataset import Settings
+from megatron_patch.files.meter import Meter
 from megatron_patch.files.text import printable
 from megatron_patch.prepare.lengths import Lengths, Measure
 from megatron_patch.prepare.objects import is_url
-from megatron_patch.prepare.output import LocalOutput, ObjectOutput, Record, make_manifest, open_output
+from megatron_patch.prepare.output import LocalOutput, NoOutput, ObjectOutput, ShardRecord, make_manifest, open_output
 from megatron_patch.prepare.own import check_apart
 from megatron_patch.prepare.pictures import Pictures, open_roots
 from megatron_patch.prepare.prepare import prepare_energon
-from megatron_patch.prepare.progress import Progress
 from megatron_patch.prepare.samples import read_samples
 from megatron_patch.prepare.shards import Job, TooManyRejected
 from megatron_patch.prepare.workers import Tell, run
@@ -25,7 +26,7 @@ from megatron_patch.prepare.workers import Tell, run
 class Report:
     """What became of the samples: given = written + rejected."""
 
-    records: list[Record]
+    records: list[ShardRecord]
     """The shards', in their order."""
     num_shards: int
     """Of the whole output; `records` are fewer with --part."""
@@ -89,7 +90,7 @@ def convert(settings: Settings) -> Report:
             quarantine=output.quarantine,
             lengths=_measure(measure, job, records, settings) if measure else None,
         )
-        if not settings.dry_run and settings.part is None:
+        if not isinstance(output, NoOutput) and settings.part is None:
             _finish(output, report, plan, prepare=not settings.no_prepare)
         return report
     finally:
@@ -116,27 +117,25 @@ def _plan_of_images(settings: Settings) -> list[str] | None:
     ]
 
 
-def _write_shards(job: Job, shards: range, settings: Settings) -> list[Record]:
-    records: list[Record] = []
-    progress = Progress(sum(len(job.positions(shard)) for shard in shards))
+def _write_shards(job: Job, shards: range, settings: Settings) -> list[ShardRecord]:
+    records: list[ShardRecord] = []
+    num_samples = sum(len(job.positions(shard)) for shard in shards)
     answers = run(job.write, shards, settings.num_workers)
     try:
-        for answer in answers:
-            if isinstance(answer, int):
-                progress.add(answer)
-                continue
-            records.append(answer)
-            if sum(len(record.rejected) for record in records) > job.max_rejected:
-                raise TooManyRejected([])
+        with Meter(num_samples, "samples") as meter, contextlib.closing(answers):
+            for answer in answers:
+                if isinstance(answer, int):
+                    meter.add(answer)
+                    continue
+                records.append(answer)
+                if sum(len(record.rejected) for record in records) > job.max_rejected:
+                    raise TooManyRejected([])
     except TooManyRejected as error:
         _stop(job, [*error.args[0], *(line for record in records for line in record.rejected)], settings)
-    finally:
-        answers.close()
-        progress.close()
     return sorted(records, key=lambda record: record.shard)
 
 
-def _measure(measure: Measure, job: Job, records: list[Record], settings: Settings) -> Lengths | None:
+def _measure(measure: Measure, job: Job, records: list[ShardRecord], settings: Settings) -> Lengths | None:
     rejected = {position for record in records for position, *_ in record.rejected}
 
     def count(shard: int, tell: Tell) -> Counter[int]:

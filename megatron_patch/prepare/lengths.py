@@ -74,7 +74,7 @@ class Measure:
                 tower = {"model_type": CLIP.name, **vision}  # as transformers, where the file names none
                 self.num_image_tokens = describe_vision_model(tower, *features(config)).num_image_tokens
             family = (config.get("text_config") or config).get("model_type", "")
-        except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"--tokenizer {folder}: its config.json is no model's ({error}); copy it again") from None
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # several processes count
         try:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
@@ -18,8 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.files import marks
 from megatron_patch.files.names import MANIFEST
-from megatron_patch.files.whole import write_whole
+from megatron_patch.files.whole import removed_on_error, write_whole
 from megatron_patch.prepare.objects import Objects, is_url
 from megatron_patch.prepare.own import LOCK, PLAN, RECORDS, check_folder, check_list, lock, remove_temporary
 
@@ -27,7 +27,7 @@ PIECE = 1024**2
 
 
 @dataclass(kw_only=True)
-class Record:
+class ShardRecord:
     """What became of one shard's samples: given = written + rejected."""
 
     shard: str
@@ -122,7 +122,7 @@ class LocalOutput:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
-    def read_record(self, shard: str) -> Record | None:
+    def read_record(self, shard: str) -> ShardRecord | None:
         """The record of a shard that is there as it was written, else None."""
         record = _to_record(shard, _read_json(self._records / f"{shard}.json"))
         if record is not None and record.written and not _is_intact(self.partial / shard, record):
@@ -130,13 +130,13 @@ class LocalOutput:
         return record
 
     @contextmanager
-    def new_shard(self, shard: str, record: Record) -> Iterator[int]:
+    def new_shard(self, shard: str, record: ShardRecord) -> Iterator[int]:
         """A descriptor to write the shard to. At the end the shard is there, then its record; on an error neither."""
         aside = self.partial / f"{shard}.tmp"
         descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             _lock(descriptor, aside)
-            with _removed_on_error(aside):
+            with removed_on_error(aside, aside):
                 os.ftruncate(descriptor, 0)
                 yield descriptor
                 os.fsync(descriptor)
@@ -197,7 +197,7 @@ class ObjectOutput:
     def end(self) -> None:
         """A store has no locks."""
 
-    def read_record(self, shard: str) -> Record | None:
+    def read_record(self, shard: str) -> ShardRecord | None:
         """The record of a shard that is there in its size, else None."""
         record = _to_record(shard, _parse_json(self._objects.read(f"{RECORDS}/{shard}.json")))
         if record is not None and record.written and self._objects.size(shard) != record.size:
@@ -205,7 +205,7 @@ class ObjectOutput:
         return record
 
     @contextmanager
-    def new_shard(self, shard: str, record: Record) -> Iterator[int]:
+    def new_shard(self, shard: str, record: ShardRecord) -> Iterator[int]:
         """A descriptor to write the shard to, in a temporary file. At the end it is uploaded, and then its record."""
         with tempfile.NamedTemporaryFile(prefix=f"{shard}.") as file:
             yield file.fileno()
@@ -244,7 +244,7 @@ class NoOutput:
         """Nothing is there."""
 
     @contextmanager
-    def new_shard(self, shard: str, record: Record) -> Iterator[int]:
+    def new_shard(self, shard: str, record: ShardRecord) -> Iterator[int]:
         """A descriptor to write to."""
         with open(os.devnull, "wb") as file:
             yield file.fileno()
@@ -260,7 +260,7 @@ def open_output(place: str, *, dry_run: bool) -> LocalOutput | ObjectOutput | No
     return ObjectOutput(place) if is_url(place) else LocalOutput(place)
 
 
-def make_manifest(plan: dict[str, Any], records: list[Record]) -> dict[str, Any]:
+def make_manifest(plan: dict[str, Any], records: list[ShardRecord]) -> dict[str, Any]:
     """What was converted how, and each shard's counts, size and CRC-32."""
     shards = {}
     for record in records:
@@ -269,7 +269,7 @@ def make_manifest(plan: dict[str, Any], records: list[Record]) -> dict[str, Any]
     return {**plan, "shards": shards}
 
 
-def _is_intact(path: Path, record: Record) -> bool:
+def _is_intact(path: Path, record: ShardRecord) -> bool:
     if not path.is_file() or path.stat().st_size != record.size:
         return False
     crc32 = 0
@@ -279,26 +279,12 @@ def _is_intact(path: Path, record: Record) -> bool:
     return crc32 == record.crc32
 
 
-@contextmanager
-def _removed_on_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        path.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk, by the descriptor
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-
-
 def _lock(descriptor: int, path: Path) -> None:
     """Raises ValueError when another process writes the file, or has just put it in its place."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_there = path.stat().st_ino == os.fstat(descriptor).st_ino
-    except (BlockingIOError, FileNotFoundError):
-        is_there = False
-    if not is_there:
-        raise ValueError(f"{path}: another conversion is writing it; wait for it, or end it")
+        marks.lock(descriptor, path)
+    except BlockingIOError:
+        raise ValueError(f"{path}: another conversion is writing it; wait for it, or end it") from None
 
 
 def _named(place: str) -> Path:
@@ -315,11 +301,12 @@ def _differing(begun: Any, plan: dict[str, Any]) -> str:
     return ", ".join(sorted(name for name in plan if begun.get(name) != plan[name]))
 
 
-def _to_record(shard: str, content: Any) -> Record | None:
+def _to_record(shard: str, content: Any) -> ShardRecord | None:
     """None for whatever is no record of that shard: it is written again."""
     try:
         rejected = [(int(position), str(name), str(why)) for position, name, why in content["rejected"]]
-        record = Record(**{**content, "rejected": rejected})
+        values: dict[str, Any] = {**content, "rejected": rejected}
+        record = ShardRecord(**values)
     except (TypeError, KeyError, ValueError):
         return None
     numbers = [value for name, value in asdict(record).items() if name not in ("shard", "rejected")]

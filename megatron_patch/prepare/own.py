@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import re
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.files import marks
 from megatron_patch.files.names import MANIFEST
 from megatron_patch.files.text import printable
 
@@ -24,7 +22,7 @@ RANDOM = r"\.[a-z0-9_]{8}"  # as tempfile names what the object stores' client w
 TEMPORARY = re.compile(rf"\.?({SHARD}(\.idx)?|{re.escape(MANIFEST)}\..*)(\.tmp)+|{RANDOM}")
 """Files that a conversion, or energon in it, leaves only when it is killed."""
 FILES = re.compile(rf"{SHARD}(\.idx)?|{re.escape(MANIFEST)}|{TEMPORARY.pattern}")
-RECORD_FILES = re.compile(rf"({re.escape(PLAN)}|{SHARD}\.json|{LOCK})(\..*)?")
+RECORD_FILES = re.compile(rf"\.?({re.escape(PLAN)}|{SHARD}\.json|{LOCK})(\..*)?")
 META_FILES = re.compile(
     rf"\.?(dataset\.yaml|split\.yaml|\.info\.(json|yaml)|index\.(sqlite|uuid)(-.*)?)(\.tmp)*|{RANDOM}"
 )
@@ -32,7 +30,6 @@ REJECTED = re.compile(rb"[0-9]+\t")
 """How a list of rejected samples begins."""
 PATIENCE = 2.0
 """Seconds that processes of a conversion may take to end that was killed."""
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def check_folder(folder: Path, mark: str) -> None:
@@ -83,33 +80,13 @@ def lock(path: Path, *, shared: bool) -> int:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
-        _flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        is_there = os.path.samestat(path.stat(), os.fstat(descriptor))
-    except (BlockingIOError, FileNotFoundError):
-        is_there = False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            os.close(descriptor)
-            raise
-        print(f"{printable(path)}: no locks on this file system; do not start a second conversion", file=sys.stderr)
-        return descriptor
-    if not is_there:
+        is_locked = marks.lock(descriptor, path, shared=shared, seconds=PATIENCE)
+    except BlockingIOError:
         os.close(descriptor)
-        raise ValueError(f"{path.parent.parent}: another conversion is writing it; wait for it, or end it")
+        raise ValueError(f"{path.parent.parent}: another conversion is writing it; wait for it, or end it") from None
+    if not is_locked:
+        print(f"{printable(path)}: no locks on this file system; do not start a second conversion", file=sys.stderr)
     return descriptor
-
-
-def _flock(descriptor: int, kind: int) -> None:
-    """Raises BlockingIOError where another one has it for longer than a conversion takes that was killed just now."""
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.05)
 
 
 def _files(folder: Path, *, deep: bool = True) -> Iterator[Path]:

@@ -64,7 +64,8 @@ def _index(folder: Any, names: list[str]) -> None:
     from megatron.energon.flavors import BaseWebdatasetFactory
     from megatron.energon.flavors.webdataset import prepare
 
-    original, prepare.AggregatorPool = prepare.AggregatorPool, _Pool
+    pool: Any = _Pool
+    original, prepare.AggregatorPool = prepare.AggregatorPool, pool
     try:
         # Its remarks name the folder that is renamed afterwards.
         with contextlib.redirect_stdout(io.StringIO()):

@@ -146,7 +146,7 @@ def check(entry: Any) -> tuple[list[Turn], list[str]]:
 
 def _turns(entry: dict[str, Any]) -> list[Turn]:
     """Raises ValueError. What the system says is put before the first question, as Mistral's and Llama 2's do."""
-    given = entry.get("messages") if entry.get("conversations") is None else entry["conversations"]
+    given: Any = entry.get("messages") if entry.get("conversations") is None else entry["conversations"]
     first = given[0] if isinstance(given, list) and given else None
     if not isinstance(first, dict) or first.get("from", first.get("role")) != "system":
         return pair_turns(given)

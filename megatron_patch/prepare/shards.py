@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_patch.data.image_headers import Rejected
-from megatron_patch.prepare.output import LocalOutput, NoOutput, ObjectOutput, Record
+from megatron_patch.prepare.output import LocalOutput, NoOutput, ObjectOutput, ShardRecord
 from megatron_patch.prepare.pictures import Pictures
 from megatron_patch.prepare.samples import Sample, Samples
 from megatron_patch.prepare.tar import TarWriter
@@ -20,7 +20,7 @@ TELL_EVERY = 500
 
 
 class TooManyRejected(ValueError):
-    """More samples than may be; `args[0]`: those of this shard, as in `Record`."""
+    """More samples than may be; `args[0]`: those of this shard, as in `ShardRecord`."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Job:
         """A shard's part of the json: by position, so that a rejected sample moves no other one."""
         return range(*((shard + more) * len(self.samples) // self.num_shards for more in (0, 1)))
 
-    def write(self, shard: int, tell: Tell) -> Record:
+    def write(self, shard: int, tell: Tell) -> ShardRecord:
         """Write a shard, unless it is there as an earlier run of the same conversion recorded it."""
         name, positions = f"{shard:05d}.tar", self.positions(shard)
         record = self.output.read_record(name)
@@ -49,7 +49,7 @@ class Job:
         if record is not None and all(self._why_rejected(position) for position, *_ in record.rejected):
             tell(len(positions))
             return record
-        record = Record(shard=name, given=len(positions))
+        record = ShardRecord(shard=name, given=len(positions))
         with self.output.new_shard(name, record) as descriptor:
             tar = TarWriter(descriptor)
             for position in positions:
@@ -78,7 +78,7 @@ class Job:
             return why
         return None
 
-    def _reject(self, record: Record, position: int, why: Rejected) -> None:
+    def _reject(self, record: ShardRecord, position: int, why: Rejected) -> None:
         record.rejected.append((position, self.samples.name(position), str(why)))
         if len(record.rejected) > self.max_rejected:
             raise TooManyRejected(record.rejected)
@@ -94,7 +94,7 @@ def _add(tar: TarWriter, sample: Sample, pictures: list[bytes]) -> None:
     tar.add(f"{sample.key}.json", json.dumps(turns).encode())
 
 
-def _count(record: Record, pictures: list[bytes]) -> None:
+def _count(record: ShardRecord, pictures: list[bytes]) -> None:
     record.written += 1
     record.pictures += len(pictures)
     for picture in pictures:

@@ -10,7 +10,7 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -31,7 +31,7 @@ PART = 16384
 """Bytes that a process hands over at a time: the system takes them as a whole, so that nobody waits for the rest."""
 
 
-def run(task: Callable[[int, Tell], T], shards: Sequence[int], num_workers: int) -> Iterator[T | int]:
+def run(task: Callable[[int, Tell], T], shards: Sequence[int], num_workers: int) -> Generator[T | int, None, None]:
     """`task(shard, tell)` for each shard, in any order: yields the results, and what `tell` is told as it comes.
 
     An exception of a task ends it, and with it the other processes. So does closing the iterator. ValueError, OSError
@@ -112,15 +112,20 @@ class _Worker:
 
     def look(self) -> None:
         """Raises ValueError where it has been stopped for too long."""
-        pid = self.process.pid
         self.silent += 1
-        self.stopped = self.stopped + 1 if is_stopped(pid) else 0
+        self.stopped = self.stopped + 1 if is_stopped(self.pid) else 0
         if self.stopped >= MAY_STAND:
             raise ValueError(
-                f"a process of the conversion (pid {pid}, in shard {self.shard}) was stopped for "
+                f"a process of the conversion (pid {self.pid}, in shard {self.shard}) was stopped for "
                 f"{self.stopped * INTERVAL:.0f} seconds (by SIGSTOP, a debugger or a cluster's suspend), and is "
                 f"killed; the same command goes on"
             )
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        assert self.process.pid is not None, "it was started"
+        return self.process.pid
 
     @contextlib.contextmanager
     def _alive(self) -> Iterator[None]:
@@ -138,7 +143,8 @@ def _hand_out(left: list[int], workers: list[_Worker]) -> Iterator[Any]:
         worker.give(left.pop())
     next_look = time.monotonic() + INTERVAL
     while busy:
-        for pipe in multiprocessing.connection.wait(list(busy), max(0.0, next_look - time.monotonic())):
+        ready: list[Any] = multiprocessing.connection.wait(list(busy), max(0.0, next_look - time.monotonic()))
+        for pipe in ready:
             for answer in busy[pipe].take():
                 if not isinstance(answer, int):
                     if left:
@@ -156,7 +162,7 @@ def _look(workers: Iterable[_Worker]) -> None:
         worker.look()
     silent = max(workers, key=lambda worker: worker.silent, default=None)
     if silent is not None and silent.silent and silent.silent % REMARK_AFTER == 0:
-        pid = silent.process.pid
+        pid = silent.pid
         begin = "\n" if sys.stderr.isatty() else ""  # after the line that counts
         with contextlib.suppress(OSError):  # nobody reads it
             print(

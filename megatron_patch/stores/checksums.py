@@ -38,10 +38,11 @@ def read(folder: Path) -> dict[str, str]:
     path = folder / FILE
     if not path.is_file():
         raise ValueError(f"{path}: missing; expected the list of files that the run wrote with the checkpoint")
-    lines = [LINE.fullmatch(line) for line in path.read_text(errors="replace").splitlines()]
-    if not lines or None in lines:
+    lines = path.read_text(errors="replace").splitlines()
+    found = [match for match in map(LINE.fullmatch, lines) if match is not None]
+    if not lines or len(found) < len(lines):
         raise ValueError(f"{path}: damaged; expected lines of a sha256, two spaces and a file's name")
-    sums = {line[2]: line[1] for line in lines}
+    sums = {match[2]: match[1] for match in found}
     if len(sums) < len(lines):
         raise ValueError(f"{path}: damaged; it lists a file twice")
     return sums

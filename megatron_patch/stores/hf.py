@@ -21,7 +21,7 @@ from megatron_patch.tensor_io.stream import Target, as_bytes, copy, read
 from megatron_patch.tensor_io.view import Source, View, as_rows
 
 # Weights. Whole numbers are codes of a quantized model, which a cast would take for values.
-DTYPES = {
+SAFETENSORS_TYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
@@ -29,7 +29,7 @@ DTYPES = {
 }
 SHA256 = "sha256 of "  # and a tensor's name: a key of a header's metadata
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
 
 
 class HfReader(Reader):
@@ -166,7 +166,7 @@ def load_safetensors(path: Path, check: bool = True) -> dict[str, Tensor]:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(memoryview(as_bytes(tensor).numpy())).hexdigest()
+    return hashlib.sha256(as_bytes(tensor).numpy().data).hexdigest()
 
 
 def _header(views: Mapping[str, View], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
@@ -213,11 +213,13 @@ class _SafetensorsFile:
     def view(self, name: str) -> View:
         entry = self.entries[name]
         label = f"{self.path}: {name}"
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{label}: is of type {entry['dtype']}; expected one of {', '.join(DTYPES)}")
+        if entry["dtype"] not in SAFETENSORS_TYPES:
+            raise ValueError(f"{label}: is of type {entry['dtype']}; expected one of {', '.join(SAFETENSORS_TYPES)}")
         rows, columns = as_rows(entry["shape"])
         offset = self.start + entry["data_offsets"][0]
-        return View.of(Source(label, DTYPES[entry["dtype"]], rows, columns, self.path, offset), entry["shape"])
+        return View.of(
+            Source(label, SAFETENSORS_TYPES[entry["dtype"]], rows, columns, self.path, offset), entry["shape"]
+        )
 
 
 class _BinFile:
@@ -238,7 +240,9 @@ class _BinFile:
     def view(self, name: str) -> View:
         value = self.tensors[name]
         if value.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{self.path}: {name}: is of type {value.dtype}; expected one of {', '.join(DTYPES)}")
+            raise ValueError(
+                f"{self.path}: {name}: is of type {value.dtype}; expected one of {', '.join(SAFETENSORS_TYPES)}"
+            )
         return stored_view(self.path, name, value)
 
 

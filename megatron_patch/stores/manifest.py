@@ -84,7 +84,9 @@ def file_record(
     return RankRecord(name, path.stat().st_size, frame_digest(path, places), dict(tensors or {}))
 
 
-def write(folder: Path, ranks: dict[str, RankRecord], sizes: dict[str, int], source: Sequence[dict[str, Any]]) -> None:
+def write(
+    folder: Path, ranks: dict[str, RankRecord], sizes: Mapping[str, int | None], source: Sequence[dict[str, Any]]
+) -> None:
     """Write `folder`/manifest.json. `sizes`: parallel sizes. `source`: what it was made of (`identity`)."""
     content = {
         "format": FORMAT,
@@ -105,7 +107,7 @@ def read(folder: Path) -> dict[str, RankRecord] | None:
         return None
     try:
         records = {
-            name: RankRecord(**{**rank, "tensors": {n: TensorRecord(**of) for n, of in rank["tensors"].items()}})
+            name: RankRecord(**(rank | {"tensors": {n: TensorRecord(**of) for n, of in rank["tensors"].items()}}))
             for name, rank in content["ranks"].items()
         }
         for record in records.values():

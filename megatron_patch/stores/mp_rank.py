@@ -144,6 +144,8 @@ def write_ranks(
     `stream.copy` does.
     """
     tp_size, pp_size = sizes["tensor_model_parallel_size"], sizes["pipeline_model_parallel_size"]
+    assert tp_size is not None, "the number of virtual stages alone may be None"
+    assert pp_size is not None, "the number of virtual stages alone may be None"
     files: list[OutputFile] = []
     archives: list[TorchArchive] = []
     targets: list[list[Target]] = []
@@ -355,7 +357,7 @@ def _shard_of(model: dict[str, View], name: str, path: Path) -> View:
     return model[name]
 
 
-def _check_same(models: list[dict[str, View]], paths: list[Path]) -> None:
+def _check_same(models: Sequence[dict[str, View]], paths: list[Path]) -> None:
     """Ranks of one stage hold the same names in the same types."""
     for model, path in zip(models, paths, strict=True):
         for name in model.keys() - models[0].keys():

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
@@ -75,7 +76,8 @@ class TorchDistReader(Reader):
         self.metadata = read_metadata(existing_file(self.folder, ".metadata", "expected a torch_dist checkpoint"))
         # Name -> the stored key and the layer to take of it (None: all of it).
         self.place: dict[str, tuple[str, int | None]] = {}
-        for key, stored in model_tensors(self.metadata).items():
+        self.tensors = model_tensors(self.metadata)
+        for key, stored in self.tensors.items():
             if LAYERS in key and not LAYER.fullmatch(key):
                 for layer in range(stored.size[0]):
                     self.place[to_local_name(key.replace(LAYERS, f"{LAYERS}{layer}."))] = (key, layer)
@@ -90,7 +92,7 @@ class TorchDistReader(Reader):
     def view(self, name: str) -> View:
         """Where one tensor's values lie."""
         key, layer = self.place[name]
-        stored = self.metadata.state_dict_metadata[key]
+        stored = self.tensors[key]
         shape = self.shape(name)
         wanted = shape if layer is None else (1, *shape)
         start = (0,) * len(wanted) if layer is None else (layer, *(0,) * len(shape))
@@ -98,9 +100,10 @@ class TorchDistReader(Reader):
         grid: dict[int, dict[int, View]] = {}
         filled = 0
         for block in stored.chunks:
-            target, source = _overlap(start, wanted, tuple(block.offsets), tuple(block.sizes))
-            if target is None:
+            overlap = _overlap(start, wanted, tuple(block.offsets), tuple(block.sizes))
+            if overlap is None:
                 continue
+            target, source = overlap
             whole = self._block(key, block.offsets, block.sizes, layer is not None)
             if layer is not None:
                 rows = block.sizes[1]
@@ -122,7 +125,7 @@ class TorchDistReader(Reader):
 
     def shape(self, name: str) -> tuple[int, ...]:
         key, layer = self.place[name]
-        size = tuple(self.metadata.state_dict_metadata[key].size)
+        size = tuple(self.tensors[key].size)
         shape = size if layer is None else size[1:]
         weight = self.rows.get(name)
         if weight is not None and weight.layout == "vocab":
@@ -134,7 +137,7 @@ class TorchDistReader(Reader):
         found = {}
         for name in record.tensors.keys() & self.place.keys():
             key, layer = self.place[name]
-            size = self.metadata.state_dict_metadata[key].size
+            size = self.tensors[key].size
             sizes = size if layer is None else torch.Size((1, *size[1:]))
             offsets = torch.Size((layer or 0, *(0 for _ in size[1:])))
             _, stored = self._stored(key, offsets, sizes)
@@ -168,7 +171,7 @@ class TorchDistReader(Reader):
         existing_file(self.folder, where.relative_path, f"it holds {key}; copy the checkpoint again")
         try:
             with Window(path, where.offset, where.length) as file:
-                block = describe(open_archive(file), where.offset)
+                block = describe(open_archive(cast("IO[bytes]", file)), where.offset)
         except Exception as error:  # damaged bytes make zipfile and pickle raise nearly anything
             raise ValueError(f"{path}: {key} at {list(offsets)} is not readable ({reason(error)})") from error
         if not isinstance(block, Stored) or block.shape != tuple(sizes):
@@ -197,7 +200,7 @@ class Window(io.RawIOBase):
         self.position = base + offset
         return self.position
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any, /) -> int:  # bytes to write to
         self.file.seek(self.start + self.position)
         data = self.file.read(max(0, min(len(buffer), self.length - self.position)))
         buffer[: len(data)] = data
@@ -271,13 +274,13 @@ def _check_metadata(metadata: Metadata) -> None:
 
 def _overlap(
     start: tuple[int, ...], shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
-) -> tuple[tuple[slice, ...] | None, tuple[slice, ...] | None]:
-    """Where a stored block meets the wanted box: in the box's and in the block's own coordinates; None where not."""
+) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Where a stored block meets the wanted box: in the box's and in the block's own coordinates; None: nowhere."""
     target, source = [], []
     for begin, length, offset, size in zip(start, shape, offsets, sizes, strict=True):
         first, last = max(begin, offset), min(begin + length, offset + size)
         if first >= last:
-            return None, None
+            return None
         target.append(slice(first - begin, last - begin))
         source.append(slice(first - offset, last - offset))
     return tuple(target), tuple(source)

@@ -58,7 +58,7 @@ EXTRA_STATES = {
 
 
 @dataclass(frozen=True)
-class Block:
+class StoredBlock:
     """A tensor of the model and its place in the stored one."""
 
     name: str
@@ -92,7 +92,7 @@ def write_torch_dist(
     plain values. `source`, `progress`, errors: as `mp_rank.write_ranks`.
     """
     folder.mkdir()
-    found = [Block(name, weight, view, *stored_key(name)) for name, (weight, view) in planned.items()]
+    found = [StoredBlock(name, weight, view, *stored_key(name)) for name, (weight, view) in planned.items()]
     nothing = io.BytesIO()
     torch.save([None], nothing)  # what every `_extra_state` is, in a list as megatron.core has it: one for all of them
     with closing(OutputFile(folder / DATA)) as file:
@@ -124,10 +124,11 @@ def write_torch_dist(
     disk.reached("manifest written")
 
 
-def _metadata(found: Sequence[Block], archives: Sequence[TorchArchive], nothing_size: int) -> Metadata:
+def _metadata(found: Sequence[StoredBlock], archives: Sequence[TorchArchive], nothing_size: int) -> Metadata:
     """What lies where, as torch.distributed.checkpoint reads it."""
     layers = Counter(block.key for block in found)
-    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    tensors: dict[str, TensorStorageMetadata] = {}
+    others: dict[str, BytesStorageMetadata] = {}
     places = {}
     for block, archive in zip(found, archives, strict=True):
         shape = block.sizes if block.layer is None else torch.Size((layers[block.key], *block.view.shape))
@@ -136,12 +137,12 @@ def _metadata(found: Sequence[Block], archives: Sequence[TorchArchive], nothing_
         entry.chunks.append(ChunkStorageMetadata(block.offsets, block.sizes))
         places[MetadataIndex(block.key, block.offsets)] = _StorageInfo(DATA, archive.start, archive.size)
     for key in dict.fromkeys(key for block in found for key in _extra_states(block, layers[block.key])):
-        tensors[key] = BytesStorageMetadata()
+        others[key] = BytesStorageMetadata()
         places[MetadataIndex(key)] = _StorageInfo(DATA, 0, nothing_size)
-    return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
+    return Metadata({**tensors, **others}, storage_data=places, storage_meta=StorageMeta())
 
 
-def _extra_states(block: Block, num_layers: int) -> Iterator[str]:
+def _extra_states(block: StoredBlock, num_layers: int) -> Iterator[str]:
     """Keys of the `_extra_state` that go with a block's module, as megatron.core's ShardedObject spells them."""
     path, _, parameter = block.key.rpartition(".")
     parent, _, module = path.rpartition(".")

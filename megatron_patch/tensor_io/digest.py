@@ -45,6 +45,11 @@ class _Crc:
         self.value = zlib.crc32(data, self.value)
 
 
+def _hasher(expected: str | None) -> Any:
+    """Of a run with this sha256; None: of one whose CRC-32 is taken."""
+    return _Crc() if expected is None else hashlib.sha256()
+
+
 class Checker:
     """Compares sources with their manifest's digests, or their file's CRC-32, while their bytes pass."""
 
@@ -61,12 +66,13 @@ class Checker:
         for number, (rows, expected) in enumerate(source.runs):
             first, last = max(row, top), min(end, top + rows)
             if first < last:
-                new = _Crc if expected is None else hashlib.sha256
-                position, hasher = self.passing.get((source, number)) or (top, new())
+                position, hasher = self.passing.get((source, number)) or (top, _hasher(expected))
                 if first <= position < last:  # else seen before, or rows were left out: `complete` reads it again
                     hasher.update(data[(position - row) * source.row_bytes : (last - row) * source.row_bytes])
                     position = last
                     if position == top + rows and expected is None:
+                        assert source.path is not None, "else `runs` has a sha256"
+                        assert source.record is not None, "else `runs` has a sha256"
                         self.records.setdefault((source.path, source.record), {})[source.offset] = source, hasher.value
                     elif position == top + rows and hasher.hexdigest() != expected:
                         raise ValueError(

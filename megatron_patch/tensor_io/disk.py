@@ -92,7 +92,7 @@ class OutputFile:
         """Put bytes at `offset`: whole blocks of aligned memory directly, what is left through the page cache."""
         done = 0
         if self.direct is not None and offset % BLOCK == 0 and isinstance(data, memoryview):
-            done = self._write_direct(offset, data[: len(data) // BLOCK * BLOCK])
+            done = self._write_direct(self.direct, offset, data[: len(data) // BLOCK * BLOCK])
         while done < len(data):
             done += self._pwrite(self.plain, data[done:], offset + done)
         reached("bytes written")
@@ -117,11 +117,11 @@ class OutputFile:
             if descriptor is not None:
                 os.close(descriptor)
 
-    def _write_direct(self, offset: int, data: memoryview) -> int:
+    def _write_direct(self, descriptor: int, offset: int, data: memoryview) -> int:
         done = 0
         while done < len(data):
             try:
-                count = self._pwrite(self.direct, data[done:], offset + done)
+                count = self._pwrite(descriptor, data[done:], offset + done)
             except OSError as error:
                 if error.errno == errno.EINVAL:  # the file system opened it so, and wants larger blocks
                     return done

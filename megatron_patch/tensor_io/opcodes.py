@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickletools
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MAX_BYTES = 8 * 1024**2
 """Of a file's structure without its tensors: some hundred bytes for each."""
@@ -115,7 +115,8 @@ def check(data: bytes, what: str = "the pickle", position: int = 0) -> int:
 
     `what`: how it is called in messages. Returns where the pickle that begins at `position` ends.
     """
-    table, stack = TABLE, bytearray()
+    table: list[Any] = TABLE  # None, where there is no such opcode, raises TypeError below
+    stack, argument = bytearray(), 0
     push, pop = stack.append, stack.pop
     memo, kept = bytearray([NONE]) * (len(data) + 1), 0
     may_make = FEW_OBJECTS + len(data) // BYTES_PER_OBJECT

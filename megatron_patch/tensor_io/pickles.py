@@ -54,13 +54,15 @@ def build(data: bytes, find: Callable[[str, str], Any], persistent: Callable[[An
     return Unpickler(io.BytesIO(data)).load()
 
 
-def load_plain(source: Path | IO[bytes], archive: Archive | None = None, mmap: bool = False, **options: Any) -> Any:
+def load_plain(
+    source: Path | str | IO[bytes], archive: Archive | None = None, mmap: bool = False, **options: Any
+) -> Any:
     """torch.load of tensors and plain values, after a look at what this does to the machine.
 
     `archive`: what `source` is, where it was opened before. `mmap`: map the tensors of an archive into memory. Raises
     an exception of any kind for anything else or a damaged file.
     """
-    with nullcontext(source) if isinstance(source, io.IOBase) else open(source, "rb") as file:
+    with open(source, "rb") if isinstance(source, Path | str) else nullcontext(source) as file:
         file.seek(0)
         is_archive = file.read(len(ARCHIVE)) == ARCHIVE
         file.seek(0)

@@ -111,11 +111,11 @@ def copy(
 def read(views: dict[str, View]) -> dict[str, Tensor]:
     """The tensors themselves, each in its own memory. Raises as `copy` does."""
     tensors = {name: torch.empty(view.shape, dtype=view.dtype) for name, view in views.items()}
-    copy((Target(name, view, Memory(tensors[name]), 0) for name, view in views.items() if view.nbytes), rest=False)
+    copy((Target(name, view, TensorFile(tensors[name]), 0) for name, view in views.items() if view.nbytes), rest=False)
     return tensors
 
 
-class Memory:
+class TensorFile:
     """A tensor as a file to write into."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -135,11 +135,11 @@ def grouped(targets: Iterable[Target]) -> list[list[Target]]:
         groups.setdefault(key, []).append(target)
 
     def place(group: list[Target]) -> tuple[str, int]:
-        found = (part for part in group[0].view.strips[0].parts if part.source is not None)
-        first = next(found, None)
-        if first is None or first.source.path is None:
+        found = ((part.source, part.row) for part in group[0].view.strips[0].parts if part.source is not None)
+        source, row = next(found, (None, 0))
+        if source is None or source.path is None:
             return "", 0
-        return str(first.source.path), first.source.offset + first.row * first.source.row_bytes
+        return str(source.path), source.offset + row * source.row_bytes
 
     return sorted(groups.values(), key=place)
 

@@ -69,7 +69,7 @@ def describe(archive: Archive, start: int = 0, skip: bool = False) -> Any:
     do not lie one after another, and for anything but tensors and plain values: torch.load has to say what is wrong.
     """
     tensors = Tensors(archive.records, start)
-    admitted = {
+    admitted: dict[tuple[str, str], Any] = {
         ("torch._utils", "_rebuild_tensor_v2"): tensors.tensor,
         ("torch._utils", "_rebuild_parameter"): _parameter,
         ("collections", "OrderedDict"): Ordered,

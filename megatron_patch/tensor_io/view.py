@@ -61,6 +61,7 @@ class Source:
     @cached_property
     def made(self) -> Tensor:
         """What `make` gives, [rows, columns]."""
+        assert self.make is not None, self.name
         return self.make().detach().reshape(self.rows, self.columns).contiguous()
 
     def release(self) -> None:
@@ -75,7 +76,7 @@ class Source:
         return Source(self.name, self.dtype, rows, columns, self.path, self.offset, make, digests, self.record)
 
 
-class Part(NamedTuple):
+class Columns(NamedTuple):
     """Columns of a source, from one of its rows on. Source None: zeros."""
 
     source: Source | None
@@ -88,7 +89,7 @@ class Strip(NamedTuple):
     """Some rows of a view, and the parts that give them, from left to right."""
 
     rows: int
-    parts: tuple[Part, ...]
+    parts: tuple[Columns, ...]
 
     def below(self, start: int, rows: int) -> Strip:
         """`rows` of its rows from `start` on."""
@@ -106,7 +107,7 @@ class View:
     @staticmethod
     def of(source: Source, shape: Sequence[int]) -> View:
         """All of a stored tensor."""
-        return View(tuple(shape), source.dtype, (Strip(source.rows, (Part(source, 0, 0, source.columns),)),))
+        return View(tuple(shape), source.dtype, (Strip(source.rows, (Columns(source, 0, 0, source.columns),)),))
 
     @staticmethod
     def of_tensor(tensor: Tensor, name: str) -> View:
@@ -140,7 +141,9 @@ class View:
 
     def unchecked(self) -> View:
         """The same values, read without comparing them with a manifest or a CRC-32: for what is read a second time."""
-        plain = {source: replace(source, digests=(), record=None) for source in self.sources}
+        plain: dict[Source | None, Source] = {
+            source: replace(source, digests=(), record=None) for source in self.sources
+        }
         strips = (
             Strip(strip.rows, tuple(part._replace(source=plain.get(part.source)) for part in strip.parts))
             for strip in self.strips
@@ -194,7 +197,7 @@ class View:
     def new_zeros(self, *shape: int) -> View:
         """Zeros of the same type."""
         rows, columns = as_rows(shape)
-        return View(shape, self.dtype, (Strip(rows, (Part(None, 0, 0, columns),)),) if rows else ())
+        return View(shape, self.dtype, (Strip(rows, (Columns(None, 0, 0, columns),)),) if rows else ())
 
     @cached_property
     def sources(self) -> tuple[Source, ...]:
@@ -218,7 +221,7 @@ def between(strips: Iterable[Strip], start: int, end: int) -> Iterator[Strip]:
         top += strip.rows
 
 
-def _columns(parts: Iterable[Part], start: int, end: int) -> Iterator[Part]:
+def _columns(parts: Iterable[Columns], start: int, end: int) -> Iterator[Columns]:
     left = 0
     for part in parts:
         first, last = max(start, left), min(end, left + part.width)

@@ -105,7 +105,7 @@ class Feed:
         """With stages the longest length, then the micro batches."""
         read: deque[Batch] = deque()
         if self._groups.replica is not None:
-            self._put(self._agree(read))
+            self._put(self._agree(read, self._groups.replica))
         for _ in range(self._count if self._takes else 0):
             batch, error = None, None
             if self._reads and not read:
@@ -118,15 +118,15 @@ class Feed:
                 raise error
             self._put(batch)
 
-    def _agree(self, read: deque[Batch]) -> int:
+    def _agree(self, read: deque[Batch], replica: dist.ProcessGroup) -> int:
         """Read all of the iteration; the longest length of all stages. Raises on all what one could not read."""
         error = None
         while self._reads and len(read) < self._count and error is None:
             batch, error = self._try_to_read()
             read.extend([] if batch is None else [batch])
         longest = max((batch.labels.shape[1] for batch in read), default=0)
-        everything: list[Any] = [None] * self._groups.replica.size()
-        dist.all_gather_object(everything, (longest, error and _in_words(error)), self._groups.replica)
+        everything: list[Any] = [None] * replica.size()
+        dist.all_gather_object(everything, (longest, error and _in_words(error)), replica)
         if error is not None:
             raise error
         for _, words in everything:

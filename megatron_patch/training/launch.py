@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""What ranks save after: `training.stopping`'s."""
+"""What ranks save after. A terminal that is closed sends SIGHUP; clusters (Slurm's --signal) announce the end with
+SIGUSR1."""
 STOPPED = tuple(128 + number for number in SIGNALS)
 """Exit codes of a run that a signal ended after it was saved."""
 
@@ -91,7 +92,7 @@ def check_files(config: Config) -> None:
         ("--data-path", config.data.data_path),
         ("--valid-data-path", config.data.valid_data_path),
     ):
-        if path not in (None, MOCK) and not path.exists():
+        if path is not None and path != MOCK and not path.exists():
             raise FileNotFoundError(f"{flag} {path}: no such folder")
     for flag, path in (("--data-path", config.data.data_path), ("--valid-data-path", config.data.valid_data_path)):
         if path is not None and path.is_dir() and not (path / ".nv-meta" / "dataset.yaml").is_file():
@@ -290,7 +291,7 @@ def _not_saved(folder: Path, log: Path, first_rank: int) -> str | None:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     failures = {
-        first_rank + int(path.parent.name): ProcessFailure(int(path.parent.name), pid=0, exitcode=1, error_file=path)
+        first_rank + int(path.parent.name): ProcessFailure(int(path.parent.name), 0, 1, error_file=str(path))
         for path in folder.glob("*/attempt_*/*/error.json")
     }
     if failures:

@@ -20,12 +20,14 @@ def start_log(folder: Path, rank: int) -> None:
     one line per event, and the launcher says there what ended the run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank_{rank:03d}.log")]
+    file = logging.FileHandler(folder / f"rank_{rank:03d}.log")
+    handlers: list[logging.Handler] = [file]
     if rank == 0:
         handlers.append(logging.StreamHandler(Outliving(os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1))))
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-        os.dup2(handlers[0].stream.fileno(), stream.fileno())
+        assert file.stream is not None, "opened at once"
+        os.dup2(file.stream.fileno(), stream.fileno())
     faulthandler.enable()
     for handler in handlers:
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))

@@ -18,8 +18,8 @@ from megatron_patch.config.train import Config
 from megatron_patch.conversion.companions import copy_companions
 from megatron_patch.conversion.plan import load_rank
 from megatron_patch.data import position, readers
-from megatron_patch.data.loader import Loader, reading, resumed_loader, save_position, train_loader, valid_loader
-from megatron_patch.data.mock import MockLoader
+from megatron_patch.data.loader import reading, resumed_loader, save_position, train_loader, valid_loader
+from megatron_patch.data.mock import BatchLoader
 from megatron_patch.data.processor import write_processor
 from megatron_patch.families.fused_names import to_transformer_engine_name
 from megatron_patch.families.llava import read_config
@@ -137,6 +137,7 @@ def load_pretrained(config: Config, llava: Llava, chunk: LlavaModel) -> None:
     """Put this chunk's part of the pretrained checkpoint, saved at any TP and PP, into it."""
     first_layer = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
     layers = range(first_layer, first_layer + len(chunk.language_model.decoder.layers))
+    assert config.model.pretrained_checkpoint is not None, "which has the weights"
     weights = load_rank(
         config.model.pretrained_checkpoint,
         llava,
@@ -153,22 +154,22 @@ def load_pretrained(config: Config, llava: Llava, chunk: LlavaModel) -> None:
 
 
 @contextlib.contextmanager
-def open_data(config: Config, llava: Llava, checkpoint: Path | None) -> Iterator[Loader | MockLoader | None]:
+def open_data(config: Config, llava: Llava, checkpoint: Path | None) -> Iterator[BatchLoader | None]:
     """The training data from where `checkpoint` left it; None on the ranks that do not read. Collective.
 
     Its readers have begun, before this rank waits for others: a thread that communicates is no good company to a fork.
     """
-    loaders: list[Loader | MockLoader | None] = []
+    loaders: list[BatchLoader | None] = []
     try:
         resume.agree(lambda: loaders.append(begin_to_read(config, llava, checkpoint)))
         yield loaders[0]
     finally:
         for loader in loaders:
-            if isinstance(loader, Loader):
+            if loader is not None:
                 loader.close()
 
 
-def begin_to_read(config: Config, llava: Llava, checkpoint: Path | None) -> Loader | MockLoader | None:
+def begin_to_read(config: Config, llava: Llava, checkpoint: Path | None) -> BatchLoader | None:
     """This rank's part of it."""
     if not reads_data(config):
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -35,11 +37,10 @@ def params_norm(chunks: list[MegatronModule]) -> float:
 def _frozen_squares(chunk: MegatronModule, frozen: list[Parameter]) -> Tensor:
     """`_squares` of the frozen weights, kept on `chunk`: most of a model, and the same at each step."""
     state = [(parameter.data_ptr(), parameter._version) for parameter in frozen]  # writing counts the version up
-    known, squares = getattr(chunk, "frozen_squares", (None, None))
-    if known != state:
-        squares = _squares(frozen)
-        chunk.frozen_squares = state, squares
-    return squares
+    known: tuple[Any, Tensor] | None = getattr(chunk, "frozen_squares", None)
+    if known is None or known[0] != state:
+        known = chunk.frozen_squares = state, _squares(frozen)
+    return known[1]
 
 
 def _squares(weights: list[Parameter]) -> Tensor:

@@ -7,7 +7,6 @@ runs meanwhile. So a thread of each rank looks for a failure once a second, and 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing.process
 import os
 import signal
 import threading
@@ -20,6 +19,7 @@ from torch.distributed import FileStore, Store, TCPStore
 from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
 
 from megatron_patch.data import processes, readers
+from megatron_patch.data.private_api import children
 from megatron_patch.files.names import STORE, TRAINING
 
 INTERVAL = 1.0
@@ -179,8 +179,7 @@ class _Watch:
         ranks = {_marked(mark): local_rank for local_rank, mark in enumerate(self.marks)}
         for pid in (0, os.getpid()):
             ranks.pop(pid, None)
-        # Python has no public list of them that does not reap those that ended, which is their users' to do.
-        forked = {process.pid: process.name for process in list(multiprocessing.process._children) if process.pid}
+        forked = children()
         found = self.stopped.look([*ranks, *forked])
         if found is None:
             return

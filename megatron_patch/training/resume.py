@@ -27,13 +27,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_patch.config.train import Config
-from megatron_patch.conversion.companions import CONFIG as MODEL_CONFIG
 from megatron_patch.conversion.companions import TRACKER, checkpoint_folder, read_json
 from megatron_patch.data.preprocessor import has_preprocessor, read_image_settings
 from megatron_patch.families.llava import read_config
 from megatron_patch.families.sizes import plain
 from megatron_patch.files.marks import beside, claim, discard
-from megatron_patch.files.names import RUN_CONFIG as CONFIG
+from megatron_patch.files.names import CONFIG, RUN_CONFIG
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.stores import checksums
 from megatron_patch.stores.torch_dist import read_metadata
@@ -70,7 +69,7 @@ def latest(folder: Path, step: int | None = None) -> Path | None:
             )
         return None
     checkpoint = checkpoint_folder(folder, step)
-    if not (checkpoint / CONFIG).is_file():
+    if not (checkpoint / RUN_CONFIG).is_file():
         raise ValueError(
             f"{checkpoint}: not the checkpoint of a training run; give another output folder, "
             f"and this one as --pretrained-checkpoint to start from its weights"
@@ -127,7 +126,7 @@ def load(checkpoint: Path, chunks: list[LlavaModel], optimizer: MegatronOptimize
         reason = " ".join(str(cause).split())[:200]
         raise ValueError(
             f"{checkpoint}: does not fit this run ({type(cause).__name__}: {reason}); resume with the settings of its "
-            f"{CONFIG}, or begin a new run with it as --pretrained-checkpoint"
+            f"{RUN_CONFIG}, or begin a new run with it as --pretrained-checkpoint"
         ) from error
     return progress
 
@@ -253,7 +252,7 @@ def position_file(checkpoint: Path, rank: int) -> Path:
 
 def _check_same_training(config: Config, checkpoint: Path) -> None:
     """Raise ValueError when what is trained, or how its states are kept, is not what the checkpoint holds."""
-    before = read_json(checkpoint, CONFIG)
+    before = read_json(checkpoint, RUN_CONFIG)
     now = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     for part, name in (("parallel", "use_distributed_optimizer"), ("model", "freeze_lm"), ("model", "freeze_vit")):
         saved_with = before[part].get(name) if isinstance(before.get(part), dict) else None
@@ -266,7 +265,7 @@ def _check_same_training(config: Config, checkpoint: Path) -> None:
 
 def _check_same_model(description: Path, folder: Path) -> None:
     """Raise ValueError when `description` is not of the model whose run is in `folder`, be the shapes the same."""
-    if not (folder / MODEL_CONFIG).is_file():
+    if not (folder / CONFIG).is_file():
         return  # removed by hand, and written again
     before, now = _facts(folder), _facts(description)
     for name in before:
@@ -309,7 +308,8 @@ def agree(action: Callable[..., T], *arguments: Any, rank: int | None = None) ->
 
     Waits for the slowest for as long as a disk may take.
     """
-    result = error = None
+    result: Any = None
+    error = None
     try:
         if rank in (None, dist.get_rank()):
             result = action(*arguments)
@@ -326,4 +326,6 @@ def agree(action: Callable[..., T], *arguments: Any, rank: int | None = None) ->
 @functools.lru_cache(maxsize=1)
 def _patient(world: dist.ProcessGroup) -> dist.ProcessGroup:
     """A group of the same processes for what waits for disks."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)
+    return group

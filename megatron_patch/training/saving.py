@@ -30,10 +30,12 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_patch.config.train import Config
 from megatron_patch.conversion.companions import TRACKER
 from megatron_patch.files.marks import MARK, beside, claim, discard, is_ours, release
+from megatron_patch.files.names import RUN_CONFIG
+from megatron_patch.files.whole import write_whole
 from megatron_patch.model.llava import LlavaModel
 from megatron_patch.stores import checksums
 from megatron_patch.tensor_io import disk
-from megatron_patch.training.resume import CONFIG, Progress, agree, model_state, optimizer_state, position_file, saved
+from megatron_patch.training.resume import Progress, agree, model_state, optimizer_state, position_file, saved
 
 logger = logging.getLogger(__name__)
 # It takes our mark in the folder for the remains of another checkpoint.
@@ -83,10 +85,10 @@ class Saver:
 
     def _start(self, progress: Progress, position: bytes | None) -> None:
         agree(_make_empty, self.partial, rank=0)
-        written = []  # by this process itself
+        written: dict[Path, bytes] = {}  # by this process itself
         if position is not None:
-            written.append(position_file(self.partial, parallel_state.get_data_parallel_rank()))
-        agree(lambda: [path.write_bytes(position) for path in written])
+            written[position_file(self.partial, parallel_state.get_data_parallel_rank())] = position
+        agree(lambda: [path.write_bytes(content) for path, content in written.items()])
         model = model_state(self.chunks)
         request = dist_checkpointing.save(
             {
@@ -106,7 +108,7 @@ class Saver:
         if request.async_fn is not None:
             request = request._replace(async_fn=functools.partial(_write, request.async_fn, sums))
         request.finalize_fns.insert(0, lambda: agree(_written))
-        request.add_finalize_fn(lambda: self._publish(sums, written))
+        request.add_finalize_fn(lambda: self._publish(sums, [*written]))
         if self.config.checkpoint.async_save:
             if request.async_fn is not None:
                 request = request._replace(preload_fn=functools.partial(_stage, request.async_fn_args[1]))
@@ -133,7 +135,7 @@ class Saver:
 
     def _complete(self, sums: dict[str, str]) -> None:
         """Rank 0's part of it. `sums`: of the files that the ranks wrote."""
-        (self.partial / CONFIG).write_text(json.dumps(dataclasses.asdict(self.config), default=str, indent=2))
+        (self.partial / RUN_CONFIG).write_text(json.dumps(dataclasses.asdict(self.config), default=str, indent=2))
         checksums.write(
             self.partial,
             {**sums, **checksums.digests(path for path in self.partial.iterdir() if path.name not in {*sums, MARK})},
@@ -149,11 +151,7 @@ class Saver:
         disk.sync(self.target.parent)
         disk.sync(self.target)
         tracker = self.target.parent / TRACKER
-        temporary = beside(tracker)
-        temporary.write_text(str(int(self.target.name.removeprefix("iter_"))))
-        disk.sync(temporary)
-        disk.reached("tracker written")
-        temporary.rename(tracker)
+        write_whole(tracker, str(int(self.target.name.removeprefix("iter_"))))
         disk.reached("tracker renamed")
         disk.sync(tracker.parent)
         if self.config.checkpoint.keep_checkpoints is not None:
@@ -240,7 +238,7 @@ def _make_room(target: Path) -> Path | None:
     Returns where a run's is now, to be removed when the new one has its name; the tracker may name it. What no run
     wrote, and a link, stays under another name.
     """
-    if not target.is_symlink() and (target / CONFIG).is_file():
+    if not target.is_symlink() and (target / RUN_CONFIG).is_file():
         return target.rename(beside(target))
     if target.is_symlink() or target.exists():
         kept = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
@@ -251,7 +249,7 @@ def _make_room(target: Path) -> Path | None:
 
 def _remove_old(checkpoint: Path) -> None:
     """Remove a checkpoint that is not to be kept. What cannot be, or was not written there by a run, stays."""
-    if checkpoint.is_symlink() or not (checkpoint / CONFIG).is_file():
+    if checkpoint.is_symlink() or not (checkpoint / RUN_CONFIG).is_file():
         logger.warning(f"{checkpoint}: kept, since it is a link or no run's; --keep-checkpoints removes no other")
         return
     try:

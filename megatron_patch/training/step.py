@@ -172,7 +172,7 @@ def _preparer(
         tensors = {
             **(place_images(text, cut) if part.pre_process else {}),
             **(labels if part.post_process else {}),
-            **({"borders": find_borders(batch.segment_lengths)} if borders_on_device else {}),
+            **({"borders": find_borders(batch.segment_lengths)} if borders_on_device and batch.segment_lengths else {}),
         }
         inputs: dict[str, Any] = to_device(tensors, device)
         inputs["packed_seq_params"] = packed_seq_params(batch.segment_lengths, inputs.pop("borders", None))

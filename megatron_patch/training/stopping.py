@@ -14,10 +14,8 @@ import torch.distributed as dist
 
 from megatron_patch.files import marks
 from megatron_patch.model import groups
+from megatron_patch.training.launch import SIGNALS
 from megatron_patch.training.log import logger
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""A terminal that is closed sends SIGHUP; clusters (Slurm's --signal) announce the end with SIGUSR1."""
 
 
 class Stop:

@@ -48,7 +48,8 @@ class Totals(Work):
         """Several global batches as one."""
         sums = {part.name: sum(getattr(total, part.name) for total in totals) for part in fields(Totals)}
         loss = sum(total.loss * total.num_labels for total in totals) / max(sums["num_labels"], 1)
-        return Totals(**{**sums, "loss": loss})
+        values: dict[str, Any] = {**sums, "loss": loss}
+        return Totals(**values)
 
 
 @dataclass(frozen=True)

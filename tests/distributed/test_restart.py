@@ -21,7 +21,7 @@ STEPS = 5
 INTERVAL = 2
 ONE, TP2, PP2 = Parallel(), Parallel(tensor_model_parallel_size=2), Parallel(pipeline_model_parallel_size=2)
 CUTS = pytest.mark.parametrize("cut", [ONE, PP2], ids=["one process", "PP2"])
-POINTS = ("state written", "renamed", "tracker written", "tracker renamed")
+POINTS = ("state written", "renamed", "latest_checkpointed_iteration.txt written", "tracker renamed")
 
 
 @pytest.fixture(scope="module")

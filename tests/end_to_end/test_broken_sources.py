@@ -227,7 +227,7 @@ def test_a_source_that_changes_meanwhile(sources, tmp_path, capsys, monkeypatch,
     before = path.read_bytes()
 
     def write_again(point: str) -> None:
-        if point == "tracker written":
+        if point == "latest_checkpointed_iteration.txt written":
             path.write_bytes(before + b"\n")
 
     monkeypatch.setattr(disk, "reached", write_again)

@@ -30,7 +30,7 @@ IMPORT_POINTS = (
     "file finished",
     "manifest written",
     "shards synced",
-    "tracker written",
+    "latest_checkpointed_iteration.txt written",
     "synced",
     "renamed",
 )
@@ -74,7 +74,9 @@ def test_killed_while_importing(tmp_path, mistral, clip, mcore, point):
     assert all(found[name] == reference[name] for name in reference)
 
 
-@pytest.mark.parametrize("point", ["bytes written", "weights written", "file finished", "tracker written"])
+@pytest.mark.parametrize(
+    "point", ["bytes written", "weights written", "file finished", "latest_checkpointed_iteration.txt written"]
+)
 def test_killed_while_writing_torch_dist(tmp_path, mcore, point):
     target = tmp_path / "target"
     arguments = as_flags(
@@ -83,7 +85,7 @@ def test_killed_while_writing_torch_dist(tmp_path, mcore, point):
     killed(point, arguments)
     partial = tmp_path / ".target.partial"
     assert list(tmp_path.iterdir()) == [partial]
-    if point != "tracker written":
+    if point != "latest_checkpointed_iteration.txt written":
         (partial / "latest_checkpointed_iteration.txt").write_text("release")
     with pytest.raises((ValueError, OSError)):
         open_mcore(partial, read_config(mcore))
@@ -103,14 +105,16 @@ def test_killed_while_exporting(tmp_path, mcore, hf, point):
     assert files(target) == files(hf)
 
 
-@pytest.mark.parametrize("point", ["bytes written", "weights written", "file finished", "tracker written"])
+@pytest.mark.parametrize(
+    "point", ["bytes written", "weights written", "file finished", "latest_checkpointed_iteration.txt written"]
+)
 def test_what_a_killed_one_leaves_is_no_checkpoint(tmp_path, mistral, clip, mcore, point):
     """Even if somebody takes the hidden folder for one: no tracker, and no file without its directory loads."""
     killed(point, importing(mistral, clip, tmp_path / "target"))
     partial = tmp_path / ".target.partial"
     with pytest.raises((ValueError, OSError)):
         open_mcore(partial, read_config(mcore))
-    if point != "tracker written":
+    if point != "latest_checkpointed_iteration.txt written":
         (partial / "latest_checkpointed_iteration.txt").write_text("release")
         with pytest.raises((ValueError, OSError)):
             open_mcore(partial, read_config(mcore))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.config import train
+from megatron_patch.config.dataset import Settings
 from megatron_patch.config.flags import flag, help_texts, parse, walk
 from megatron_patch.config.train import Config
 
@@ -159,3 +160,26 @@ def test_help_has_a_sentence_for_every_flag(capsys):
     for name in FLAGS:
         assert name in text
     assert "Ranks that share every layer's weights. Divides the attention heads" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "overwrite"),
+    [
+        (["data"], False),
+        (["data", "--overwrite"], True),
+        (["--overwrite", "data"], True),
+        (["data", "--overwrite", "true"], True),
+        (["--overwrite", "false", "data"], False),
+        (["--overwrite=true", "data"], True),
+        (["--overwrite", "--dry-run", "data"], True),
+    ],
+)
+def test_beside_a_positional_a_flag_of_two_values_may_come_without_one(argv, overwrite):
+    settings = parse(Settings, argv, positional="dir")
+    assert (settings.dir, settings.overwrite) == ("data", overwrite)
+
+
+def test_another_value_of_such_a_flag_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse(Settings, ["data", "--overwrite=yes"], positional="dir")
+    assert "--overwrite 'yes': expected true or false" in capsys.readouterr().err

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import CLIPImageProcessor
 
 from megatron_patch.conversion import companions
 from megatron_patch.families import hf_config
@@ -68,6 +71,15 @@ def test_no_code_is_handed_on(tmp_path):
     assert "auto_map" not in "".join(path.read_text() for path in tmp_path.iterdir())
     # A processor's own would be taken in place of chat_template.jinja.
     assert "chat_template" not in companions.read_json(tmp_path, "processor_config.json")
+
+
+def test_a_clip_tower_without_an_image_transform_gets_clips_own():
+    """transformers is the judge: a setting that is left out means its class's own."""
+    made = hf_config.preprocessor_config(describe(hf_config.llava_config(TEXT, CLIP, 300)).vision)
+    stock = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).to_dict()
+    for name, value in made.items():
+        if name != "image_processor_type":
+            assert json.loads(json.dumps(stock[name])) == value, name
 
 
 @pytest.mark.parametrize("place", ["own", "nested"])

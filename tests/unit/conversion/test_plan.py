@@ -20,6 +20,8 @@ from megatron_patch.families.stages import Stage, pipeline_stages, stage_lengths
 from megatron_patch.stores import checksums
 from megatron_patch.stores.reader import InMemory
 from megatron_patch.tensor_io import disk
+from megatron_patch.tensor_io.stream import read
+from megatron_patch.tensor_io.view import View
 
 LAYER = "language_model.decoder.layers."
 
@@ -185,7 +187,7 @@ def test_new_projector_is_drawn_as_linear_layers_are(llava):
 
 def test_rows_appended_to_a_table_are_its_mean():
     table = torch.randn(5, 3).bfloat16()
-    longer = plan.append_mean_rows(table, 8)
+    longer = read({"it": plan.append_mean_rows(View.of_tensor(table, "table"), 8)})["it"]
     assert torch.equal(longer[:5], table)
     assert torch.equal(longer[7], table.float().mean(0).bfloat16())
 

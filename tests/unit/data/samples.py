@@ -17,26 +17,16 @@ from megatron_patch.config.train import Checkpoint, Config, Data, Model, Optimiz
 from megatron_patch.data.task_encoder import EncodedSample, LlavaTaskEncoder
 from megatron_patch.data.tokenizer_files import install_tokenizer
 from megatron_patch.families.clip import CLIP as CLIP_TOWER
+from megatron_patch.families.hf_config import describe_vision_model, preprocessor_config
 from megatron_patch.families.mistral import MISTRAL
 from megatron_patch.families.sizes import LanguageModel, Llava, VisionModel
 from megatron_patch.prepare import ANNOTATIONS, Report, Settings, convert
 from tests.tiny import save_tokenizer
 
 PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "photos_llava_pretrain"
-CLIP = {
-    "image_processor_type": "CLIPImageProcessor",
-    "do_resize": True,
-    "size": {"shortest_edge": 28},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": 28, "width": 28},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "do_convert_rgb": True,
-}
+CLIP = preprocessor_config(
+    describe_vision_model({"model_type": "clip_vision_model", "image_size": 28, "patch_size": 7})
+)
 QUESTION = "<image>\nDescribe it."
 
 

@@ -326,7 +326,7 @@ def test_a_killed_process_is_not_the_datas_fault(model, dataset):
     loader = build(model, dataset, num_workers=1)
     batches = iter(loader)
     next(batches)
-    os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
+    os.kill(loader.workers[0].pid, signal.SIGKILL)
     with pytest.raises(
         ValueError, match=r"a process that reads was killed by SIGKILL; if memory ran out, use fewer --num-workers"
     ):

@@ -22,5 +22,3 @@ def test_a_model_is_its_table_and_a_name_in_the_registry(name):
 @pytest.mark.parametrize("family", [*LANGUAGE_FAMILIES.values(), *VISION_FAMILIES.values()], ids=lambda it: it.name)
 def test_what_the_network_is_stands_in_the_table(family: Family):
     assert family.norm is not None
-    assert (family.tower is None) == (family.name in LANGUAGE_FAMILIES)
-    assert (family.prompt_format is None) == (family.name in VISION_FAMILIES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,25 @@ def test_locks(number, tmp_path, monkeypatch):
     assert not lock(second)
     os.close(first)
     os.close(second)
+
+
+def test_a_lock_that_is_shared_or_waited_for(tmp_path):
+    path = tmp_path / "lock"
+    first, second, third = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(3))
+    assert lock(first, path, shared=True)
+    assert lock(second, path, shared=True)
+    with pytest.raises(BlockingIOError):
+        lock(third, path)
+    os.close(first)
+    threading.Timer(0.1, os.close, [second]).start()
+    assert lock(third, path, seconds=30)
+    path.rename(tmp_path / "another")
+    for there in (False, True):
+        if there:
+            path.touch()
+        with pytest.raises(BlockingIOError, match="lock: renamed or removed"):
+            lock(third, path)
+    os.close(third)
 
 
 def test_a_name_beside(tmp_path):

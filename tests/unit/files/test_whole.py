@@ -139,7 +139,7 @@ def test_a_target_apart_from_its_sources(tmp_path):
 
 
 def test_without_locks_a_target_is_written_and_a_line_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(marks, "lock", lambda descriptor: False)
+    monkeypatch.setattr(marks, "lock", lambda *_: False)
     write(tmp_path / "target")
     assert listing(tmp_path) == ["target"]
     assert f"{tmp_path}: no locks on this file system" in capsys.readouterr().err

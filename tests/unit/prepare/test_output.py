@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_patch.files import whole
 from megatron_patch.prepare import output, own
-from megatron_patch.prepare.output import LocalOutput, Record
+from megatron_patch.prepare.output import LocalOutput, ShardRecord
 from megatron_patch.prepare.tar import TarWriter
 from tests.unit.data.samples import convert_folder, write_annotations, write_pretrain
 from tests.unit.prepare.shards import read_shards, rejects, shards
@@ -285,7 +285,8 @@ def test_a_conversion_that_another_one_overtook_replaces_nothing(tmp_path, monke
 def test_what_a_killed_conversion_left_is_not_shown(tmp_path):
     write_pretrain(tmp_path, 20)
     convert_folder(tmp_path, part="1/2")
-    put_in(tmp_path / "wds.partial", "00009.tar.tmp", ".00000.tar.idx.tmp.tmp", "manifest.json.7.tmp", ".qi2m4trb")
+    put_in(tmp_path / "wds.partial", "00009.tar.tmp", ".00000.tar.idx.tmp.tmp", ".manifest.json.7.tmp", ".qi2m4trb")
+    put_in(tmp_path / "wds.partial" / ".records", ".00000.tar.json.7.tmp")
     convert_folder(tmp_path)
     names = {path.name for path in (tmp_path / "wds").iterdir()}
     assert names - {f"{index:05d}.tar{end}" for index in range(10) for end in ("", ".idx")} == {
@@ -300,8 +301,8 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     write_pretrain(tmp_path, 20)
-    monkeypatch.setattr(own.fcntl, "flock", none)
-    LocalOutput(str(tmp_path / "wds")).begin({"samples": 5}, overwrite=False)
+    monkeypatch.setattr(fcntl, "flock", none)
+    convert_folder(tmp_path)
     assert "no locks on this file system; do not start a second conversion" in capsys.readouterr().err
 
 
@@ -351,9 +352,12 @@ def test_links_that_are_made_after_the_look_are_not_followed(tmp_path, monkeypat
             own.lock(tmp_path / "lock", shared=False)
         output = LocalOutput(str(tmp_path / "wds"))
         output.partial = tmp_path
-        with pytest.raises(OSError, match="tmp"), output.new_shard("00000.tar", Record(shard="00000.tar", given=1)):
+        with (
+            pytest.raises(OSError, match="tmp"),
+            output.new_shard("00000.tar", ShardRecord(shard="00000.tar", given=1)),
+        ):
             pass
-        monkeypatch.setattr(whole.secrets, "token_hex", lambda _: "0")
+        monkeypatch.setattr(whole.marks, "beside", lambda path: path.with_name("list.0.tmp"))
         with pytest.raises(FileExistsError):
             whole.write_whole(tmp_path / "list", "ours")
         assert (tmp_path / "list.0.tmp").is_symlink()

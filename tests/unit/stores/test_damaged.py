@@ -12,11 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_patch.files.names import COMMON
+from megatron_patch.files.names import COMMON, RUN_CONFIG
 from megatron_patch.stores import manifest, mp_rank, torch_dist
 from megatron_patch.stores.torch_dist import model_tensors, read_metadata
 from megatron_patch.training import resume
-from megatron_patch.training.resume import CONFIG
 from tests import tiny_runs
 from tests.tiny_dist import metadata_bytes
 from tests.unit.properties import changed, damaged, examples, in_one_line, json_values
@@ -103,14 +102,14 @@ def settings(mcore, folder):
 def test_a_runs_settings(folder, settings, data):
     content = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
     content = {part: content[part] for part in ("model", "parallel")}  # what is read of them
-    (folder / CONFIG).write_text(json.dumps(data.draw(changed(content) | json_values)))
+    (folder / RUN_CONFIG).write_text(json.dumps(data.draw(changed(content) | json_values)))
     in_one_line(lambda: resume._check_same_training(settings, folder), folder)
 
 
 @pytest.mark.parametrize("content", [DEEP, b"", b"\xff\xfe", b"[]", b"5"])
 def test_settings_that_are_none(folder, settings, content):
-    (folder / CONFIG).write_bytes(content)
-    with pytest.raises(ValueError, match=CONFIG):
+    (folder / RUN_CONFIG).write_bytes(content)
+    with pytest.raises(ValueError, match=RUN_CONFIG):
         resume._check_same_training(settings, folder)
 
 
