@@ -95,7 +95,7 @@ def pack(batch: Batch) -> Batch:
             input_ids=ids[:length],
             labels=labels[:length],
             pixels=pixels[None],
-            num_cut=0,
+            num_truncated=0,
         )
         for key, ids, labels, pixels, length in rows
     ]

@@ -34,7 +34,7 @@ def mean_work(batches: list[Batch]) -> Work:
     return Work(
         num_positions=round(statistics.mean(batch.labels.numel() for batch in batches)),
         num_pairs=round(statistics.mean(map(count_pairs, batches))),
-        num_pictures=round(statistics.mean(len(batch.pixels) for batch in batches)),
+        num_images=round(statistics.mean(len(batch.pixels) for batch in batches)),
         num_labels=round(statistics.mean(int((batch.labels >= 0).sum()) for batch in batches)),
     )
 

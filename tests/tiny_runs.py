@@ -47,11 +47,11 @@ def batches(
     made = []
     for index in range(count):
         texts, answers = [], []
-        for row, num_pictures in enumerate(pictures[index % len(pictures)]):
+        for row, num_images in enumerate(pictures[index % len(pictures)]):
             before, answer = 3 + row, 9 + (5 * index + 7 * row) % 11
             words = torch.randint(5, llava.language.vocab_size, (before + 2 + answer,), generator=generator)
             words[words == llava.image_token_id] = 5
-            texts.append(torch.cat([words[:before], *[image] * num_pictures, words[before:]]))
+            texts.append(torch.cat([words[:before], *[image] * num_images, words[before:]]))
             answers.append(answer)
         length = max(60, *map(len, texts))
         input_ids = torch.zeros(2, length, dtype=torch.int64)

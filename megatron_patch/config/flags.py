@@ -7,6 +7,7 @@ import ast
 import difflib
 import functools
 import inspect
+import itertools
 import sys
 import textwrap
 import types
@@ -56,7 +57,7 @@ def parse(config_class: type[T], argv: Sequence[str], *, positional: str | None 
 
 def _with_values(argv: Sequence[str], switches: set[str]) -> Iterator[str]:
     """Each of `switches` that has no value gets one."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in itertools.zip_longest(argv, argv[1:]):
         yield f"{word}=true" if word in switches and following not in ("true", "false") else word
 
 

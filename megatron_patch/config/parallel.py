@@ -1,4 +1,4 @@
-"""How a run is cut over ranks: the part of a run's settings that knows what divides what. Imports nothing heavy."""
+"""How a run is sharded over ranks: the part of a run's settings that knows what divides what. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_patch.families.sizes import Llava, divisors, listing
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How the model and the batch are cut over ranks."""
+    """How the model and the batch are sharded over ranks."""
 
     tensor_model_parallel_size: int = 1
     """Ranks that share every layer's weights. Divides the attention heads and the query groups."""
@@ -57,7 +57,7 @@ class Parallel:
             )
 
     def check(self, llava: Llava) -> None:
-        """Raise ValueError when the model cannot be cut like this."""
+        """Raise ValueError when the model cannot be sharded like this."""
         self.check_tensor_parallel(llava)
         stages, layers = self.pipeline_model_parallel_size, llava.language.num_layers
         if layers % stages:
@@ -73,9 +73,9 @@ class Parallel:
             )
 
     def check_tensor_parallel(self, llava: Llava) -> None:
-        """Raise ValueError when a layer cannot be cut like this."""
+        """Raise ValueError when a layer cannot be sharded like this."""
         size = self.tensor_model_parallel_size
-        cut = (
+        sharded = (
             ("the language model", "attention heads", llava.language.num_attention_heads),
             ("the language model", "query groups", llava.language.num_query_groups),
             ("the language model", "feed-forward channels", llava.language.ffn_hidden_size),
@@ -83,9 +83,9 @@ class Parallel:
             ("the vision tower", "attention heads", llava.vision.num_attention_heads),
             ("the vision tower", "feed-forward channels", llava.vision.ffn_hidden_size),
         )
-        for model, what, count in cut:
+        for model, what, count in sharded:
             if count % size:
-                allowed = [n for n in range(1, 65) if all(c % n == 0 for _, _, c in cut)]
+                allowed = [n for n in range(1, 65) if all(c % n == 0 for _, _, c in sharded)]
                 raise ValueError(
                     f"--tensor-model-parallel-size {size}: {model} has {count} {what}, which {size} does not divide; "
                     f"use {listing(allowed)}"
@@ -98,7 +98,7 @@ class Parallel:
 
     @property
     def uses_sequence_parallel(self) -> bool:
-        """Whether activations between layers are cut along the sequence over the tensor-parallel ranks."""
+        """Whether activations between layers are sharded along the sequence over the tensor-parallel ranks."""
         return self.tensor_model_parallel_size > 1 if self.sequence_parallel is None else self.sequence_parallel
 
     @property

@@ -54,7 +54,7 @@ A `LlavaForConditionalGeneration` for transformers 4.57 and 5:
 from transformers import pipeline
 
 ask = pipeline("image-text-to-text", model="PATH OF THIS FOLDER")
-image = {{"type": "image", "image": "PATH OR ADDRESS OF A PICTURE"}}
+image = {{"type": "image", "image": "PATH OR ADDRESS OF AN IMAGE"}}
 messages = [{{"role": "user", "content": [image, {{"type": "text", "text": "What is this?"}}]}}]
 print(ask(text=messages, max_new_tokens=64, return_full_text=False))
 ```

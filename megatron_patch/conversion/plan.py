@@ -1,4 +1,4 @@
-"""Between Hugging Face, megatron.core's whole state dict (the hub of every way), and one rank's part of it.
+"""Between Hugging Face, megatron.core's whole state dict (the form that all meet in), and one rank's part of it.
 
 A conversion is a plan: `to_mcore(rows, hf)` and `to_hf(rows, mcore)` are readers of views, which say where a tensor's
 values come from. `stream.py` moves the bytes, so no model is ever whole in memory.
@@ -250,7 +250,7 @@ def _without_copies(reader: Reader, copies: dict[str, str]) -> Reader:
 
 
 def load_rank(folder: Path, llava: Llava, stage: Stage, *, tp_rank: int, tp_size: int) -> dict[str, Tensor]:
-    """One rank's state dict of the Megatron-Core checkpoint in `folder`, however that is cut.
+    """One rank's state dict of the Megatron-Core checkpoint in `folder`, however that is sharded.
 
     Names are the local spec's, layers count from 0 within the stage, the vocabulary is padded for `tp_size`, types are
     as saved. Raises as `open_mcore` does.

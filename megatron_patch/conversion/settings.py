@@ -47,7 +47,7 @@ class Conversion:
     source_llm_ckpt_path: Path
     """Hugging Face folder of a Llama, Vicuna, Mistral or Qwen2, or of a whole LLaVA, of the LLaVA repository too; with
     --mg2hf true a Megatron-Core checkpoint, shards or torch_dist, or one iteration of a run. With --mg2hf false such a
-    checkpoint is cut again."""
+    checkpoint is resharded."""
 
     source_clip_ckpt_path: Path | None = None
     """Hugging Face folder of a vision tower (or of a whole CLIP or the like); none: the source is a whole LLaVA. With
@@ -76,7 +76,7 @@ class Conversion:
 
     ckpt_format: Literal["torch", "torch_dist"] = "torch"
     """With --mg2hf false: what is written. torch: a file for each rank (mp_rank shards); torch_dist: megatron.core's
-    distributed checkpoint, which has no cut and is loaded at any parallel sizes."""
+    distributed checkpoint, which is not sharded and is loaded at any parallel sizes."""
 
     mg2hf: bool = False
     """Direction; false: Hugging Face to Megatron-Core, true: Megatron-Core to Hugging Face."""
@@ -125,7 +125,7 @@ class Conversion:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", *UNEQUAL):
             given, default = getattr(self, name), defaults[name] or "none"
             if self.ckpt_format == "torch_dist" and given not in (1, None):
-                raise ValueError(f"{flag(name)} {given}: a torch_dist checkpoint is not cut; use {default}")
+                raise ValueError(f"{flag(name)} {given}: a torch_dist checkpoint is not sharded; use {default}")
         if self.parts == "projector" and self.verify == "true":
             raise ValueError("--verify true: there is no whole model to verify with --parts projector; leave one out")
         _ = self.parallel  # refuses sizes below 1, also where they are not used
@@ -166,7 +166,7 @@ class Conversion:
 
     @property
     def parallel(self) -> Parallel:
-        """The cut of the shards written."""
+        """Parallel sizes of the shards written."""
         return Parallel(
             tensor_model_parallel_size=self.tensor_model_parallel_size,
             pipeline_model_parallel_size=self.pipeline_model_parallel_size,
@@ -242,7 +242,7 @@ def describe_checkpoint(conversion: Conversion) -> tuple[list[Path], dict[str, A
 
 
 def stages_of(conversion: Conversion, llava: Llava) -> list[list[Stage]]:
-    """What each pipeline rank is to hold. Raises ValueError for a cut that the model has not."""
+    """What each pipeline rank is to hold. Raises ValueError for sizes that do not fit the model."""
     first, last = conversion.decoder_first_pipeline_num_layers, conversion.decoder_last_pipeline_num_layers
     if first is None and last is None:
         conversion.parallel.check(llava)

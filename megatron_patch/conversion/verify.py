@@ -110,7 +110,7 @@ def verify(
     `hf_config`: a LlavaConfig. `dtype`: the type of the conversion, to which the source's weights are rounded first.
     megatron.core's groups must have been started, for one process. Raises ValueError or OSError as the readers do.
     """
-    input_ids, pixels = input_ids.to(device), fixed_picture(llava.vision.img_size).to(device)
+    input_ids, pixels = input_ids.to(device), fixed_image(llava.vision.img_size).to(device)
 
     def weights(reader: Reader) -> Load:
         return lambda name: reader[name].to(device, dtype)
@@ -129,7 +129,7 @@ def verify(
     return Parity(num_positions=input_ids.shape[1], blocks=blocks, top1_agreement=top1)
 
 
-def fixed_picture(size: int) -> Tensor:
+def fixed_image(size: int) -> Tensor:
     """An image with something in every patch, normalised as CLIP's are: fp32 [1, 3, size, size]."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(1, 3, 8, 8, generator=generator)

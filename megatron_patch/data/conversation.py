@@ -25,7 +25,7 @@ from megatron.energon import (
 
 from megatron_patch.data.prompts import IMAGE, Turn, pair_turns
 
-PICTURE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp|gif|bmp|tiff?)")
+IMAGE_FILE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp|gif|bmp|tiff?)")
 """Fields of a shard that hold an image: `jpg`, then `1.jpg`, `2.jpg`, ..."""
 
 
@@ -60,10 +60,10 @@ def cook(sample: CrudeSample) -> Conversation:
     """A crude sample: `json`, a list of {"from", "value"} turns, and its images `jpg`, `1.jpg`, `2.jpg`, ..."""
     numbered = {}
     for name, data in sample.items():
-        if (match := PICTURE.fullmatch(name)) is not None:
+        if (match := IMAGE_FILE.fullmatch(name)) is not None:
             numbered[int(match[1] or 0)] = data
-    pictures = [numbered[number] for number in sorted(numbered)]
-    return Conversation(**basic_sample_keys(sample), turns=pair_turns(sample.get("json")), pictures=pictures)
+    images = [numbered[number] for number in sorted(numbered)]
+    return Conversation(**basic_sample_keys(sample), turns=pair_turns(sample.get("json")), pictures=images)
 
 
 COOKERS = [Cooker(cook)]
@@ -71,8 +71,8 @@ COOKERS = [Cooker(cook)]
 
 
 def _vqa(sample: VQASample) -> Conversation:
-    pictures = [] if sample.image is None else [sample.image]
-    return Conversation.derive_from(sample, turns=[(sample.context, _only(sample.answers))], pictures=pictures)
+    images = [] if sample.image is None else [sample.image]
+    return Conversation.derive_from(sample, turns=[(sample.context, _only(sample.answers))], pictures=images)
 
 
 def _captioning(sample: CaptioningSample) -> Conversation:
@@ -116,7 +116,7 @@ READERS: dict[type[Sample], Callable[[Any], Conversation | InterleavedSample]] =
 
 
 def _only(answers: str | list[str] | None) -> str:
-    """VQASample allows several answers; one is learned."""
+    """VQASample allows several answers; one is labelled."""
     if isinstance(answers, str):
         return answers
     if not isinstance(answers, list) or len(answers) != 1 or not isinstance(answers[0], str):
@@ -125,7 +125,7 @@ def _only(answers: str | list[str] | None) -> str:
 
 
 def _check(said: Conversation | InterleavedSample) -> None:
-    """Every `<image>` in a question has its image, and nothing else is said about images; something is learned."""
+    """Every `<image>` in a question has its image, and nothing else is said about images; something is labelled."""
     if isinstance(said, InterleavedSample):
         texts = [part for part in said.sequence if isinstance(part, str)]
         if not all(isinstance(part, str | bytes) for part in said.sequence) or not any(map(str.strip, texts)):
@@ -134,17 +134,17 @@ def _check(said: Conversation | InterleavedSample) -> None:
         return
     if not said.turns:
         raise ValueError("no question with an answer")
-    _check_pictures(said.pictures)
+    _check_images(said.pictures)
     _check_count(sum(question.count(IMAGE) for question, _ in said.turns), len(said.pictures), "questions have")
     _check_count(sum(answer.count(IMAGE) for _, answer in said.turns), 0, "answers have")
     if not all(answer.strip() for _, answer in said.turns):
         raise ValueError("an answer is empty")
 
 
-def _check_pictures(pictures: Sequence[Any]) -> None:
-    for picture in pictures:
-        if not isinstance(picture, bytes):
-            raise ValueError(f"an image is a {type(picture).__name__}, expected its encoded bytes")
+def _check_images(images: Sequence[Any]) -> None:
+    for image in images:
+        if not isinstance(image, bytes):
+            raise ValueError(f"an image is a {type(image).__name__}, expected its encoded bytes")
 
 
 def _check_count(found: int, expected: int, whose: str) -> None:

@@ -97,15 +97,15 @@ class MockLoader:
 
     def _sample(self, random: np.random.Generator, number: int, index: int) -> EncodedSample:
         sizes = self._encoder.llava
-        picture, limit = sizes.vision.num_image_tokens, self._encoder.max_length
-        prompt = min(PROMPT, limit - picture - 1)
+        patches, limit = sizes.vision.num_image_tokens, self._encoder.max_length
+        prompt = min(PROMPT, limit - patches - 1)
         answer = math.ceil(random.lognormal(math.log(CAPTION), SPREAD))
         text = torch.from_numpy(random.integers(0, sizes.language.vocab_size, prompt + answer))  # int64
         text[text == sizes.image_token_id] = 0
         before = min(BEFORE, prompt)
-        image = torch.full((picture,), sizes.image_token_id)
+        image = torch.full((patches,), sizes.image_token_id)
         tokens = torch.cat([text[:before], image, text[before:]])
-        labels = torch.cat([torch.full((picture + prompt,), IGNORE), text[prompt:]])
+        labels = torch.cat([torch.full((patches + prompt,), IGNORE), text[prompt:]])
         height, width = self._encoder.image_settings.crop_size
         return EncodedSample(
             __key__=f"mock {number}.{index}",
@@ -113,5 +113,5 @@ class MockLoader:
             input_ids=tokens[:-1][:limit],
             labels=labels[1:][:limit],
             pixels=torch.from_numpy(random.integers(0, 256, (1, 3, height, width), dtype=np.uint8)),
-            num_cut=max(0, len(tokens) - 1 - limit),
+            num_truncated=max(0, len(tokens) - 1 - limit),
         )

@@ -23,13 +23,13 @@ h2 { font-size: 1em; margin: 2em 0 .3em; border-top: 1px solid #ccc; padding-top
 img { margin-right: .5em; vertical-align: top; max-width: 20em }
 span { border-radius: 3px; padding: 1px 2px; margin-right: 1px; white-space: pre-wrap }
 .given { background: #eee }
-.learned { background: #b7e4b0 }
+.label { background: #b7e4b0 }
 .image { background: #b9d7f5 }
 .padding { color: #999; background: #f8f8f8 }
 </style></head><body>
-<p><span class="given">given</span> <span class="learned">learned</span>
+<p><span class="given">prompt</span> <span class="label">label</span>
 <span class="image">an image's positions</span> <span class="padding">padding</span>
-&mdash; the title of a token is its position and its id. The last learned token of a sample is a label alone: the model
+&mdash; the title of a token is its position and its id. The last token of a sample is a label alone: the model
 never sees it.</p>
 """
 
@@ -51,17 +51,17 @@ def _batch(batch: Batch, tokenizer: Any, image_token_id: int) -> Iterator[str]:
         for row, row_labels in zip(batch.input_ids, batch.labels, strict=True)
         for ids, labels in zip(row.split(lengths), row_labels.split(lengths), strict=True)
     )
-    pictures = iter(batch.pixels)
+    images = iter(batch.pixels)
     patches = int((batch.input_ids == image_token_id).sum()) // max(1, len(batch.pixels))
     for key, (ids, labels) in zip(batch.keys, rows, strict=True):
-        num_learned = int((labels != IGNORE).sum())
-        yield f"<h2>{html.escape(key)}: {len(ids)} positions, {num_learned} learned</h2>\n<p>"
+        num_labels = int((labels != IGNORE).sum())
+        yield f"<h2>{html.escape(key)}: {len(ids)} positions, {num_labels} labels</h2>\n<p>"
         for _ in range(int((ids == image_token_id).sum()) // max(1, patches)):
-            yield _picture(next(pictures))
+            yield _image(next(images))
         yield "</p>\n<p>" + "".join(_tokens(ids, labels, tokenizer, image_token_id, patches)) + "</p>\n"
 
 
-def _picture(pixels: Tensor) -> str:
+def _image(pixels: Tensor) -> str:
     """uint8 [3, h, w] -> an img with its bytes in it."""
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
@@ -85,7 +85,7 @@ def _tokens(ids: Tensor, labels: Tensor, tokenizer: Any, image_token_id: int, pa
             continue
         for place, token in places:
             target = targets[place] if place < len(targets) else IGNORE
-            kind = "learned" if target != IGNORE else "given" if place <= last else "padding"
+            kind = "label" if target != IGNORE else "given" if place <= last else "padding"
             shown = target if token is None or target != IGNORE else token
             text = html.escape(tokenizer.decode([shown])).replace("\n", "&#8629;\n") or "&#8709;"
             yield f'<span class="{kind}" title="position {place}, id {shown}">{text}</span>'

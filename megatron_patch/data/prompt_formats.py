@@ -11,7 +11,7 @@ IMAGE = "<image>"
 Turn = tuple[str, str]
 """A question and its answer."""
 Piece = tuple[str, bool]
-"""Part of a text, and whether it is learned."""
+"""Part of a text, and whether it is labelled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,9 @@ class PromptFormat:
     answer: str
     """After each question; the model goes on from here."""
     lead: str = " "
-    """Before each answer, learned with it."""
+    """Before each answer, labelled with it."""
     end: str = "{eos}"
-    """After each answer, learned with it."""
+    """After each answer, labelled with it."""
     between: str = ""
     """After an answer that another question follows."""
     word: str = ""

@@ -37,14 +37,14 @@ class Prompt(Protocol):
     """What turns a conversation into text."""
 
     def pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
-        """The conversation's text, cut where learned and given text meet."""
+        """The conversation's text, split where labels begin and end."""
 
 
 class ChatTemplate:
     """The tokenizer's own chat template as a prompt format."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Raises ValueError when the tokenizer has none, or one whose answers have no end that can be learned."""
+        """Raises ValueError when the tokenizer has none, or one whose answers have no end to put a label on."""
         if not isinstance(tokenizer.chat_template, str):
             raise ValueError("--prompt-format tokenizer: the tokenizer has no chat template; name a format")
         self._write = writer(tokenizer, tokenizer.chat_template)
@@ -71,10 +71,10 @@ class ChatTemplate:
             if not (prompt.startswith(written) and whole.startswith(prompt)):
                 raise ValueError("the chat template rewrites earlier turns when others follow; name a prompt format")
             # A line that ends after the answer's end is not part of it.
-            learned = whole[len(prompt) :].rstrip()
+            answer = whole[len(prompt) :].rstrip()
             yield prompt[len(written) :], False
-            yield learned, True
-            written = prompt + learned
+            yield answer, True
+            written = prompt + answer
 
 
 def pair_turns(messages: Any) -> list[Turn]:
@@ -101,14 +101,14 @@ def pair_turns(messages: Any) -> list[Turn]:
 
 
 def document_pieces(sequence: Sequence[str | bytes], tokenizer: Any) -> list[Piece]:
-    """Text and images in turn, without questions: all text is learned, as in VILA's stage 2 (arXiv:2312.07533)."""
+    """Text and images in turn, without questions: all text is labelled, as in VILA's stage 2 (arXiv:2312.07533)."""
     parts = [(IMAGE, False) if isinstance(part, bytes) else (part, True) for part in sequence]
     bos, first = tokenizer.bos_token or "", sequence[0] if sequence else b""
     if isinstance(first, str) and blank_after_bos(tokenizer, first):
         parts[0] = (" " + first, True)
     parts = [(bos, False), *parts, (tokenizer.eos_token or "", True)]
     # Texts that follow one another are one, so that tokens may reach over where they meet.
-    return [("".join(text for text, _ in run), is_learned) for is_learned, run in groupby(parts, key=itemgetter(1))]
+    return [("".join(text for text, _ in run), is_labelled) for is_labelled, run in groupby(parts, key=itemgetter(1))]
 
 
 def prompt_format(name: str, tokenizer: Any) -> Prompt:
@@ -145,7 +145,7 @@ def _begun(name: str, tokenizer: Any | None) -> PromptFormat:
 
 
 def find_end(name: str, tokenizer: Any) -> int | None:
-    """Id of the token that ends an answer in the format of that name; None where it has none that can be learned."""
+    """Id of the token that ends an answer in the format of that name; None where it has none."""
     try:
         _, (answer, _) = prompt_format(name, tokenizer).pieces([("Q1Q", "A1A")])
     except ValueError:
@@ -199,20 +199,20 @@ def chat_template(
         own = read_template(folder, open_tokenizer(folder))
         if own is None:
             raise ValueError(f"--prompt-format tokenizer: {folder} has no chat template; name a format")
-        return _with_pictures(own, image)
+        return _with_images(own, image)
     style = _begun(name, tokenizer)
     part = {field.name: _jinja(getattr(style, field.name)) for field in fields(style) if field.type == "str"}
     if style.keeps_question:
-        picture, words = image + "\n", f"{{{{- text | trim | replace({json.dumps(IMAGE)}, {json.dumps(image)}) -}}}}"
+        written, text = image + "\n", f"{{{{- text | trim | replace({json.dumps(IMAGE)}, {json.dumps(image)}) -}}}}"
     else:
-        picture, words = image, f"{{%- for _ in range(text.count('{IMAGE}')) -%}}{_jinja(image)}{{%- endfor -%}}"
+        written, text = image, f"{{%- for _ in range(text.count('{IMAGE}')) -%}}{_jinja(image)}{{%- endfor -%}}"
     begin, within = _system(style, part)
     return (
         f"{begin}{{%- for message in messages -%}}"
         f"{CONTENT}"
         "{%- if message['role'] == 'user' -%}"
         f"{{%- if not loop.first -%}}{part['between']}{{%- endif -%}}{part['question']}{within}"
-        f"{{%- for _ in range(pictures) -%}}{_jinja(picture)}{{%- endfor -%}}{words}{part['answer']}"
+        f"{{%- for _ in range(pictures) -%}}{_jinja(written)}{{%- endfor -%}}{text}{part['answer']}"
         "{%- elif message['role'] == 'assistant' -%}"
         f"{part['lead']}{{{{- text | trim -}}}}{part['end']}"
         "{%- else -%}{{- raise_exception('only the roles user and assistant are supported') -}}{%- endif -%}"
@@ -247,7 +247,7 @@ CONTENT = (
 FLATTENED = "{#- pictures have become text #}"
 
 
-def _with_pictures(template: str, image: str) -> str:
+def _with_images(template: str, image: str) -> str:
     """A language model's template, preceded by one that writes each message's images into its text."""
     template = template.rpartition(FLATTENED)[2]  # which may have been put before it already, with another `image`
     return (

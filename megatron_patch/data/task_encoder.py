@@ -40,10 +40,10 @@ class EncodedText(Sample):
     input_ids: Tensor
     """int64 [s], each image as its number of placeholder ids."""
     labels: Tensor
-    """int64 [s], already shifted: the id that follows, -100 where nothing is learned."""
-    pictures: list[bytes]
+    """int64 [s], already shifted: the id that follows, -100 where there is no label."""
+    images: list[bytes]
     """Encoded, in the order of their placeholders."""
-    num_cut: int
+    num_truncated: int
     """Positions that were left out at the end, since the sample was longer than allowed."""
 
 
@@ -57,7 +57,7 @@ class EncodedSample(Sample):
     """int64 [s]."""
     pixels: Tensor
     """uint8 [n, 3, h, w], images in the order of their placeholders; n may be 0."""
-    num_cut: int
+    num_truncated: int
     """As above."""
 
 
@@ -80,8 +80,8 @@ class Batch(PinMemoryMixin):
     """int64 [b, s], already shifted; -100 is ignored."""
     pixels: Tensor
     """uint8 [n, 3, h, w], the batch's images in the order of their placeholders; n may be 0."""
-    num_cut: int = 0
-    """Samples that were cut at their end, since they were longer than allowed."""
+    num_truncated: int = 0
+    """Samples that were truncated, since they were longer than allowed."""
     segment_lengths: list[int] | None = None
     """Of a packed sequence [1, s]: the positions of each sample with its padding, s in all. None: a sample per row."""
 
@@ -146,7 +146,7 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
     def preencode_sample(self, sample: Sample) -> EncodedText:
         """Everything but the images. Raises ValueError that names the sample's key when it cannot be trained on."""
         try:
-            pieces, pictures = self._pieces(sample)
+            pieces, images = self._pieces(sample)
             encoded = encode(
                 pieces,
                 self.tokenizer,
@@ -161,15 +161,15 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
             input_ids=encoded.input_ids,
             labels=encoded.labels,
             # An image after the last position is not needed.
-            pictures=pictures[: encoded.num_images],
-            num_cut=encoded.num_cut,
+            images=images[: encoded.num_images],
+            num_truncated=encoded.num_truncated,
         )
 
     @stateless
     def postencode_sample(self, sample: EncodedText) -> EncodedSample:
         """The images. Raises ValueError that names the sample's key when one cannot be read."""
         try:
-            pixels = [load_pixels(picture, self.image_settings) for picture in sample.pictures]
+            pixels = [load_pixels(image, self.image_settings) for image in sample.images]
         except ValueError as error:
             raise ValueError(f"sample {sample.__key__}: {error}") from error
         nothing = torch.empty((0, 3, *self.image_settings.crop_size), dtype=torch.uint8)
@@ -178,7 +178,7 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
             input_ids=sample.input_ids,
             labels=sample.labels,
             pixels=torch.stack(pixels) if pixels else nothing,
-            num_cut=sample.num_cut,
+            num_truncated=sample.num_truncated,
         )
 
     @stateless
@@ -223,15 +223,15 @@ class LlavaTaskEncoder(TaskEncoder[Sample, EncodedSample, Batch, Batch]):
         return _round_up(len(sample.input_ids), self.segment_multiple)
 
     def _pieces(self, sample: Sample) -> tuple[Iterator[Piece], list[bytes]]:
-        """A sample's text, cut where learned and given text meet, and its encoded images."""
+        """A sample's text, split where its labels begin and end, and its encoded images."""
         said = conversation.read(sample)
         if isinstance(said, InterleavedSample):
             sequence: list[Any] = said.sequence  # images as bytes, which is how `BytesDecoder` leaves them
             pieces = document_pieces(sequence, self.tokenizer)
-            pictures = [part for part in sequence if isinstance(part, bytes)]
+            images = [part for part in sequence if isinstance(part, bytes)]
         else:
-            pieces, pictures = self.prompt.pieces(said.turns), said.pictures
-        return ((text.replace(IMAGE, self.image_text), is_learned) for text, is_learned in pieces), pictures
+            pieces, images = self.prompt.pieces(said.turns), said.pictures
+        return ((text.replace(IMAGE, self.image_text), is_labelled) for text, is_labelled in pieces), images
 
     def _check(self, folder: Path) -> None:
         expected = self.tokenizer.convert_tokens_to_ids(IMAGE)
@@ -264,7 +264,7 @@ def _batch(samples: list[EncodedSample], lengths: list[int], *, packed: bool) ->
         input_ids=join([_pad(sample.input_ids, length, PADDING) for sample, length in pairs]),
         labels=join([_pad(sample.labels, length, IGNORE) for sample, length in pairs]),
         pixels=torch.cat([sample.pixels for sample in samples]),
-        num_cut=sum(sample.num_cut > 0 for sample in samples),
+        num_truncated=sum(sample.num_truncated > 0 for sample in samples),
         segment_lengths=lengths if packed else None,
     )
 

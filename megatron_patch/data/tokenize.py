@@ -16,7 +16,7 @@ from megatron_patch.files.names import CONFIG, TOKENIZER_CONFIG
 INSTALLED = "PreTrainedTokenizerFast"
 """The class of tokenizers that `install_tokenizer` writes."""
 IGNORE = -100
-"""Label of a position from which nothing is learned."""
+"""At a position without a label."""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -67,10 +67,10 @@ class Encoded(NamedTuple):
     input_ids: Tensor
     """int64 [s], each image as its number of placeholder ids."""
     labels: Tensor
-    """int64 [s], shifted: labels[i] is the id that follows input_ids[i], `IGNORE` where nothing is learned."""
+    """int64 [s], shifted: labels[i] is the id that follows input_ids[i], `IGNORE` where there is no label."""
     num_images: int
     """Images in the input."""
-    num_cut: int
+    num_truncated: int
     """Positions left out at the end, as far as the text was read: 0 only where it is whole."""
 
 
@@ -80,15 +80,15 @@ def encode(
     """Tokens of a text with each `<image>` as `num_image_tokens` placeholders, at most `max_length` positions.
 
     `pieces` come from a `Prompt` or from `document_pieces`; no more of them are taken than the positions need. A longer
-    text is cut at its end, before an image that does not fit whole. Raises ValueError when that leaves nothing to be
-    learned.
+    text is truncated, before an image that does not fit whole. Raises ValueError when that leaves nothing to be
+    labelled.
     """
     ids: list[int] = []
-    learned: list[bool] = []
+    labelled: list[bool] = []
     kept, text = 0, ""  # `text` begins with token `kept`: what is before it stays as it is
     num_positions = 0
     apart = _tokens_apart(tokenizer)
-    for piece, is_learned in pieces:
+    for piece, is_labelled in pieces:
         text += piece
         whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         new = whole.input_ids
@@ -97,7 +97,7 @@ def encode(
             raise ValueError(f"the first characters of {piece[:20]!r} merge with the last token before them")
         added = new[len(ids) - kept :]
         num_positions += len(added) + added.count(image_token_id) * (num_image_tokens - 1)
-        learned += [is_learned] * len(added)
+        labelled += [is_labelled] * len(added)
         ids += added
         if num_positions > max_length + 1:
             break
@@ -107,10 +107,10 @@ def encode(
     tokens: list[int] = []
     targets: list[int] = []
     length = 0
-    for token, is_learned in zip(ids, learned, strict=True):
+    for token, is_labelled in zip(ids, labelled, strict=True):
         count = num_image_tokens if token == image_token_id else 1
         tokens += [token] * count
-        targets += [token if is_learned else IGNORE] * count
+        targets += [token if is_labelled else IGNORE] * count
         if len(tokens) <= max_length:
             length = len(tokens)
     length = min(length, len(tokens) - 1)  # the last token is a label alone
@@ -126,7 +126,7 @@ def encode(
 
 
 def _tokens_apart(tokenizer: Any) -> set[int]:
-    """Ids of tokens at which a text may be cut: what stands before one has no say in the tokens from there on."""
+    """Ids of tokens at which a text may be split: what stands before one has no say in the tokens from there on."""
     return {
         id
         for id, token in tokenizer.added_tokens_decoder.items()

@@ -43,16 +43,16 @@ def activations(
     On their way are, at most, as many as the schedules start before the first backward pass (1F1B and interleaved:
     arXiv:2104.04473). Besides comes what is recomputed or fetched of a layer, or the logits.
     """
-    cut = config.parallel
-    stages, chunks = cut.pipeline_model_parallel_size, cut.virtual_pipeline_model_parallel_size
-    kept, working = _layers(config, language_layer(config, llava, fused_norm), cut.num_layers_per_chunk(llava))
+    parallel = config.parallel
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    kept, working = _layers(config, language_layer(config, llava, fused_norm), parallel.num_layers_per_chunk(llava))
     if chunks == 1:
         on_their_way = min(micro_batches, stages - stage)
     else:
         on_their_way = min(micro_batches * chunks, 2 * (stages - stage - 1) + (chunks - 1) * stages + 1)
     total = on_their_way * kept
     if stage == 0:
-        seen, most = pictures(config, llava)
+        seen, most = images(config, llava)
         total += math.ceil(on_their_way / chunks) * seen
         working = max(working, most)
     if stage == stages - 1:
@@ -115,7 +115,7 @@ def vision_layer(config: Config, llava: Llava) -> Layer:
     return Layer(kept=norms + 4 * given // tp + core + ffn, core=core, given=given)
 
 
-def pictures(config: Config, llava: Llava) -> tuple[int, int]:
+def images(config: Config, llava: Llava) -> tuple[int, int]:
     """What tower and projector keep of a micro batch, one image per sample, and what work takes besides."""
     vision, tp, w = llava.vision, config.parallel.tensor_model_parallel_size, ELEMENT[config.model.precision]
     samples = config.data.micro_batch_size
@@ -143,9 +143,9 @@ def head(config: Config, llava: Llava, fused_norm: bool = True) -> tuple[int, in
 
 def _tokens(config: Config) -> tuple[int, int]:
     """Length of a sequence on a rank, padded to what ranks share, and tokens of a micro batch."""
-    cut = config.parallel
-    padded = math.ceil(config.model.decoder_seq_length / cut.sequence_multiple) * cut.sequence_multiple
-    length = padded // cut.context_parallel_size
+    parallel = config.parallel
+    padded = math.ceil(config.model.decoder_seq_length / parallel.sequence_multiple) * parallel.sequence_multiple
+    length = padded // parallel.context_parallel_size
     return length, config.data.micro_batch_size * length
 
 

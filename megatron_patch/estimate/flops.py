@@ -23,7 +23,7 @@ class Work:
     """b x s, padding included."""
     num_pairs: int
     """b x s x s: what attention compares."""
-    num_pictures: int
+    num_images: int
     num_labels: int
 
 
@@ -61,7 +61,7 @@ def forward_flops(llava: Llava, work: Work, *, num_predicted: int, attention_sha
     """
     vision, language = llava.vision, llava.language
     text, tower, connector = parts(llava)
-    images, length = work.num_pictures, vision.num_positions
+    images, length = work.num_images, vision.num_positions
     heads = language.num_attention_heads * language.kv_channels
 
     def products(part: Part, name: str) -> int:

@@ -175,13 +175,13 @@ def _stage(
 
 def chunk_weights(config: Config, llava: Llava, stage: int, chunk: int) -> Iterator[tuple[str, int, bool]]:
     """Each weight of a (virtual) stage on one tensor-parallel rank: name, elements, whether it is trained."""
-    cut = config.parallel
-    stages, chunks = cut.pipeline_model_parallel_size, cut.virtual_pipeline_model_parallel_size
-    count = cut.num_layers_per_chunk(llava)
+    parallel = config.parallel
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    count = parallel.num_layers_per_chunk(llava)
     first = chunk * stages + stage
     layers = range(first * count, (first + 1) * count)
     is_first, is_last = first == 0, first == stages * chunks - 1
-    for name, numel, layer, at_start in _weights(llava, cut.tensor_model_parallel_size, stages > 1):
+    for name, numel, layer, at_start in _weights(llava, parallel.tensor_model_parallel_size, stages > 1):
         if layer in layers if layer is not None else is_first if at_start else is_last:
             yield name, numel, config.model.trains(name)
 

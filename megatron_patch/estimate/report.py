@@ -92,9 +92,10 @@ def line(suggestion: Suggestion, memory: int, whose: str) -> str:
 
 def describe(config: Config) -> str:
     """The settings that a suggestion changes, as the scripts' arguments call them."""
-    cut = config.parallel
+    parallel = config.parallel
     return (
-        f"TP {cut.tensor_model_parallel_size}, PP {cut.pipeline_model_parallel_size}, CP {cut.context_parallel_size}, "
+        f"TP {parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size}, "
+        f"CP {parallel.context_parallel_size}, "
         f"micro batch {config.data.micro_batch_size}, AC {config.training.recompute}"
     )
 
@@ -106,12 +107,12 @@ def _bound(time: Time) -> str:
 
 def _candidates(config: Config, llava: Llava, world_size: int) -> Iterator[Config]:
     """Settings with at most as much model parallelism, that can run, the smallest micro batch first."""
-    cut = config.parallel
+    parallel = config.parallel
     sizes = [
         (tp, pp, cp)
-        for tp in divisors(cut.tensor_model_parallel_size)
-        for pp in divisors(cut.pipeline_model_parallel_size)
-        for cp in divisors(cut.context_parallel_size)
+        for tp in divisors(parallel.tensor_model_parallel_size)
+        for pp in divisors(parallel.pipeline_model_parallel_size)
+        for cp in divisors(parallel.context_parallel_size)
     ]
     recomputes: tuple[Recompute, ...] = ("none", config.training.recompute)
     for micro_batch in (1,) if config.data.packs else MICRO_BATCHES:

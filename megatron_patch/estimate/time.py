@@ -103,16 +103,16 @@ class _Stage:
 
 def predict(config: Config, llava: Llava, world_size: int, card: Card, kernels: Kernels = KERNELS) -> Time:
     """The time of an iteration on `world_size` GPUs."""
-    cut, data = config.parallel, config.data
-    micro_batches = data.num_micro_batches(cut, world_size)
+    parallel, data = config.parallel, config.data
+    micro_batches = data.num_micro_batches(parallel, world_size)
     batch = _micro_batch(config, llava)
     memories = plan(config, llava, world_size, fraction=0.0)
     stages = [_stage(config, llava, stage, batch, card, kernels, memory) for stage, memory in enumerate(memories)]
     slowest = max(stages, key=lambda stage: stage.seconds)
-    bubble = (len(stages) - 1) / cut.virtual_pipeline_model_parallel_size
+    bubble = (len(stages) - 1) / parallel.virtual_pipeline_model_parallel_size
     iteration = (micro_batches + bubble) * slowest.seconds
     iteration += max(_step_seconds(config, memory, world_size, card, slowest.seconds) for memory in memories)
-    replicas = world_size // cut.model_parallel_size
+    replicas = world_size // parallel.model_parallel_size
     flops = sum(step_flops(llava, config.model, batch.work).values()) * micro_batches * replicas
     flops /= iteration * world_size
     return Time(
@@ -121,7 +121,7 @@ def predict(config: Config, llava: Llava, world_size: int, card: Card, kernels: 
         launches=slowest.launches,
         idle=slowest.idle,
         iteration=iteration,
-        samples=batch.work.num_pictures * micro_batches * replicas / iteration,
+        samples=batch.work.num_images * micro_batches * replicas / iteration,
         flops=flops,
         share=flops / (card.peak_fp32 if config.model.precision == "fp32" else card.peak),
     )
@@ -139,16 +139,16 @@ def matmul_seconds(card: Card, rate: float, m: int, n: int, k: int, size: int) -
 
 
 def _micro_batch(config: Config, llava: Llava) -> _Batch:
-    cut, limit, image = config.parallel, config.model.decoder_seq_length, llava.vision.num_image_tokens
+    parallel, limit, image = config.parallel, config.model.decoder_seq_length, llava.vision.num_image_tokens
     sample = min(image + TOKENS, limit)
     each = max(1, limit // sample) if config.data.packs else 1
-    multiple = cut.sequence_multiple * (FP8_TOKENS if config.model.precision == "fp8" else 1)
+    multiple = parallel.sequence_multiple * (FP8_TOKENS if config.model.precision == "fp8" else 1)
     length = math.ceil((limit if config.data.packs else sample) / multiple) * multiple
-    sequences, ranks = config.data.micro_batch_size, cut.context_parallel_size
+    sequences, ranks = config.data.micro_batch_size, parallel.context_parallel_size
     work = Work(
         num_positions=sequences * length,
         num_pairs=sequences * (each * sample**2 if config.data.packs else length**2),
-        num_pictures=sequences * each,
+        num_images=sequences * each,
         num_labels=sequences * each * min(LABELS, sample - image),
     )
     return _Batch(tokens=work.num_positions // ranks, pairs=work.num_pairs / ranks, work=work)
@@ -158,12 +158,12 @@ def _stage(
     config: Config, llava: Llava, stage: int, batch: _Batch, card: Card, kernels: Kernels, memory: Memory
 ) -> _Stage:
     """One micro batch on a rank of pipeline stage `stage`."""
-    cut, training = config.parallel, config.training
-    stages = cut.pipeline_model_parallel_size
+    parallel, training = config.parallel, config.training
+    stages = parallel.pipeline_model_parallel_size
     layers = llava.language.num_layers // stages
     again = 1.0 if training.recompute_granularity == "full" else 0.0
     if training.recompute_method == "block":
-        again = (training.recompute_num_layers or 1) / cut.num_layers_per_chunk(llava)
+        again = (training.recompute_num_layers or 1) / parallel.num_layers_per_chunk(llava)
     compute = layers * _language_layer(config, llava, batch, card, kernels, again)
     compute += kernels.gradient_bytes * memory.gradients / 4 / card.copy
     launched = OTHER_LAUNCHES + layers * ((1 + again) * kernels.launches[0] + kernels.launches[1])
@@ -185,23 +185,23 @@ def _stage(
     if stages > 1:
         # Hidden states and their gradients, from and to the neighbours.
         sent = batch.tokens * llava.language.hidden_size * ELEMENT[config.model.precision]
-        sent //= cut.tensor_model_parallel_size if cut.uses_sequence_parallel else 1
-        link = card.link if cut.model_parallel_size <= NODE else NETWORK
+        sent //= parallel.tensor_model_parallel_size if parallel.uses_sequence_parallel else 1
+        link = card.link if parallel.model_parallel_size <= NODE else NETWORK
         calls, communication = calls + 2, communication + 2 * (LATENCY + sent / link)
     if training.recompute == "offload":
         # There and back, beside the computation. The plan's sequences are longer.
-        planned = config.data.micro_batch_size * config.model.decoder_seq_length / cut.context_parallel_size
+        planned = config.data.micro_batch_size * config.model.decoder_seq_length / parallel.context_parallel_size
         kept = activations(config, llava, stage, 1)[0] * batch.tokens / planned
         communication += max(0.0, 2 * kept / PCIE - compute)
-    shared = cut.tensor_model_parallel_size * cut.context_parallel_size > 1
+    shared = parallel.tensor_model_parallel_size * parallel.context_parallel_size > 1
     launches = launched * LAUNCH + calls * COLLECTIVE + shared * kernels.handover
     return _Stage(compute=compute, communication=communication, launches=launches, idle=idle)
 
 
 def _language_layer(config: Config, llava: Llava, batch: _Batch, card: Card, kernels: Kernels, again: float) -> float:
     """Seconds of the GPU for a layer of the language model, forward and backward; a part `again` of it once more."""
-    model, cut, t = llava.language, config.parallel, batch.tokens
-    tp, w = cut.tensor_model_parallel_size, ELEMENT[config.model.precision]
+    model, parallel, t = llava.language, config.parallel, batch.tokens
+    tp, w = parallel.tensor_model_parallel_size, ELEMENT[config.model.precision]
     h, f = model.hidden_size, model.ffn_hidden_size // tp
     query = model.num_attention_heads * model.kv_channels // tp
     groups = model.num_query_groups * model.kv_channels // tp
@@ -211,7 +211,7 @@ def _language_layer(config: Config, llava: Llava, batch: _Batch, card: Card, ker
         once, gradients = _linear(config, card, t, outputs, inputs, trained=config.model.trains("language_model"))
         forward, backward = forward + once / gain, backward + gradients / gain
 
-    between = h / tp if cut.uses_sequence_parallel else h
+    between = h / tp if parallel.uses_sequence_parallel else h
     norms_and_sums = (10 * between, 12 * between)
     rows = [
         norms_and_sums[index] + kernels.rope[index] * (query + groups) + kernels.swiglu[index] * f for index in (0, 1)
@@ -242,15 +242,15 @@ def _linear(config: Config, card: Card, tokens: int, outputs: int, inputs: int, 
 
 def _layer_collectives(config: Config, llava: Llava, batch: _Batch, card: Card, again: float) -> tuple[float, float]:
     """Collectives of a layer of the language model, forward and backward, and the seconds that they take the GPU."""
-    model, cut, w = llava.language, config.parallel, ELEMENT[config.model.precision]
-    tp, cp = cut.tensor_model_parallel_size, cut.context_parallel_size
+    model, parallel, w = llava.language, config.parallel, ELEMENT[config.model.precision]
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     calls = seconds = 0.0
     if tp > 1:
         hidden = batch.tokens * model.hidden_size * w * (tp - 1) / tp
         # Gathered in front of qkv and fc1, reduced and scattered after proj and fc2; the other way round in the
         # backward pass, which gathers the inputs of trained weights once more. Or all-reduced: twice the bytes.
         forward, backward, times = (
-            (4, 4 + 2 * (config.model.trains("language_model")), 1) if cut.uses_sequence_parallel else (2, 2, 2)
+            (4, 4 + 2 * (config.model.trains("language_model")), 1) if parallel.uses_sequence_parallel else (2, 2, 2)
         )
         calls += (1 + again) * forward + backward
         seconds += calls * _collective(card, times * hidden, tp)
@@ -273,7 +273,7 @@ def _vision(config: Config, llava: Llava, batch: _Batch, card: Card) -> tuple[fl
     """Tower and projector: seconds of the GPU's kernels, kernels, collectives, their seconds."""
     model, h = llava.vision, llava.language.hidden_size
     tp, w = config.parallel.tensor_model_parallel_size, ELEMENT[config.model.precision]
-    trained, images = config.model.trains("vision_model"), batch.work.num_pictures
+    trained, images = config.model.trains("vision_model"), batch.work.num_images
     t = images * model.num_positions
     forward = backward = 0.0
     width, f = model.hidden_size, model.ffn_hidden_size // tp
@@ -307,17 +307,17 @@ def _step_seconds(config: Config, memory: Memory, world_size: int, card: Card, m
 
     `memory`: of a stage, nothing offloaded. `micro_batch`: seconds of one, behind which an overlapped reduction hides.
     """
-    cut, size, of_each = config.parallel, ELEMENT[config.model.precision], optimizer_bytes(config)
+    parallel, size, of_each = config.parallel, ELEMENT[config.model.precision], optimizer_bytes(config)
     held, owned = memory.gradients // 4, memory.optimizer // of_each
-    ranks = world_size // (cut.tensor_model_parallel_size * cut.pipeline_model_parallel_size)
+    ranks = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     reduced = gathered = 0.0
     if ranks > 1:
-        link = card.link if world_size // cut.pipeline_model_parallel_size <= NODE else NETWORK
+        link = card.link if world_size // parallel.pipeline_model_parallel_size <= NODE else NETWORK
         times = (ranks - 1) / ranks / link
-        reduced = 4 * held * times * (1 if cut.use_distributed_optimizer else 2)
-        gathered = size * held * times * cut.use_distributed_optimizer
-        reduced = max(0.0, reduced - cut.overlap_grad_reduce * micro_batch)
-        gathered = max(0.0, gathered - cut.overlap_param_gather * micro_batch)
+        reduced = 4 * held * times * (1 if parallel.use_distributed_optimizer else 2)
+        gathered = size * held * times * parallel.use_distributed_optimizer
+        reduced = max(0.0, reduced - parallel.overlap_grad_reduce * micro_batch)
+        gathered = max(0.0, gathered - parallel.overlap_param_gather * micro_batch)
     # Gradients: zeroed, read for their norm, scaled. States: read and written. Weights: written from their fp32 copies.
     moved = held * (4 + size) + owned * (4 + 8 + 4 + 2 * of_each + (6 if size < FP32 else 0))
     seconds = moved / (COPY_SHARE * card.copy)

@@ -1,4 +1,4 @@
-"""How a row's tensors are laid out: merge Hugging Face's into megatron.core's, split again, cut and join over ranks.
+"""How a row's tensors are laid out: merge Hugging Face's into megatron.core's, split again, shard and join over ranks.
 
 Pure functions, of a torch.Tensor of any dtype as well as of a `tensor_io.view.View`, which says where on the disk a
 tensor's values lie: both have `shape`, `narrow`, `reshape` and `new_zeros`. So the plan of a conversion and the
@@ -41,7 +41,7 @@ def merge(weight: Weight, tensors: Sequence[T]) -> T:
     """Hugging Face's tensors of one row -> megatron.core's whole tensor."""
     if weight.layout == "qkv":
         # [g * n * d, ...] each -> [g, (q heads of the group, k, v) * d, ...]
-        per_group = zip(*(_cut(tensor, weight.num_query_groups) for tensor in tensors), strict=True)
+        per_group = zip(*(_slices(tensor, weight.num_query_groups) for tensor in tensors), strict=True)
         return _join([part for group in per_group for part in group])
     if weight.layout == "gated":
         return _join(tensors)
@@ -54,10 +54,10 @@ def split(weight: Weight, whole: T) -> tuple[T, ...]:
     if weight.layout == "qkv":
         queries = whole.shape[0] // weight.num_query_groups - 2 * weight.kv_channels
         sizes = [queries, weight.kv_channels, weight.kv_channels]
-        groups = [_cut_at(group, sizes) for group in _cut(whole, weight.num_query_groups)]
+        groups = [_slices_of(group, sizes) for group in _slices(whole, weight.num_query_groups)]
         return tuple(_join(parts) for parts in zip(*groups, strict=True))
     if weight.layout == "gated":
-        return tuple(_cut(whole, 2))
+        return tuple(_slices(whole, 2))
     return (whole.reshape(-1),) if weight.layout == "class_token" else (whole,)
 
 
@@ -84,7 +84,7 @@ def shard(weight: Weight, whole: T, size: int) -> tuple[T, ...]:
     """Every tensor-parallel rank's part of a (padded) whole tensor, in the order of ranks."""
     if weight.axis is None:
         return (whole,) * size
-    blocks = [_cut(block, size, weight.axis) for block in _cut(whole, _num_blocks(weight), weight.axis)]
+    blocks = [_slices(block, size, weight.axis) for block in _slices(whole, _num_blocks(weight), weight.axis)]
     return tuple(_join(parts, weight.axis) for parts in zip(*blocks, strict=True))
 
 
@@ -94,7 +94,7 @@ def unshard(weight: Weight, shards: Sequence[T]) -> T:
         if tensors := [part for part in shards if isinstance(part, Tensor)]:
             check_replicas(weight, tensors)
         return shards[0]
-    blocks = zip(*(_cut(part, _num_blocks(weight), weight.axis) for part in shards), strict=True)
+    blocks = zip(*(_slices(part, _num_blocks(weight), weight.axis) for part in shards), strict=True)
     return _join([part for block in blocks for part in block], weight.axis)
 
 
@@ -107,7 +107,7 @@ def check_replicas(weight: Weight, replicas: Sequence[Tensor]) -> None:
 
 
 def ranges(weight: Weight, length: int, rank: int, size: int) -> list[tuple[int, int]]:
-    """Which part of the whole tensor's cut axis (`length` long) a rank holds: one range, or one of gate and of up."""
+    """Which part of a whole tensor's sharded axis (`length` long) a rank holds: one range, or one of gate and of up."""
     count = _num_blocks(weight)
     block, part = length // count, length // count // size
     return [(i * block + rank * part, i * block + (rank + 1) * part) for i in range(count)]
@@ -128,18 +128,18 @@ def runs(weight: Weight, num_rows: int) -> list[int]:
 
 
 def _num_blocks(weight: Weight) -> int:
-    """Equal blocks along the cut axis, of which every rank gets a part: gate and up are two."""
+    """Equal blocks along the sharded axis, of which every rank gets a part: gate and up are two."""
     return 2 if weight.layout == "gated" else 1
 
 
-def _cut(tensor: T, count: int, axis: int = 0) -> list[T]:
+def _slices(tensor: T, count: int, axis: int = 0) -> list[T]:
     length, rest = divmod(tensor.shape[axis], count)
     if rest:
         raise ValueError(f"shape {list(tensor.shape)}: axis {axis} is not a multiple of {count}")
-    return _cut_at(tensor, [length] * count, axis)
+    return _slices_of(tensor, [length] * count, axis)
 
 
-def _cut_at(tensor: T, lengths: Sequence[int], axis: int = 0) -> list[T]:
+def _slices_of(tensor: T, lengths: Sequence[int], axis: int = 0) -> list[T]:
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     return [tensor.narrow(axis, start, length) for start, length in zip(starts, lengths, strict=True)]
 

@@ -59,7 +59,7 @@ def pipeline_stages(lengths: Sequence[int], num_chunks: int = 1) -> list[list[St
     """Each pipeline rank's stages: one, or with the interleaved schedule `num_chunks` virtual ones.
 
     `lengths`: layers of each rank. Virtual stages take turns: the first of every rank, then the second of every rank.
-    Raises ValueError when a rank's layers cannot be cut so.
+    Raises ValueError when a rank's layers cannot be divided so.
     """
     for length in lengths:
         if length % num_chunks:

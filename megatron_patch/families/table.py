@@ -64,17 +64,17 @@ def replicated(mcore: str, hf: str) -> Weight:
 
 
 def column(mcore: str, hf: str) -> Weight:
-    """A ColumnParallelLinear's weight or bias: cut along the output channels."""
+    """A ColumnParallelLinear's weight or bias: sharded along the output channels."""
     return Weight(mcore, (hf,), axis=0)
 
 
 def row(mcore: str, hf: str) -> Weight:
-    """A RowParallelLinear's weight: cut along the input channels. (Its bias is replicated.)"""
+    """A RowParallelLinear's weight: sharded along the input channels. (Its bias is replicated.)"""
     return Weight(mcore, (hf,), axis=1)
 
 
 def vocab(mcore: str, hf: str) -> Weight:
-    """An embedding or output layer: rows padded to the shared rule, then cut along them."""
+    """An embedding or output layer: rows padded to the shared rule, then sharded along them."""
     return Weight(mcore, (hf,), layout="vocab", axis=0)
 
 

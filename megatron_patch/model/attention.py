@@ -23,7 +23,7 @@ class SDPAttention(MegatronModule):
 
     Causal attention needs no padding mask as long as the padding is on the right: it is never looked at.
 
-    With context parallelism a rank holds pieces r and 2 * size - 1 - r of a sequence cut into 2 * size (zigzag: so that
+    With context parallelism a rank holds pieces r and 2 * size - 1 - r of a sequence in 2 * size (zigzag: so that
     each rank has as much to do), and keys and values are gathered, as in Llama 3's training (arXiv:2407.21783, 3.3.2).
     """
 

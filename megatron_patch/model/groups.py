@@ -30,7 +30,7 @@ _host_groups = HostGroups()
 
 
 def start(parallel: Parallel, seed: int, timeout_minutes: int = 10, init_method: str | None = None, **rank) -> None:
-    """Join the other processes (NCCL on GPUs, gloo without) and cut them into megatron.core's groups.
+    """Join the other processes (NCCL on GPUs, gloo without) and divide them into megatron.core's groups.
 
     Rank, size and address come from torchrun's environment, or from `init_method`, `rank=` and `world_size=`.
     """

@@ -62,7 +62,7 @@ def angles_of_packed_samples(module: ModuleType) -> None:
         mscale: float = 1.0,
         cp_group: torch.distributed.ProcessGroup | None = None,
     ) -> Tensor:
-        """`t` [t, n, d] of samples that begin and end at `cu_seqlens` (before they are cut over ranks) -> [t, n, d]."""
+        """`t` [t, n, d] of samples that begin and end at `cu_seqlens` (before they are sharded) -> [t, n, d]."""
         if cp_group is None:
             raise ValueError("cp_group must be provided for THD format RoPE")
         rank, size = cp_group.rank(), cp_group.size()

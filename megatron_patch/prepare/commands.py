@@ -48,14 +48,14 @@ def _describe(settings: Settings, report: Report) -> str:
     else:
         where = f" ({report.quarantine})" if report.rejected and settings.part is None else ""
     size = sum(record.size for record in report.records)
-    pictures = sum(record.pictures for record in report.records)
-    mean = sum(record.picture_bytes for record in report.records) / max(1, pictures)
+    images = sum(record.pictures for record in report.records)
+    mean = sum(record.picture_bytes for record in report.records) / max(1, images)
     largest = max((record.largest_picture for record in report.records), default=0)
     part = f" (part {settings.part} of {report.num_shards})" if settings.part else ""
     lengths = f"{report.lengths}\n" if report.lengths else ""
     return (
         f"{len(report.records)} shards{part} of {'VQASample' if report.is_pairs else 'conversations'}, "
-        f"{size / 1e6:,.1f} MB; {pictures} images of {mean / 1e3:.1f} kB, the largest {largest / 1e3:.1f} kB\n"
+        f"{size / 1e6:,.1f} MB; {images} images of {mean / 1e3:.1f} kB, the largest {largest / 1e3:.1f} kB\n"
         f"{lengths}"
         f"{output}: {report.given} given = {report.written} written + {len(report.rejected)} rejected{where}"
     )

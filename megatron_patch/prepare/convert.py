@@ -11,11 +11,11 @@ from typing import Any
 from megatron_patch.config.dataset import Settings
 from megatron_patch.files.meter import Meter
 from megatron_patch.files.text import printable
+from megatron_patch.prepare.images import Images, open_roots
 from megatron_patch.prepare.lengths import Lengths, Measure
 from megatron_patch.prepare.objects import is_url
 from megatron_patch.prepare.output import LocalOutput, NoOutput, ObjectOutput, ShardRecord, make_manifest, open_output
 from megatron_patch.prepare.own import check_apart
-from megatron_patch.prepare.pictures import Pictures, open_roots
 from megatron_patch.prepare.prepare import prepare_energon
 from megatron_patch.prepare.samples import read_samples
 from megatron_patch.prepare.shards import Job, TooManyRejected
@@ -63,13 +63,13 @@ def convert(settings: Settings) -> Report:
     """
     measure = Measure(settings.tokenizer) if settings.tokenizer else None
     samples = read_samples(settings.dir, settings.annotations)
-    pictures = Pictures(open_roots(_roots(settings)), settings.validate)
+    images = Images(open_roots(_roots(settings)), settings.validate)
     place = settings.output or f"{settings.dir.rstrip('/') or '/'}/wds"
     output = open_output(place, dry_run=settings.dry_run)
     if isinstance(output, LocalOutput):
         check_apart(place, settings.dir, [samples.place, *_roots(settings)])
     index, count = settings.share_of_shards
-    job = Job(samples, pictures, output, int(settings.max_rejected_share * len(samples)))
+    job = Job(samples, images, output, int(settings.max_rejected_share * len(samples)))
     plan = {
         "annotations": samples.place.rpartition("/")[2],
         "sha256 of the annotations": samples.digest,

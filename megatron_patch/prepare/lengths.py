@@ -90,8 +90,8 @@ class Measure:
         conversations = iter(conversations)
         while batch := list(islice(conversations, BATCH)):
             texts = ["".join(piece for piece, _ in self._prompt.pieces(turns)) for turns in batch]
-            pictures = [sum(question.count(IMAGE) for question, _ in turns) for turns in batch]
-            for ids, number in zip(self._tokenizer(texts, add_special_tokens=False).input_ids, pictures, strict=True):
+            images = [sum(question.count(IMAGE) for question, _ in turns) for turns in batch]
+            for ids, number in zip(self._tokenizer(texts, add_special_tokens=False).input_ids, images, strict=True):
                 # The last token is a label alone.
                 counts[len(ids) - 1 + number * (self.num_image_tokens - 1)] += 1
             tell(len(batch))

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 
 from megatron_patch.data.image_headers import Rejected
+from megatron_patch.prepare.images import Images
 from megatron_patch.prepare.output import LocalOutput, NoOutput, ObjectOutput, ShardRecord
-from megatron_patch.prepare.pictures import Pictures
 from megatron_patch.prepare.samples import Sample, Samples
 from megatron_patch.prepare.tar import TarWriter
 from megatron_patch.prepare.workers import Tell
@@ -28,13 +28,13 @@ class Job:
     """Everything that the shards of one conversion have in common."""
 
     samples: Samples
-    pictures: Pictures
+    images: Images
     output: LocalOutput | ObjectOutput | NoOutput
     max_rejected: int
 
     @property
     def num_shards(self) -> int:
-        """How many the samples are cut into."""
+        """How many there are."""
         return max(MIN_SHARDS, math.ceil(len(self.samples) / SAMPLES_PER_SHARD))
 
     def positions(self, shard: int) -> range:
@@ -56,12 +56,12 @@ class Job:
                 if (position - positions.start) % TELL_EVERY == TELL_EVERY - 1:
                     tell(TELL_EVERY)
                 try:
-                    sample, pictures = self._read(position)
+                    sample, images = self._read(position)
                 except Rejected as why:
                     self._reject(record, position, why)
                     continue
-                _add(tar, sample, pictures)
-                _count(record, pictures)
+                _add(tar, sample, images)
+                _count(record, images)
             tar.close()
             record.size, record.crc32 = tar.size, tar.crc32
         tell(len(positions) % TELL_EVERY)
@@ -69,7 +69,7 @@ class Job:
 
     def _read(self, position: int) -> tuple[Sample, list[bytes]]:
         sample = self.samples.get(position)
-        return sample, [self.pictures.read(image) for image in sample.images]
+        return sample, [self.images.read(image) for image in sample.images]
 
     def _why_rejected(self, position: int) -> Rejected | None:
         try:
@@ -84,19 +84,19 @@ class Job:
             raise TooManyRejected(record.rejected)
 
 
-def _add(tar: TarWriter, sample: Sample, pictures: list[bytes]) -> None:
+def _add(tar: TarWriter, sample: Sample, images: list[bytes]) -> None:
     """The first image as `jpg`, whatever its format is, further ones as `1.jpg`, `2.jpg`, and the turns as `json`."""
-    for number, picture in enumerate(pictures):
-        tar.add(f"{sample.key}.{number}.jpg" if number else f"{sample.key}.jpg", picture)
+    for number, image in enumerate(images):
+        tar.add(f"{sample.key}.{number}.jpg" if number else f"{sample.key}.jpg", image)
     turns: list[dict[str, str]] = []
     for question, answer in sample.turns:
         turns += ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
     tar.add(f"{sample.key}.json", json.dumps(turns).encode())
 
 
-def _count(record: ShardRecord, pictures: list[bytes]) -> None:
+def _count(record: ShardRecord, images: list[bytes]) -> None:
     record.written += 1
-    record.pictures += len(pictures)
-    for picture in pictures:
-        record.picture_bytes += len(picture)
-        record.largest_picture = max(record.largest_picture, len(picture))
+    record.pictures += len(images)
+    for image in images:
+        record.picture_bytes += len(image)
+        record.largest_picture = max(record.largest_picture, len(image))

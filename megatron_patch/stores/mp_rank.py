@@ -119,7 +119,7 @@ class Rank:
     """Of each of its (virtual) stages the tensors, by the local spec's names, layers counted within the stage."""
 
     args: dict[str, Any]
-    """Plain values that describe the model and its cut."""
+    """Plain values that describe the model and its parallel sizes."""
 
     @property
     def tensors(self) -> dict[str, tuple[Weight, View]]:

@@ -1,7 +1,7 @@
 """megatron.core's distributed checkpoints (format torch_dist), written without processes and without megatron.core.
 
 The keys, shapes and blocks are those of the model's own `sharded_state_dict()`: layers stacked along a leading axis, a
-block for each, norms under Transformer Engine's names. So dist_checkpointing.load cuts them for any parallel sizes.
+block for each, norms under Transformer Engine's names. So dist_checkpointing.load shards them for any parallel sizes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Targets that are made of the same rows, as the ranks of a row-parallel or a replicated tensor are, advance together, so
 that each byte of a source is read once. A band, some rows of such a group, is read and then goes through five stages,
-each a thread: check against the source's manifest, cut and convert, digest, checksum, write. All of them leave
+each a thread: check against the source's manifest, slice and convert, digest, checksum, write. All of them leave
 Python's lock while they work.
 """
 
@@ -39,7 +39,7 @@ class File(Protocol):
 
 @dataclass(eq=False)
 class Target:
-    """A tensor to be written, and what was learned about its bytes when it has been."""
+    """A tensor to be written, and what became known of its bytes when it has been."""
 
     name: str
     view: View

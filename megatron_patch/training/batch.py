@@ -20,9 +20,9 @@ from megatron_patch.data.tokenize import IGNORE
 from megatron_patch.model.llava import find_patches, find_positions
 
 
-def padded_length(length: int, cut: Parallel, multiple: int = 1) -> int:
+def padded_length(length: int, parallel: Parallel, multiple: int = 1) -> int:
     """The next length that context- and tensor-parallel ranks can share in multiples of `multiple` (fp8's)."""
-    return length + -length % (cut.sequence_multiple * multiple)
+    return length + -length % (parallel.sequence_multiple * multiple)
 
 
 def pad(batch: Batch, length: int) -> Batch:
@@ -39,14 +39,14 @@ def pad(batch: Batch, length: int) -> Batch:
     )
 
 
-def shard_sequence(batch: Batch, image_token_id: int, cut: Parallel, multiple: int = 1) -> dict[str, Tensor]:
+def shard_sequence(batch: Batch, image_token_id: int, parallel: Parallel, multiple: int = 1) -> dict[str, Tensor]:
     """This context-parallel rank's part of a batch's text, on the CPU: int64 [b, s / CP] each.
 
     `input_ids`, 0 where there is a patch; `image_rows`: the number of the patch, of all the batch's, that lies at a
     position, -1 where there is a token; `labels`. Padded on the right as `padded_length` says; each row, or each sample
     of a packed sequence, in zigzag order, as the attention expects.
     """
-    batch = pad(batch, padded_length(batch.labels.shape[1], cut, multiple))
+    batch = pad(batch, padded_length(batch.labels.shape[1], parallel, multiple))
     is_image = batch.input_ids == image_token_id  # [b, s]
     patches = is_image.flatten().cumsum(0).view_as(is_image) - 1
     text = {
@@ -55,10 +55,10 @@ def shard_sequence(batch: Batch, image_token_id: int, cut: Parallel, multiple: i
         "labels": batch.labels,
     }
     lengths = batch.segment_lengths or [batch.labels.shape[1]]
-    return {name: _zigzag(tensor, lengths, cut.context_parallel_size) for name, tensor in text.items()}
+    return {name: _zigzag(tensor, lengths, parallel.context_parallel_size) for name, tensor in text.items()}
 
 
-def place_images(text: dict[str, Tensor], cut: Parallel) -> dict[str, Tensor]:
+def place_images(text: dict[str, Tensor], parallel: Parallel) -> dict[str, Tensor]:
     """What LlavaModel's first stage takes of `shard_sequence`'s part: `input_ids`, `image_positions`, `image_rows`.
 
     The last only where the part may lack some patches: under context parallelism.
@@ -66,7 +66,7 @@ def place_images(text: dict[str, Tensor], cut: Parallel) -> dict[str, Tensor]:
     rows = text["image_rows"]
     is_image = rows >= 0
     placed = {"input_ids": text["input_ids"], "image_positions": find_patches(is_image)}
-    return placed if cut.context_parallel_size == 1 else {**placed, "image_rows": rows[is_image]}
+    return placed if parallel.context_parallel_size == 1 else {**placed, "image_rows": rows[is_image]}
 
 
 def place_labels(text: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ def pixels_to_device(pixels: Tensor, device: torch.device) -> Tensor:
 
 
 def packed_seq_params(segment_lengths: list[int] | None, borders: Tensor | None = None) -> PackedSeqParams | None:
-    """Where the samples of a packed sequence begin and end, before it is cut over ranks; None: it is not packed.
+    """Where the samples of a packed sequence begin and end, before it is sharded; None: it is not packed.
 
     `borders`: `find_borders`' where they are to lie on the device, as Transformer Engine wants them.
     """
@@ -126,8 +126,8 @@ def count(batch: Batch, num_labels: int) -> dict[str, int]:
         "num_tokens": size * length - padding,
         "num_positions": size * length,
         "num_pairs": size * sum(length**2 for length in lengths),
-        "num_pictures": len(batch.pixels),
-        "num_cut": batch.num_cut,
+        "num_images": len(batch.pixels),
+        "num_truncated": batch.num_truncated,
     }
     # Context-parallel ranks have labels of their own and samples in common.
     is_first = parallel_state.get_context_parallel_rank() == 0

@@ -30,7 +30,7 @@ from megatron_patch.model.specs import FP8_MULTIPLE
 from megatron_patch.training.batch import place_images, shard_sequence, to_device
 
 MAX_NEW_TOKENS = 32
-"""A caption that is longer is cut off."""
+"""A longer caption is truncated."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Caption:
 
     key: str
     """The sample's key in the dataset."""
-    picture: Tensor | None
+    image: Tensor | None
     """uint8 [3, h, w] as the vision tower gets it, several side by side; None for a text without images."""
     reference: str
     """The sample's (first) answer."""
@@ -52,7 +52,7 @@ def captioner(config: Config, llava: Llava) -> Callable[[list[DistributedDataPar
 
     All ranks call it, and all do the same: it is no more work than if the other data-parallel ranks waited. There is no
     cache of keys and values: each token is a forward pass over whole sequences, on megatron.core's own schedule. So it
-    works with every cut that training works with.
+    works at every parallelism that training works at.
     """
     count = config.training.log_captions if config.validates else 0
     if count == 0:
@@ -70,8 +70,8 @@ def _captioner(config: Config, llava: Llava, count: int) -> Callable[[list[Distr
     prompts, references = zip(*map(_prompt_and_answer, samples), strict=True)
     # Only the images that stand before the first answer.
     num_images = [int((prompt == llava.image_token_id).sum()) // llava.vision.num_image_tokens for prompt in prompts]
-    pictures = [sample.pixels[:num] for sample, num in zip(samples, num_images, strict=True)]  # [n, 3, h, w] each
-    next_tokens = _next_tokens(config, llava, torch.cat(pictures))
+    images = [sample.pixels[:num] for sample, num in zip(samples, num_images, strict=True)]  # [n, 3, h, w] each
+    next_tokens = _next_tokens(config, llava, torch.cat(images))
 
     def caption(chunks: list[DistributedDataParallel]) -> list[Caption]:
         with evaluating(chunks):
@@ -79,11 +79,11 @@ def _captioner(config: Config, llava: Llava, count: int) -> Callable[[list[Distr
         return [
             Caption(
                 key=sample.keys[0],
-                picture=torch.cat(list(pixels), dim=2) if len(pixels) else None,
+                image=torch.cat(list(pixels), dim=2) if len(pixels) else None,
                 reference=_decode(encoder.tokenizer, reference),
                 said=_decode(encoder.tokenizer, answer),
             )
-            for sample, pixels, reference, answer in zip(samples, pictures, references, answers, strict=True)
+            for sample, pixels, reference, answer in zip(samples, images, references, answers, strict=True)
         ]
 
     return caption
@@ -112,9 +112,9 @@ def _first_samples(config: Config, llava: Llava, count: int) -> list[Batch]:
 def _prompt_and_answer(sample: Batch) -> tuple[Tensor, Tensor]:
     """Everything up to the first answer, images as placeholders, and that answer: int64 [s] each."""
     labels = sample.labels[0]  # [s], shifted: each is the id that follows
-    learned = (labels != IGNORE).nonzero().flatten()
-    first = int(learned[0])
-    length = int((learned == first + torch.arange(len(learned))).sum())
+    labelled = (labels != IGNORE).nonzero().flatten()
+    first = int(labelled[0])
+    length = int((labelled == first + torch.arange(len(labelled))).sum())
     return sample.input_ids[0, : first + 1], labels[first : first + length]
 
 
@@ -155,22 +155,24 @@ def _next_tokens(
     image, schedule = read_image_settings(config.model.description), get_forward_backward_func()
     pixel_values = normalize(pixels.to(groups.device()), image.mean, image.std, DTYPES[config.model.precision])
     # The interleaved pipeline needs as many micro batches as stages: it computes the same one again.
-    cut = config.parallel
-    num_micro_batches = cut.pipeline_model_parallel_size if cut.virtual_pipeline_model_parallel_size > 1 else 1
+    parallel = config.parallel
+    num_micro_batches = (
+        parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else 1
+    )
 
     def next_tokens(chunks: list[DistributedDataParallel], input_ids: Tensor, lengths: Tensor) -> Tensor:
         positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         # Context parallelism deals out sequences: the positions go along in the place of labels.
         batch = Batch(keys=[], input_ids=input_ids, labels=positions, pixels=pixels)
-        text = shard_sequence(batch, llava.image_token_id, cut, _multiple(config))
+        text = shard_sequence(batch, llava.image_token_id, parallel, _multiple(config))
         last = find_positions(text["labels"] == (lengths - 1).unsqueeze(1))  # those that are on this rank
-        inputs = to_device({**place_images(text, cut), "wanted": last}, groups.device())
+        inputs = to_device({**place_images(text, parallel), "wanted": last}, groups.device())
         outputs = schedule(
             forward_step_func=lambda _, chunk: (chunk(pixel_values=pixel_values, **inputs), None),
             data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=num_micro_batches,
-            seq_length=cut.context_parallel_size * text["labels"].shape[1],
+            seq_length=parallel.context_parallel_size * text["labels"].shape[1],
             micro_batch_size=len(input_ids),
             forward_only=True,
         )

@@ -183,7 +183,7 @@ def to_bytes(batch: Batch) -> Tensor:
         "keys": batch.keys,
         "text": list(batch.labels.shape),
         "pixels": list(batch.pixels.shape),
-        "num_cut": batch.num_cut,
+        "num_truncated": batch.num_truncated,
         "segment_lengths": batch.segment_lengths,
     }
     said = json.dumps(head).encode()
@@ -208,6 +208,6 @@ def from_bytes(data: Tensor) -> Batch:
         input_ids=ids.view(torch.int64).view(head["text"]),
         labels=labels.view(torch.int64).view(head["text"]),
         pixels=pixels.view(head["pixels"]),
-        num_cut=head["num_cut"],
+        num_truncated=head["num_truncated"],
         segment_lengths=head["segment_lengths"],
     )

@@ -53,11 +53,12 @@ def launch(config: Config, script: Path, argv: Sequence[str]) -> int:
     config.check(llava)
     nodes, node_rank = find_nodes(config)
     processes = processes_per_node(config, nodes)
-    cut, world_size = config.parallel, nodes * processes
-    micro_batches = config.data.num_micro_batches(cut, world_size)
+    parallel, world_size = config.parallel, nodes * processes
+    micro_batches = config.data.num_micro_batches(parallel, world_size)
     print(
-        f"{world_size} processes (nodes x processes: {nodes} x {processes}): TP {cut.tensor_model_parallel_size} x "
-        f"PP {cut.pipeline_model_parallel_size} x DP {world_size // cut.model_parallel_size}, "
+        f"{world_size} processes (nodes x processes: {nodes} x {processes}): "
+        f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} "
+        f"x DP {world_size // parallel.model_parallel_size}, "
         f"{micro_batches} micro batches of {config.data.micro_batch_size} per iteration",
         flush=True,
     )
@@ -121,8 +122,8 @@ def set_gpu_environment(config: Config) -> None:
     """Set the environment variables that a run on GPUs wants, where the user has not."""
     if _device_count() == 0:
         return
-    cut = config.parallel
-    if cut.tensor_model_parallel_size > 1 or cut.context_parallel_size > 1:
+    parallel = config.parallel
+    if parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1:
         # Kernels then start in the order of their launch: a collective before the product that is to hide it.
         # Megatron-LM refuses another value for GPUs before Blackwell.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

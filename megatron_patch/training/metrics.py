@@ -70,7 +70,7 @@ class Metrics:
             "throughput-megatron-lm": megatron_lm_flops(self.llava, totals) / step.seconds / self.world_size / 1e12,
             "samples-per-second": totals.num_samples / step.seconds,
             "tokens-per-second": totals.num_tokens / step.seconds,
-            "cut-samples": totals.num_cut,
+            "cut-samples": totals.num_truncated,
             "consumed-samples": consumed_samples,
             **memory(),
         }
@@ -105,8 +105,8 @@ class Metrics:
             )
             # Indented: TensorBoard shows markdown, and captions are none.
             self.board.add_text(tag, f"    model:     {said}\n    reference: {reference}", iteration)
-            if caption.picture is not None and caption.key not in self.shown:
-                self.board.add_image(tag, caption.picture, iteration)
+            if caption.image is not None and caption.key not in self.shown:
+                self.board.add_image(tag, caption.image, iteration)
                 self.shown.add(caption.key)
             logger.info(f"caption of {caption.key} at iteration {iteration} | model: {said} | reference: {reference}")
 
@@ -146,7 +146,7 @@ class Metrics:
                 f"TFLOP/s: {self._tflops_per_second(self.steps):.3g}",
                 f"tokens/s: {totals.num_tokens / seconds:.0f}",
                 *([f"data wait: {wait:.1%}"] if wait > LONG_WAIT else []),
-                *([f"cut: {totals.num_cut}"] if totals.num_cut else []),
+                *([f"cut: {totals.num_truncated}"] if totals.num_truncated else []),
                 f"time left: {timedelta(seconds=round((last - iteration) * pace))}",
             )
         )

@@ -62,7 +62,7 @@ def gather_weights(chunks: list[DistributedDataParallel], config: Config) -> Non
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], config: Config, llava: Llava) -> MegatronOptimizer:
-    """Adam with decoupled weight decay, its states in fp32 and, where asked for, cut over the data-parallel ranks."""
+    """Adam with decoupled weight decay, its states in fp32 and, where asked for, sharded over data-parallel ranks."""
     settings, core = config.optimizer, chunks[0].config
     fraction = offloaded_fraction(config, llava)
     optimizer = get_megatron_optimizer(

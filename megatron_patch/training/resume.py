@@ -227,7 +227,7 @@ def read_position(checkpoint: Path, rank: int, load: Callable[[bytes], T]) -> T:
 
 
 def model_state(chunks: list[LlavaModel]) -> dict[str, Any]:
-    """Each chunk's tensors. Their keys on the disk are the whole model's, however it is cut."""
+    """Each chunk's tensors. Their keys on the disk are the whole model's, however it is sharded."""
     return {f"model{index}": chunk.sharded_state_dict(metadata=_metadata()) for index, chunk in enumerate(chunks)}
 
 

@@ -160,17 +160,17 @@ def _preparer(
 
     The batch is padded to `length`, or else to the next that ranks can share in multiples of `multiple`.
     """
-    cut, device = config.parallel, groups.device()
+    parallel, device = config.parallel, groups.device()
     image, dtype = read_image_settings(config.model.description), DTYPES[config.model.precision]
     # Transformer Engine wants borders on the device; megatron.core's own layers would wait for them there.
     borders_on_device = config.data.packs and uses_transformer_engine(config.model)
 
     def prepare(batch: Batch, part: LlavaModel, length: int | None) -> tuple[dict[str, Any], dict[str, int]]:
-        batch = pad(batch, length or padded_length(batch.labels.shape[1], cut, multiple))
-        text = shard_sequence(batch, llava.image_token_id, cut)
+        batch = pad(batch, length or padded_length(batch.labels.shape[1], parallel, multiple))
+        text = shard_sequence(batch, llava.image_token_id, parallel)
         labels = place_labels(text)
         tensors = {
-            **(place_images(text, cut) if part.pre_process else {}),
+            **(place_images(text, parallel) if part.pre_process else {}),
             **(labels if part.post_process else {}),
             **({"borders": find_borders(batch.segment_lengths)} if borders_on_device and batch.segment_lengths else {}),
         }
@@ -189,7 +189,7 @@ def _no_losses(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 
 def _sum_losses(num_labels: int, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """megatron.core's loss function on the last stage: (sum, number of learned tokens, what is reported).
+    """megatron.core's loss function on the last stage: (sum, number of labels, what is reported).
 
     The number stays on the CPU: what megatron.core adds it to on a GPU takes it from there without waiting.
     """

@@ -34,13 +34,13 @@ class Totals(Work):
     """What one global batch gave, over all ranks and micro batches."""
 
     loss: float
-    """Sum of the learned tokens' losses / their number."""
+    """Mean loss of the labels."""
     num_samples: int
     num_tokens: int
-    """Positions up to the last learned one of every sample: the padding after it is not counted."""
+    """Positions up to the last label of every sample: the padding after it is not counted."""
     data_seconds: float = field(compare=False)
     """How long the rank that waited longest for its micro batches waited for them."""
-    num_cut: int = 0
+    num_truncated: int = 0
     """Samples that were longer than --decoder-seq-length and lost their end."""
 
     @staticmethod
@@ -72,7 +72,7 @@ class Unlearned:
 
     def check(self, iteration: int, totals: Totals) -> None:
         """Take in an iteration. Says so once; raises ValueError when `MAX_UNLEARNED` of them follow each other."""
-        if not self.trains_projector_alone or totals.num_pictures:
+        if not self.trains_projector_alone or totals.num_images:
             self.count = 0
             return
         self.count += 1
@@ -89,7 +89,7 @@ class Unlearned:
             self.said = True
 
 
-COUNTS = ("num_labels", "num_samples", "num_tokens", "num_positions", "num_pairs", "num_pictures", "num_cut")
+COUNTS = ("num_labels", "num_samples", "num_tokens", "num_positions", "num_pairs", "num_images", "num_truncated")
 """What is counted in each micro batch, by its name in `Totals`."""
 
 

@@ -16,7 +16,7 @@ def test_counts_of_packed_samples():
     assert count_pairs(padded) == 3 * 128**2
     assert count_pairs(packed) == sum(length**2 for length in packed.segment_lengths)
     assert mean_work([padded]).num_labels == mean_work([packed]).num_labels
-    assert mean_work([padded]).num_pictures == mean_work([packed]).num_pictures == 3
+    assert mean_work([padded]).num_images == mean_work([packed]).num_images == 3
 
 
 @pytest.mark.parametrize("size", ["7B", "100M", "tiny"])

@@ -183,3 +183,6 @@ def test_another_value_of_such_a_flag_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse(Settings, ["data", "--overwrite=yes"], positional="dir")
     assert "--overwrite 'yes': expected true or false" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(Settings, [], positional="dir")
+    assert "DIR" in capsys.readouterr().err

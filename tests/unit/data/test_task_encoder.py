@@ -66,7 +66,7 @@ def test_batch_is_never_longer_than_the_decoder_and_says_what_was_cut(model):
     encoder = LlavaTaskEncoder(settings(model[0], length=61), model[1])
     batch = encoder.batch([encode(encoder, given) for given in (sample(answers="x" * 100), sample(answers="x"))])
     assert batch.input_ids.shape == (2, 61)
-    assert batch.num_cut == 1
+    assert batch.num_truncated == 1
 
 
 def test_turns_that_do_not_fit_are_not_written(model, monkeypatch):
@@ -79,7 +79,7 @@ def test_turns_that_do_not_fit_are_not_written(model, monkeypatch):
             yield " It is a cat.</s>", True
 
     monkeypatch.setattr(encoder, "prompt", SimpleNamespace(pieces=pieces))
-    assert encode(encoder, text_only()).num_cut > 0
+    assert encode(encoder, text_only()).num_truncated > 0
     assert len(written) < 10
 
 

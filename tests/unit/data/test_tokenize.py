@@ -107,7 +107,7 @@ def test_truncation_never_cuts_a_picture(installed):
     turns = [*TURNS, ("<image>\nthis?", "blue")]
     whole = encoded(turns, tokenizer, "mistral")
     size = len(whole.input_ids)
-    assert (whole.num_images, whole.num_cut) == (2, 0)
+    assert (whole.num_images, whole.num_truncated) == (2, 0)
     pictures = (whole.input_ids == installed[2]).nonzero().flatten()
     second = int(pictures[TOKENS])
     for limit, length in (
@@ -117,7 +117,7 @@ def test_truncation_never_cuts_a_picture(installed):
         cut = encoded(turns, tokenizer, "mistral", limit)
         assert torch.equal(cut.input_ids, whole.input_ids[:length])
         assert torch.equal(cut.labels, whole.labels[:length])
-        assert (cut.num_images, cut.num_cut > 0) == (1 if length == second else 2, size > length)
+        assert (cut.num_images, cut.num_truncated > 0) == (1 if length == second else 2, size > length)
     for limit in (int(pictures[TOKENS - 1]) + 2, TOKENS):
         with pytest.raises(ValueError, match=r"no answer within .* raise --decoder-seq-length"):
             encoded(turns, tokenizer, "mistral", limit)
@@ -142,11 +142,11 @@ def test_a_folder_without_tokenizer_or_image_token_is_named(tmp_path):
 def by_prefixes(pieces, tokenizer):
     """Ids, and which of them are learned, from the whole text up to the end of each piece."""
     ids, learned, text = [], [], ""
-    for piece, is_learned in pieces:
+    for piece, is_labelled in pieces:
         text += piece
         whole = tokenizer(text, add_special_tokens=False).input_ids
         assert whole[: len(ids)] == ids
-        learned += [is_learned] * (len(whole) - len(ids))
+        learned += [is_labelled] * (len(whole) - len(ids))
         ids = whole
     return ids, learned
 
@@ -162,7 +162,7 @@ def test_long_conversations_are_cut_as_a_whole_is(name, installed):
     made = encode(pieces, tokenizer, image_token_id=installed[2], num_image_tokens=1, max_length=100_000)
     assert made.input_ids.tolist() == ids[:-1]
     assert made.labels.tolist() == [id if one else IGNORE for id, one in zip(ids[1:], learned[1:], strict=True)]
-    assert made.num_cut == 0
+    assert made.num_truncated == 0
 
 
 def test_no_more_is_read_than_there_are_positions(installed):
@@ -176,7 +176,7 @@ def test_no_more_is_read_than_there_are_positions(installed):
             yield f" answer {turn}</s>", True
 
     made = encode(pieces(), tokenizer, image_token_id=installed[2], num_image_tokens=TOKENS, max_length=200)
-    assert (len(made.input_ids), made.num_cut > 0) == (200, True)
+    assert (len(made.input_ids), made.num_truncated > 0) == (200, True)
     assert len(asked) < 30
 
 

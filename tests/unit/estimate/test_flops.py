@@ -46,7 +46,7 @@ def test_flops_are_those_that_torch_counts(mcore, mcore_siglip, tmp_path, has_cl
     in_place = {torch.ops.aten.addmm_: added_product}  # of weights' gradients; torch counts the other form alone
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         step = train_step(wrapped, optimizer, iter(tiny_runs.batches(llava, 2)), batch_runner(config, llava))
-    assert step.totals == replace(step.totals, num_positions=4 * 60, num_pairs=4 * 60**2, num_pictures=4)
+    assert step.totals == replace(step.totals, num_positions=4 * 60, num_pairs=4 * 60**2, num_images=4)
     assert sum(step_flops(llava, config.model, step.totals).values()) == counter.get_total_flops()
 
 
@@ -67,6 +67,6 @@ def test_the_convention_is_megatron_lms():
         rotary_base=1e6,
         max_position_embeddings=32768,
     )
-    work = Work(num_positions=2 * s, num_pairs=2 * s**2, num_pictures=0, num_labels=60)
+    work = Work(num_positions=2 * s, num_pairs=2 * s**2, num_images=0, num_labels=60)
     llava = Llava(language=language, vision=VISION, image_token_id=0)
     assert megatron_lm_flops(llava, work) == 2 * s * 3 * 2 * (layers * layer + h * v)

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def batch(number: int, length: int = 8) -> Batch:
     row = torch.arange(2 * length).view(2, length) + number
     pixels = torch.full((number % 3, 3, 4, 5), number, dtype=torch.uint8)
-    return Batch(keys=[f"{number}", "ключ"], input_ids=row, labels=row + 1, pixels=pixels, num_cut=number)
+    return Batch(keys=[f"{number}", "ключ"], input_ids=row, labels=row + 1, pixels=pixels, num_truncated=number)
 
 
 @pytest.mark.parametrize("segments", [None, [3, 5]])

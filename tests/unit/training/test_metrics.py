@@ -31,8 +31,8 @@ TOTALS = Totals(
     num_tokens=180,
     num_positions=192,
     num_pairs=4 * 48**2,
-    num_pictures=4,
-    num_cut=1,
+    num_images=4,
+    num_truncated=1,
     data_seconds=0.1,
 )
 STEP = Step(totals=TOTALS, grad_norm=0.5, params_norm=7.0, loss_scale=1.0, seconds=0.8)

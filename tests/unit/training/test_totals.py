@@ -32,7 +32,7 @@ def test_a_spike_names_the_samples_of_its_highest_micro_batch(caplog, monkeypatc
 
 def test_a_run_without_pictures_that_trains_the_projector_alone_says_so_and_ends(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("megatron_patch"), "propagate", True)
-    text, pictures = replace(totals(1.0, 4), num_pictures=0), totals(1.0, 4)
+    text, pictures = replace(totals(1.0, 4), num_images=0), totals(1.0, 4)
     unlearned = Unlearned(trains_projector_alone=True)
     for iteration, found in enumerate([text] * 19 + [pictures] + [text] * 19, 1):
         unlearned.check(iteration, found)
@@ -45,5 +45,5 @@ def test_a_run_without_pictures_that_trains_the_projector_alone_says_so_and_ends
 def test_a_run_without_pictures_that_trains_more_goes_on(caplog):
     unlearned = Unlearned(trains_projector_alone=False)
     for iteration in range(50):
-        unlearned.check(iteration, replace(totals(1.0, 4), num_pictures=0))
+        unlearned.check(iteration, replace(totals(1.0, 4), num_images=0))
     assert not caplog.records

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 
 from megatron_patch.data.image_headers import Rejected
-from megatron_patch.prepare.pictures import Pictures, open_roots
+from megatron_patch.prepare.images import Images, open_roots
 from tests.unit.data.samples import jpeg
 from tests.unit.properties import damaged, examples, one_line
 
@@ -26,7 +26,7 @@ def test_several_roots_are_asked_in_their_order(tmp_path):
         archive.writestr("a.jpg", PICTURE + b"4")
         archive.writestr("deep/c.jpg", PICTURE + b"5")
     roots = [tmp_path / "coco", tmp_path / "gqa" / "images", tmp_path / "more.zip"]
-    pictures = Pictures(open_roots(list(map(str, roots))), "header")
+    pictures = Images(open_roots(list(map(str, roots))), "header")
     assert [pictures.read(name)[-1:] for name in ("a.jpg", "b.jpg", "./b.jpg", "deep/c.jpg")] == [
         b"1",
         b"3",
@@ -52,14 +52,14 @@ def test_links_lead_only_into_the_given_folders(tmp_path):
     (tmp_path / "data2").mkdir()
     (tmp_path / "data2" / "a.jpg").write_bytes(PICTURE)
     (tmp_path / "data" / "near.jpg").symlink_to(tmp_path / "data2" / "a.jpg")
-    alone = Pictures(open_roots([str(tmp_path / "data")]), "header")
+    alone = Images(open_roots([str(tmp_path / "data")]), "header")
     assert alone.read("inside.jpg") == PICTURE
     for name in ("a.jpg", "folder/deep/a.jpg", "near.jpg"):
         with pytest.raises(Rejected, match="a link that leads out of the folder; name its target with --images"):
             alone.read(name)
     with pytest.raises(Rejected, match=r"image 'loop\.jpg'"):
         alone.read("loop.jpg")
-    both = Pictures(open_roots([str(tmp_path / "data"), str(tmp_path / "elsewhere")]), "header")
+    both = Images(open_roots([str(tmp_path / "data"), str(tmp_path / "elsewhere")]), "header")
     assert both.read("a.jpg") == both.read("folder/deep/a.jpg") == PICTURE
 
 
@@ -73,7 +73,7 @@ def test_a_file_system_that_gives_few_bytes_at_a_time(kind, tmp_path, monkeypatc
     else:
         with zipfile.ZipFile(place, "w") as archive:
             archive.writestr("a.jpg", PICTURE)
-    pictures = Pictures(open_roots([str(place)]), "none")
+    pictures = Images(open_roots([str(place)]), "none")
     monkeypatch.setattr(os, "read", lambda descriptor, size: read(descriptor, min(size, 100)))
     monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: pread(descriptor, min(size, 100), offset))
     assert pictures.read("a.jpg") == PICTURE
@@ -92,7 +92,7 @@ def test_a_picture_that_is_cut_while_it_is_read(left, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fstat", fstat_and_cut)
     with pytest.raises(Rejected, match=rf"image 'a\.jpg': {left} bytes of {len(PICTURE)} could be read"):
-        Pictures(open_roots([str(tmp_path)]), "none").read("a.jpg")
+        Images(open_roots([str(tmp_path)]), "none").read("a.jpg")
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
@@ -104,7 +104,7 @@ def test_damage_in_an_archive(method, tmp_path):
     whole = path.read_bytes()
     middle = zipfile.ZipFile(path).getinfo("b.jpg").header_offset // 2
     path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    pictures = Pictures(open_roots([str(path)]), "none")
+    pictures = Images(open_roots([str(path)]), "none")
     if method == zipfile.ZIP_BZIP2:
         with pytest.raises(Rejected, match="packed in a way other than stored and deflated"):
             pictures.read("b.jpg")
@@ -132,7 +132,7 @@ def test_a_damaged_archive_is_one_line(tmp_path, content):
     path = tmp_path / "images.zip"
     path.write_bytes(content)
     with one_line(path):
-        pictures = Pictures(open_roots([str(path)]), "none")
+        pictures = Images(open_roots([str(path)]), "none")
         for name in ("a.jpg", "ä/b.jpg"):
             with suppress(Rejected):
                 assert pictures.read(name) == PICTURE
@@ -145,14 +145,14 @@ def zipped(path, prefix="", *, others=()):
     with zipfile.ZipFile(path, "w") as archive:
         for name in (f"{prefix}00000/a.jpg", f"{prefix}00001/b.jpg", *others):
             archive.writestr(name, PICTURE)
-    return Pictures(open_roots([str(path)]), "header")
+    return Images(open_roots([str(path)]), "header")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_that_lead_nowhere_are_left_out(name, tmp_path):
     (tmp_path / "00000").mkdir()
     (tmp_path / "00000" / "a.jpg").write_bytes(PICTURE)
-    assert Pictures(open_roots([str(tmp_path)]), "header").read(name) == PICTURE
+    assert Images(open_roots([str(tmp_path)]), "header").read(name) == PICTURE
     assert zipped(tmp_path / "images.zip").read(name) == PICTURE
     assert zipped(tmp_path / "dotted.zip", "./", others=("c.jpg",)).read(name) == PICTURE
 
@@ -174,7 +174,7 @@ def test_absolute_names_within_the_folder(tmp_path):
     (tmp_path / "link").symlink_to("data")
     (tmp_path / "data" / "out.jpg").symlink_to(tmp_path / "elsewhere" / "a.jpg")
     for root in ("data", "link"):
-        pictures = Pictures(open_roots([str(tmp_path / root)]), "header")
+        pictures = Images(open_roots([str(tmp_path / root)]), "header")
         for name in ("data/00000/a.jpg", "link/00000/a.jpg", "./data/00000//a.jpg"):
             assert pictures.read(f"{tmp_path}/{name}") == PICTURE
         for name in ("elsewhere/a.jpg", "data/../elsewhere/a.jpg", "data/out.jpg", "data2/a.jpg"):

@@ -36,7 +36,7 @@ class Root(Protocol):
         """The image's bytes; None when it is not here. Raises Rejected, or OSError."""
 
 
-class Pictures:
+class Images:
     """Images by name, from the first root that has them."""
 
     def __init__(self, roots: Sequence[Root], validate: Validation) -> None:
