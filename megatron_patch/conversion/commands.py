@@ -116,7 +116,7 @@ def reshard(conversion: Conversion) -> None:
     """A Megatron-Core checkpoint, shards or torch_dist -> shards at other parallel sizes, or in another type."""
     conversion.refuse(NOT_FROM_MCORE, "an import from Hugging Face")
     if conversion.verify == "true":
-        raise ValueError("--verify true: is for conversions from and to Hugging Face; resharding is checked by the manifest")
+        raise ValueError("--verify true: is for conversions from and to Hugging Face; a manifest checks resharding")
     read = _weights_of(conversion)
     carriers, _, llava = describe_checkpoint(conversion)
     stages_of(conversion, llava)

@@ -359,7 +359,7 @@ def test_a_tied_source_that_holds_another_output_layer(tmp_path, capsys, clip):
         ({"source_llm_ckpt_path": "mcore", "mg2hf": "true", "ckpt_format": "torch_dist"}, "is for --mg2hf false"),
         (
             {"source_llm_ckpt_path": "mcore", "ckpt_format": "torch_dist", "tensor_model_parallel_size": 2},
-            "--tensor-model-parallel-size 2: a torch_dist checkpoint is not cut; use 1",
+            "--tensor-model-parallel-size 2: a torch_dist checkpoint is not sharded; use 1",
         ),
         ({"source_llm_ckpt_path": "mistral", "parts": "true"}, "--parts true: is for --mg2hf true"),
         ({"source_llm_ckpt_path": "mistral", "max_shard_size": "1GB"}, "--max-shard-size 1GB: is for --mg2hf true"),
