@@ -17,6 +17,7 @@ from megatron_patch.config.train import Config
 from megatron_patch.estimate.activations import ELEMENT, FP32, activations
 from megatron_patch.families.llava import pipeline_copies, rows
 from megatron_patch.families.sizes import Llava
+from megatron_patch.families.stages import LANGUAGE_LAYER, is_before_layers
 from megatron_patch.families.table import Weight
 
 GIB = 2**30
@@ -26,7 +27,6 @@ BUCKET = 40_000_000
 STATE = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 """Bytes of a moment's element in the precision-aware optimizer."""
 
-LAYER = re.compile(r"language_model\.decoder\.layers\.(\d+)\.")
 # The order in which modules register their weights, which is the (reversed) order in the buffers.
 PARTS = ("vision_model.", "vision_projection.", "language_model.embedding.", "language_model.decoder.layers.")
 PARTS += ("language_model.decoder.", "language_model.output_layer.")
@@ -197,10 +197,9 @@ def _weights(llava: Llava, tensor_parallel_size: int, has_stages: bool) -> list[
         table |= {copy: table[original] for copy, original in pipeline_copies(llava).items()}
     listed = []
     for name in sorted(table, key=_registered):
-        match = LAYER.match(name)
-        at_start = not name.startswith("language_model.") or name.startswith("language_model.embedding.")
-        layer = int(match[1]) if match else None
-        listed.append((name, _numel(table[name], llava, tensor_parallel_size), layer, at_start))
+        match = LANGUAGE_LAYER.fullmatch(name)
+        layer = int(match[2]) if match else None
+        listed.append((name, _numel(table[name], llava, tensor_parallel_size), layer, is_before_layers(name)))
     return listed
 
 

@@ -11,6 +11,11 @@ from megatron_patch.families.sizes import divisors, listing
 LANGUAGE_LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)(\..*)")
 
 
+def is_before_layers(name: str) -> bool:
+    """Whether a tensor outside the language model's layers is on the first stage, and not on the last."""
+    return not name.startswith("language_model.") or name.startswith("language_model.embedding.")
+
+
 @dataclass(frozen=True)
 class Stage:
     """What one pipeline stage (or one virtual stage of it) holds of the language model."""
@@ -30,8 +35,7 @@ class Stage:
         if match:
             layer = int(match[2])
             return f"{match[1]}{layer - self.layers.start}{match[3]}" if layer in self.layers else None
-        first = not name.startswith("language_model.") or name.startswith("language_model.embedding.")
-        return name if (self.pre_process if first else self.post_process) else None
+        return name if (self.pre_process if is_before_layers(name) else self.post_process) else None
 
 
 def stage_lengths(num_layers: int, pp_size: int, first: int | None = None, last: int | None = None) -> list[int]:
