@@ -106,6 +106,6 @@ def test_captions_equal_transformers(mcore, pretrain, expected, expected_norm, t
     ):
         for one, other in zip(captions, expected, strict=True):
             assert (one.key, one.reference, one.said) == (other.key, other.reference, other.said)
-            assert torch.equal(one.picture, other.picture)
+            assert torch.equal(one.image, other.image)
         assert norm == pytest.approx(expected_norm, rel=1e-6)
         assert is_training, "validation gives the model back as it was"
