@@ -1,6 +1,6 @@
 """A training script whose ranks end in ways that are named in its arguments, started by torchrun as the real one is.
 
-    failing.py OUTPUT NODES NODE_RANK PORT END [END ...]    (one end per rank)
+    OUTPUT NODES NODE_RANK PORT END [END ...]    (one end per rank)
 
 The model, its groups and the loop are left out: what is tested is who learns of an end.
 """
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from megatron_patch.training.launch import _torchrun, is_worker
+from megatron_patch.training.launch import _torchrun
 
 
 def blocked() -> int:
@@ -64,13 +64,19 @@ def all_ready() -> None:
     Path(sys.argv[1], "failed").touch()
 
 
+def launch(errors: Path, arguments: list[str]) -> None:
+    """The launcher, in a process of its own whose errors go into a file; its ranks run this file."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    output, nodes, node_rank, port, *ends = arguments
+    ranks = len(ends) // int(nodes)
+    where = [f"--nnodes={nodes}", f"--node-rank={node_rank}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    words = [*where, f"--nproc-per-node={ranks}", __file__, *arguments]
+    sys.exit(_torchrun(words, Path(output, "log"), first_rank=int(node_rank) * ranks))
+
+
 def main() -> int:
-    output, nodes, node_rank, port, *ends = sys.argv[1:]
-    if not is_worker():
-        ranks = len(ends) // int(nodes)
-        where = [f"--nnodes={nodes}", f"--node-rank={node_rank}", "--master-addr=127.0.0.1", f"--master-port={port}"]
-        arguments = [*where, f"--nproc-per-node={ranks}", __file__, *sys.argv[1:]]
-        return _torchrun(arguments, Path(output, "log"), first_rank=int(node_rank) * ranks)
+    output, _, _, _, *ends = sys.argv[1:]
     end, _, place = ends[int(os.environ["RANK"])].partition(" in ")
     action = globals()[end]
     start = action if place == "start" else lambda *arguments: None

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 from megatron_patch.config.train import Parallel
 from megatron_patch.model import groups
-from tests.forked import PROCESSES
+from tests.forked import in_server
 
 Job = tuple[Callable[..., Any], Parallel, tuple]
 """A function, how its processes are cut, its arguments."""
@@ -40,13 +40,17 @@ def run_jobs(jobs: Sequence[Job], world_size: int) -> list[list[Any]]:
         arguments = (world_size, Path(folder), list(jobs))
         if world_size == 1:
             _rank(0, {}, *arguments)
+        elif torch.cuda.is_available():  # its driver may be in use where processes are forked from
+            _start("spawn", dict(os.environ), *arguments)
         else:
-            # A GPU's driver may be in use where processes are forked from.
-            start = "spawn" if torch.cuda.is_available() else PROCESSES.get_start_method()
-            mp.start_processes(_rank, (dict(os.environ), *arguments), nprocs=world_size, start_method=start)
+            in_server(_start, "fork", dict(os.environ), *arguments)
         # Anything that a test's function returns, from processes of its own.
         by_rank = [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world_size)]
         return [list(results) for results in zip(*by_rank, strict=True)]
+
+
+def _start(method: str, variables: dict[str, str], world_size: int, folder: Path, jobs: Sequence[Job]) -> None:
+    mp.start_processes(_rank, (variables, world_size, folder, jobs), nprocs=world_size, start_method=method)
 
 
 def _rank(rank: int, variables: dict[str, str], world_size: int, folder: Path, jobs: Sequence[Job]) -> None:

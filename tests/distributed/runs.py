@@ -14,9 +14,7 @@ import resource
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +30,7 @@ from megatron_patch.stores import checksums
 from megatron_patch.tensor_io import disk
 from megatron_patch.training import loop, resume, saving
 from megatron_patch.training.metrics import Metrics
-from tests.forked import PROCESSES
+from tests.forked import in_server
 
 LOADED = (torch._dynamo, AutoTokenizer, PreTrainedTokenizerFast)
 """What every run would import again, for seconds."""
@@ -50,11 +48,9 @@ class End(NamedTuple):
     """What was raised, in words."""
 
 
-@contextmanager
-def server() -> Iterator[Callable[..., End]]:
-    """A function (config, world_size, fault=None) -> End that runs the training loop."""
-    with ProcessPoolExecutor(1, PROCESSES) as pool:
-        yield lambda *arguments, **named: pool.submit(run, *arguments, **named).result(120)
+def train(config: Config, world_size: int, fault: Fault | None = None) -> End:
+    """Run the training loop, at most two minutes long."""
+    return in_server(run, config, world_size, fault, seconds=120)
 
 
 def run(config: Config, world_size: int, fault: Fault | None = None) -> End:

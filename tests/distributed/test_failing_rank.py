@@ -2,47 +2,46 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.distributed import failing
+from tests.forked import PROCESSES
 
 SECONDS = 15
 """From the first end to the last. torchrun kills the ranks of its own node 30 s after one failed, others' never."""
 
 
-def start(output: Path, *ends: str, nodes: int = 1) -> list[subprocess.Popen]:
-    """The launchers, one per node."""
+def start(output: Path, *ends: str, nodes: int = 1) -> list[BaseProcess]:
+    """The launchers, one per node; each writes its errors into a file."""
     output.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [
-        subprocess.Popen(
-            [sys.executable, failing.__file__, output, str(nodes), str(node), str(port), *ends],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+    launchers = [
+        PROCESSES.Process(
+            target=failing.launch,
+            args=(output / f"errors_{node}", [str(output), str(nodes), str(node), str(port), *ends]),
         )
         for node in range(nodes)
     ]
+    for launcher in launchers:
+        launcher.start()
+    return launchers
 
 
-def said(launchers: list[subprocess.Popen], output: Path) -> list[str]:
+def said(launchers: list[BaseProcess], output: Path) -> list[str]:
     """What each launcher says of a run that failed, soon after it did."""
-    try:
-        texts = [launcher.communicate(timeout=120)[1] for launcher in launchers]
-    finally:
-        for launcher in launchers:
-            launcher.kill()
+    for launcher in launchers:
+        launcher.join(120)
+    codes = [launcher.exitcode for launcher in launchers]
+    for launcher in launchers:
+        launcher.kill()
     assert time.time() - (output / "failed").stat().st_mtime < SECONDS
-    assert [launcher.returncode for launcher in launchers] == [1] * len(launchers)
-    return texts
+    assert codes == [1] * len(launchers)
+    return [(output / f"errors_{node}").read_text() for node in range(len(launchers))]
 
 
 def log(output: Path, rank: int) -> str:
@@ -75,6 +74,7 @@ def test_a_signalled_rank_has_its_time(tmp_path):
     while len(list(tmp_path.glob("ready_*"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    launcher.send_signal(signal.SIGTERM)
-    assert launcher.communicate(timeout=60)[1] == ""
-    assert launcher.returncode == 143
+    launcher.terminate()
+    launcher.join(60)
+    assert (tmp_path / "errors_0").read_text() == ""
+    assert launcher.exitcode == 143

@@ -101,10 +101,10 @@ def memory(config: Config) -> tuple[int, int, int]:
 def save_on_a_slow_disk(config: Config) -> None:
     """One rank writes for longer than a collective may take."""
     chunks, optimizer = build(config)
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=8), dist.group.WORLD)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=5), dist.group.WORLD)
 
     def write(*arguments):
-        time.sleep(12 if dist.get_rank() == 1 else 0)
+        time.sleep(8 if dist.get_rank() == 1 else 0)
         stock(*arguments)
 
     stock = saving._write

@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[2]
 CONVERT_DATA = ROOT / "toolkits/multimodal_data_preprocessing/convert_llava_pretrain_to_wds.py"
 CONVERT_MODEL = ROOT / "toolkits/model_checkpoints_convertor/llava/hf2mcore_convertor_llava.sh"
 TRAIN = ROOT / "examples/llava_mcore/run_mcore_llava.sh"
-PHOTOS = ROOT.parent / "shared/data/photos_llava_pretrain"
 
 
 def environment() -> dict[str, str]:

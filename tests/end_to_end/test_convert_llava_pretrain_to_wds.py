@@ -11,7 +11,7 @@ from megatron.energon import WorkerConfig, get_train_dataset
 
 from megatron_patch.prepare import commands as script
 from tests.end_to_end.scripts import processor_seconds
-from tests.unit.data.samples import PHOTOS, copy_photos, write_annotations, write_pretrain
+from tests.unit.data.samples import write_annotations, write_photos, write_pretrain
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "toolkits" / "multimodal_data_preprocessing" / "convert_llava_pretrain_to_wds.py"
@@ -24,16 +24,19 @@ def run(*arguments, cwd=None):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the real photographs are not here")
-def test_real_photographs_from_another_folder(tmp_path):
-    folder = copy_photos(tmp_path / "LLaVA Pretrain")
+def test_photographs_from_another_folder(tmp_path):
+    folder = tmp_path / "LLaVA Pretrain"
+    write_photos(folder, 30)
+    sizes = [image.stat().st_size / 1000 for image in folder.glob("*/*.jpg")]
     result = run("../LLaVA Pretrain", cwd=(tmp_path / "LLaVA Pretrain" / "00000"))
     assert result.returncode != 0  # relative to where it is called
     result = run("LLaVA Pretrain", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    written = sum(shard.stat().st_size for shard in folder.glob("wds/*.tar")) / 1e6
     assert result.stdout == (
-        "10 shards of VQASample, 26.2 MB; 240 images of 107.1 kB, the largest 611.7 kB\n"
-        "LLaVA Pretrain/wds: 240 given = 240 written + 0 rejected\n"
+        f"10 shards of VQASample, {written:.1f} MB; "
+        f"30 images of {sum(sizes) / 30:.1f} kB, the largest {max(sizes):.1f} kB\n"
+        "LLaVA Pretrain/wds: 30 given = 30 written + 0 rejected\n"
     )
     meta = folder / "wds" / ".nv-meta"
     prepared = {name: (meta / name).read_text() for name in ("dataset.yaml", "split.yaml", ".info.json")}
@@ -56,7 +59,7 @@ def test_real_photographs_from_another_folder(tmp_path):
         max_samples_per_sequence=None,
         repeat=False,
     )
-    assert len(dataset) == 216
+    assert len(dataset) == 27
 
 
 def test_rejected_samples_are_counted_and_named(tmp_path):

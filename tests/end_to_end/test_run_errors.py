@@ -54,7 +54,7 @@ def test_a_folder_in_use_a_killed_launcher_and_a_damaged_checkpoint(mcore, datas
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    again = call("sh", TRAIN, *train_arguments(output, **arguments, PP=2), *flags, cwd="/")
+    again = call("sh", TRAIN, *train_arguments(output, **arguments), *flags, cwd="/")
     assert again.returncode == 1
     (line,) = again.stderr.splitlines()
     assert f"{damaged}: not what was written" in line

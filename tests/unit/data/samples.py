@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+import pytest
 from megatron.energon import Sample
 from PIL import Image
 
@@ -23,7 +24,8 @@ from megatron_patch.families.sizes import LanguageModel, Llava, VisionModel
 from megatron_patch.prepare import ANNOTATIONS, Report, Settings, convert
 from tests.tiny import save_tokenizer
 
-PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "photos_llava_pretrain"
+PHOTO_SIZES = ((500, 333), (333, 500), (336, 336), (640, 427), (224, 300), (1100, 120), (90, 70))
+"""Width and height in pixels, in turn."""
 CLIP = preprocessor_config(
     describe_vision_model({"model_type": "clip_vision_model", "image_size": 28, "patch_size": 7})
 )
@@ -125,12 +127,28 @@ def write_dataset(folder: Path, samples: Sequence[dict[str, bytes]], yaml: str) 
     return folder
 
 
-def copy_photos(target: Path) -> Path:
-    """A writable copy of the real photographs."""
-    shutil.copytree(PHOTOS, target, copy_function=shutil.copyfile)
-    for folder in (target, *target.iterdir()):
-        folder.chmod(0o755 if folder.is_dir() else 0o644)
-    return target
+def but_in_transformers_4(names: Iterable[str], *others: str) -> list:
+    """`names` as a test's parameters; `others` are those of them that only transformers 5 takes so."""
+    return [pytest.param(name, marks=pytest.mark.transformers_5) if name in others else name for name in names]
+
+
+def photo(index: int) -> bytes:
+    """A JPEG like a camera's: shades under noise, each index another, every fifth gray."""
+    width, height = PHOTO_SIZES[index % len(PHOTO_SIZES)]
+    random = np.random.default_rng(index)
+    across, down = np.linspace(0, 6, width)[:, None], np.linspace(0, 6, height)[:, None, None]
+    shades = np.sin(across * random.uniform(0.2, 2, 3) + down * random.uniform(0.2, 2, 3) + random.uniform(0, 6, 3))
+    pixels = 128 + 100 * shades + random.normal(0, 12, (height, width, 3))
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("L" if index % 5 == 4 else "RGB")
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=60 + 5 * (index % 8), progressive=index % 2 == 1, subsampling=index % 3)
+    return file.getvalue()
+
+
+def write_photos(folder: Path, count: int) -> None:
+    """A LLaVA-Pretrain folder of `count` images like photographs."""
+    for index, sample in enumerate(write_pretrain(folder, count)):
+        (folder / sample["image"]).write_bytes(photo(index))
 
 
 def convert_folder(folder: Path, **settings) -> Report:

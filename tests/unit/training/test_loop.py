@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 from unittest.mock import Mock
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_patch.families.llava import read_config
 from megatron_patch.training import loop
 from megatron_patch.training import optimizer as optimizer_module
 from megatron_patch.training.loop import start_or_resume
+from megatron_patch.training.resume import Progress
 from megatron_patch.training.step import batch_runner, train_step
 from tests import tiny_runs
 
@@ -33,15 +35,30 @@ def test_a_loss_that_is_nan_stops_and_names_the_samples(mcore, tmp_path, one_pro
 def test_a_run_that_learns_nothing_from_its_data_ends(mcore, tmp_path, one_process, monkeypatch):
     config = tiny_runs.config(mcore, tmp_path, freeze_lm=True, freeze_vit=True, train_iters=21)
     batches = itertools.cycle(tiny_runs.batches(read_config(mcore), 2, pictures=((0, 0),)))
-    for name, given in (("open_data", None), ("reading", batches)):
-        monkeypatch.setattr(loop, name, lambda *_, given=given: contextlib.nullcontext(given))
-    (tmp_path / "log").mkdir()
-    stop = Mock(due=lambda: False, reason=None)
-    monkeypatch.setattr(loop, "Stop", lambda minutes: stop)
-    monkeypatch.setattr(loop.readers, "_is_stopping", None)
+    stop = never_stops(tmp_path, monkeypatch, batches)
     with pytest.raises(ValueError, match=r"iteration 20: none of its 4 samples has an image"):
         loop.train(config)
     assert loop.readers._is_stopping == stop.is_asked
+
+
+def never_stops(folder, monkeypatch, batches) -> Mock:
+    """Have `loop.train` take these batches, without a loader and without signals; what stands for its Stop."""
+    for name, given in (("open_data", None), ("reading", batches)):
+        monkeypatch.setattr(loop, name, lambda *_, given=given: contextlib.nullcontext(given))
+    (folder / "log").mkdir()
+    stop = Mock(due=lambda: False, reason=None, exit_code=0)
+    monkeypatch.setattr(loop, "Stop", lambda minutes: stop)
+    monkeypatch.setattr(loop.readers, "_is_stopping", None)
+    return stop
+
+
+def test_a_run_that_is_done_trains_nothing_and_says_so(mcore, tmp_path, one_process, monkeypatch, caplog):
+    config = tiny_runs.config(mcore, tmp_path, train_iters=5)
+    never_stops(tmp_path, monkeypatch, iter(()))
+    monkeypatch.setattr(loop, "start_or_resume", lambda *_: (*start_or_resume(*_)[:3], Progress(5, 20)))
+    caplog.set_level(logging.INFO)
+    assert loop.train(config) == 0
+    assert "nothing to do: 5 iterations are done, and --train-iters asks for 5" in caplog.messages
 
 
 def test_readers_have_begun_before_ranks_wait_for_each_other(mcore, tmp_path, one_process, monkeypatch):
