@@ -7,14 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
-    LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
     MistralForCausalLM,
-    Qwen2Config,
     Qwen2ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -50,18 +48,18 @@ VISION_SIZES = {
 
 def save_mistral(folder: Path, dtype: torch.dtype = torch.float32, **changed) -> Path:
     """A MistralForCausalLM with random weights, its tokenizer beside it."""
-    config = MistralConfig(**{**LANGUAGE_SIZES, "sliding_window": None, **_rope(500000.0), **changed})
-    return _save(MistralForCausalLM, config, folder, dtype)
+    settings = {**LANGUAGE_SIZES, "sliding_window": None, **_rope(500000.0), **changed}
+    return _save(MistralForCausalLM, settings, folder, dtype)
 
 
 def save_llama(folder: Path, dtype: torch.dtype = torch.float32, **changed) -> Path:
     """A LlamaForCausalLM with random weights, its tokenizer beside it."""
-    return _save(LlamaForCausalLM, LlamaConfig(**{**LANGUAGE_SIZES, **_rope(10000.0), **changed}), folder, dtype)
+    return _save(LlamaForCausalLM, {**LANGUAGE_SIZES, **_rope(10000.0), **changed}, folder, dtype)
 
 
 def save_qwen2(folder: Path, dtype: torch.dtype = torch.float32, **changed) -> Path:
     """A Qwen2ForCausalLM with random weights, its tokenizer beside it."""
-    return _save(Qwen2ForCausalLM, Qwen2Config(**{**LANGUAGE_SIZES, **_rope(1e6), **changed}), folder, dtype)
+    return _save(Qwen2ForCausalLM, {**LANGUAGE_SIZES, **_rope(1e6), **changed}, folder, dtype)
 
 
 # Llama 3's rotary embedding. At this base some of the eight frequencies are kept, one is between, some are divided.
@@ -188,7 +186,13 @@ def _random(model_class, config, dtype):
     return model.to(dtype).eval()
 
 
-def _save(model_class, config, folder: Path, dtype) -> Path:
+def _save(model_class, settings: dict, folder: Path, dtype) -> Path:
+    """`settings`: as transformers 5 names them."""
+    if transformers.__version__.startswith("4."):
+        rope = {**settings.pop("rope_parameters")}
+        settings["rope_theta"] = rope.pop("rope_theta")
+        settings["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+    config = model_class.config_class(**settings)
     _random(model_class, config, dtype).save_pretrained(folder)
     save_tokenizer(folder, config.vocab_size)
     return Path(folder)

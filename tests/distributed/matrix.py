@@ -92,7 +92,7 @@ CASES = (
 )
 
 
-def train(config: Config) -> Report:
+def train(config: Config, steps: int) -> Report:
     """A few steps on the same micro batches, on this process and the others."""
     from megatron.core import parallel_state  # which must not be imported before megatron_patch
 
@@ -104,14 +104,16 @@ def train(config: Config) -> Report:
     run = batch_runner(config, llava)
     report = []
     with mock.patch.object(offload, "SMALLEST", 0):  # a tiny model's activations are moved too
-        for _ in range(STEPS):
+        for _ in range(steps):
             scheduler.step(1)
             step = train_step(wrapped, optimizer, batches, run)
             report.append((step.totals.loss, step.grad_norm))
     return report
 
 
-def compute(pairs: Iterable[tuple[Case, str]], checkpoint: Path, output: Path) -> dict[tuple[str, str], list[Report]]:
+def compute(
+    pairs: Iterable[tuple[Case, str]], checkpoint: Path, output: Path, steps: int = STEPS
+) -> dict[tuple[str, str], list[Report]]:
     """Train cases in runs, from the same checkpoint; (name of the case, run) -> the ranks' reports.
 
     All cases must be of one number of processes. `output` gets what a run writes beside checkpoints.
@@ -130,7 +132,7 @@ def compute(pairs: Iterable[tuple[Case, str]], checkpoint: Path, output: Path) -
     for case, run in pairs:
         settings = {**usual, **RUNS[run], **case.changed}
         config = tiny_runs.config(checkpoint, output, parallel=case.cut, **settings)
-        jobs.append((train, case.cut, (config,)))
+        jobs.append((train, case.cut, (config, steps)))
     names = [(case.name, run) for case, run in pairs]
     return dict(zip(names, run_jobs(jobs, world_size), strict=True))
 

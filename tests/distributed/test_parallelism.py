@@ -16,6 +16,7 @@ from tests import tiny_runs
 from tests.distributed.matrix import CASES, ONE, RUNS, TOLERANCE, Case, compute, differences
 from tests.distributed.ranks import run_ranks
 
+STEPS = 3
 LAYOUTS = {
     "projector": ("one process", "TP2+SP", "PP2", "CP2", "DP2+DO", "recompute full"),
     "everything": [case.name for case in (ONE, *CASES) if case.name != "TP2xPP2"],
@@ -32,7 +33,7 @@ def reports_of(mcore, tmp_path_factory):
     @functools.cache
     def compute_all(world_size: int) -> dict:
         pairs = [(case, run) for case, run in PAIRS if case.world_size == world_size]
-        return compute(pairs, mcore, tmp_path_factory.mktemp("matrix"))
+        return compute(pairs, mcore, tmp_path_factory.mktemp("matrix"), STEPS)
 
     return lambda case, run: compute_all(case.world_size)[case.name, run]
 
@@ -54,7 +55,7 @@ def test_16_bits_are_near_fp32(mcore, tmp_path, reports_of, monkeypatch, precisi
     """fp16 at a loss scale at which no gradient overflows, so that no step is left out."""
     monkeypatch.setattr(optimizer, "FIRST_LOSS_SCALE", 2.0**8)
     case = Case(precision, changed={"precision": precision})
-    (report,) = compute([(case, "projector")], mcore, tmp_path)[precision, "projector"]
+    (report,) = compute([(case, "projector")], mcore, tmp_path, STEPS)[precision, "projector"]
     (expected,) = reports_of(ONE, "projector")
     assert [loss for loss, _ in report] == pytest.approx([loss for loss, _ in expected], abs=1e-2)
 

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.config.train import MOCK
+from tests import tiny_runs
+from tests.distributed.runs import train
 from tests.end_to_end.scripts import (
     CONVERT_DATA,
     CONVERT_MODEL,
@@ -167,9 +170,8 @@ def test_speed_is_measured_without_weights(hf, tmp_path):
     """On mock data frozen parts may be random: a LLaVA's folder without its weights is enough."""
     description = shutil.copytree(hf, tmp_path / "llava", ignore=shutil.ignore_patterns("*.safetensors*"))
     output = tmp_path / "output"
-    arguments = train_arguments(output, DATASET_PATH="mock", PRETRAIN_CHECKPOINT_PATH="none", TRAIN_ITERS=2)
-    result = call("sh", TRAIN, *arguments, "--model-config", description, cwd="/")
-    assert result.returncode == 0, result.stdout + result.stderr
+    config = tiny_runs.config(None, output, model_config=description, data_path=MOCK, train_iters=2)
+    assert train(config, 1).codes == [0]
     assert sorted(scalars(output, "samples-per-second")) == [1, 2]
 
 

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import requires
+from pathlib import Path
 
 from packaging.requirements import Requirement
+
+
+def test_the_lowest_versions_are_tested():
+    """`make test-lowest` installs each lower bound of pyproject.toml but torch's."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    dependencies = text.partition("dependencies = [")[2].partition("\n]")[0]
+    bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)', dependencies))
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    tested = dict(re.findall(r"([\w-]+)==([\d.]+)", makefile))
+    del bounds["torch"]
+    assert {name: tested[name] for name in bounds} == bounds
 
 
 def transformer_engine(package: str) -> Requirement:

@@ -6,10 +6,11 @@ import contextlib
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 from megatron.energon import Sample
 from PIL import Image
 
@@ -134,6 +135,11 @@ def write_dataset(folder: Path, samples: Sequence[dict[str, bytes]], yaml: str) 
         )
     (folder / ".nv-meta" / "dataset.yaml").write_text(yaml)
     return folder
+
+
+def but_in_transformers_4(names: Iterable[str], *others: str) -> list:
+    """`names` as a test's parameters; `others` are those of them that only transformers 5 takes so."""
+    return [pytest.param(name, marks=pytest.mark.transformers_5) if name in others else name for name in names]
 
 
 def photo(index: int) -> bytes:

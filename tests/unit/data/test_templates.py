@@ -15,6 +15,7 @@ from transformers.processing_utils import ProcessorMixin
 from megatron_patch.data.prompts import find_format, prompt_format
 from megatron_patch.data.templates import read_template
 from megatron_patch.data.tokenize import open_tokenizer
+from tests.unit.data.samples import but_in_transformers_4
 from tests.unit.data.tokenizers import tiny
 from tests.unit.properties import examples, in_one_line, json_values
 
@@ -70,7 +71,7 @@ def test_a_language_model_has_no_processor(name, source, tmp_path):
     assert read_template(folder, open_tokenizer(folder)) == AutoTokenizer.from_pretrained(folder).chat_template == ONE
 
 
-@pytest.mark.parametrize("kind", {**FILES, **FOR_LLAVA})
+@pytest.mark.parametrize("kind", but_in_transformers_4({**FILES, **FOR_LLAVA}, "a processor's key"))
 def test_a_llavas_is_the_one_that_its_processor_takes(kind, source, tmp_path):
     folder = with_files(source, tmp_path / "llava", {**FILES, **FOR_LLAVA}[kind], "llava")
     settings, _ = ProcessorMixin.get_processor_dict(folder)

@@ -69,6 +69,7 @@ def test_words_past_the_embedding_are_refused_and_added_tokens_named(tmp_path, c
     assert "the embedding has no row for [PAD]; --add-tokens gives" in capsys.readouterr().err
 
 
+@pytest.mark.transformers_5
 def test_install_takes_the_bos_out_of_a_tokenizer_json(tmp_path):
     source = tiny(tmp_path / "source")
     tokenizer = json.loads((source / "tokenizer.json").read_text())

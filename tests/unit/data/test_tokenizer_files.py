@@ -18,6 +18,7 @@ from megatron_patch.data import tokenizer_files
 from megatron_patch.data.prompts import blank_after_bos, document_pieces, prompt_format
 from megatron_patch.data.tokenize import load_tokenizer, open_tokenizer
 from megatron_patch.data.tokenizer_files import complete_tokenizer, install_tokenizer
+from tests.unit.data.samples import but_in_transformers_4
 from tests.unit.data.tokenizers import mistral_v3, tiny
 from tests.unit.properties import changed, damaged, examples, few, in_one_line
 
@@ -121,7 +122,7 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("said", STATES)
+@pytest.mark.parametrize("said", but_in_transformers_4(STATES, ""))
 def test_state_that_would_change_a_prompt_is_left_out(said, tmp_path, capsys):
     plain, source = tiny(tmp_path / "plain"), tiny(tmp_path / "source")
     backend, config = STATES[said]
@@ -179,6 +180,7 @@ def test_a_padding_token_without_a_row_is_not_used(tmp_path, capsys):
     assert (tokenizer.convert_tokens_to_ids("[PAD]"), ids["<image>"]) == (300, 301)
 
 
+@pytest.mark.transformers_5
 def test_nothing_of_a_folder_is_run_and_nobody_is_asked(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
     source = tiny(tmp_path / "source")

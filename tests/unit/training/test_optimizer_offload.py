@@ -65,7 +65,6 @@ def test_steps_equal_no_offload(mcore, tmp_path, one_process, monkeypatch, preci
     ("precision", "before", "after"),
     [
         ("fp32", "static", "static"),
-        ("bf16", "static", "static"),
         ("bf16", "static", "false"),
         ("bf16", "false", "static"),
     ],
