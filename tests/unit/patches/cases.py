@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import multiprocessing
 import os
-import pickle
-import tempfile
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_patch  # noqa: F401  (installs the repairs)
 from megatron_patch import patches
-from tests.canary import Canary
+from tests.unit.patches.tiny_core import kernels, make_optimizer, metadata, refuses_objects, save_and_load, start, train
 
 
 def run_without(repair: str | None, case: str) -> None:
@@ -41,7 +34,7 @@ def torch_without_cuda() -> None:
     """Anything at all; and torch itself is what it was for others."""
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-    _start()
+    start()
     assert RotaryEmbedding(kv_channels=8, rotary_percent=1.0)(4).device.type == "cpu"
     with torch.device("meta"):
         assert torch.arange(3).device.type == "meta"
@@ -51,7 +44,7 @@ def current_device() -> None:
     """An allocation that asks for the device."""
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-    _start()
+    start()
     assert RotaryEmbedding(kv_channels=8, rotary_percent=1.0)(4).device.type == "cpu"
 
 
@@ -66,14 +59,14 @@ def synchronisation() -> None:
 
 def random_numbers() -> None:
     """The tracker seeds the device."""
-    _start()
+    start()
 
 
 def random_number_tracker() -> None:
     """Drawing inside a fork: the tracker's own numbers, and the outer ones go on as if nothing had been drawn."""
     from megatron.core import tensor_parallel
 
-    _start()
+    start()
     torch.manual_seed(5)
     outer = torch.get_rng_state()
     with tensor_parallel.get_cuda_rng_tracker().fork():
@@ -104,7 +97,7 @@ def moves() -> None:
 
 def type_names() -> None:
     """The distributed optimizer sorts parameters by the text of their type."""
-    _optimizer()
+    make_optimizer()
 
 
 def no_compilation() -> None:
@@ -124,28 +117,28 @@ def no_compilation_without_a_compiler() -> None:
 
 def state_before_first_step() -> None:
     """Saving an optimizer that has made no step."""
-    model, optimizer = _optimizer()
-    optimizer.sharded_state_dict(model.module.sharded_state_dict(), metadata=_metadata())
+    model, optimizer = make_optimizer()
+    optimizer.sharded_state_dict(model.module.sharded_state_dict(), metadata=metadata())
 
 
 def loaded_parameter_has_no_step() -> None:
     """Loading a saved optimizer."""
-    _save_and_load(*_optimizer())
+    save_and_load(*make_optimizer())
 
 
 def own_step_for_each_parameter() -> None:
     """A resumed optimizer counts one step a step."""
-    model, optimizer = _optimizer()
-    _train(model, optimizer)
-    _save_and_load(model, optimizer)
-    _train(model, optimizer)
+    model, optimizer = make_optimizer()
+    train(model, optimizer)
+    save_and_load(model, optimizer)
+    train(model, optimizer)
     steps = {state["step"].item() for state in optimizer.chained_optimizers[0].optimizer.state.values()}
     assert steps == {2.0}
 
 
 def no_process_for_results() -> None:
     """After a save, no process is left; a forked process hands back results that no pipe holds."""
-    _save_and_load(*_optimizer())
+    save_and_load(*make_optimizer())
     assert not multiprocessing.active_children()
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -165,7 +158,7 @@ def plain_objects() -> None:
     planner, index = MCoreLoadPlanner(flatten_state_dict=False), MetadataIndex("key")
     item = ReadItem(LoadItemType.BYTE_IO, index, torch.Size(), index, torch.Size(), torch.Size())
     planner.state_dict = {}
-    _refuses(lambda file: planner.load_bytes(item, io.BytesIO(file.read_bytes())))
+    refuses_objects(lambda file: planner.load_bytes(item, io.BytesIO(file.read_bytes())))
     for value in ([None], [torch.ones(2, dtype=torch.uint8)], io.BytesIO(b"scales")):
         file = io.BytesIO()
         torch.save(value, file)
@@ -183,42 +176,24 @@ def plain_common() -> None:
         file.rename(file.with_name("common.pt"))
         TorchCommonLoadStrategy().load_common(file.parent)
 
-    _refuses(load)
-
-
-def _refuses(load: Callable[[Path], object]) -> None:
-    """`load` raises for a file of torch.save that would make another file, which is not made."""
-    with tempfile.TemporaryDirectory() as folder:
-        file, canary = Path(folder) / "saved", Path(folder) / "canary"
-        torch.save([Canary(canary)], file)
-        try:
-            load(file)
-        except pickle.UnpicklingError:
-            assert not canary.exists()
-        else:
-            raise AssertionError("loaded")
-        with zipfile.ZipFile(Path(folder) / "compressed", "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("archive/data.pkl", pickle.dumps("a" * 1000, 2))
-            archive.writestr("archive/version", "3")
-        with pytest.raises(ValueError, match="is compressed"):
-            load(Path(folder) / "compressed")
+    refuses_objects(load)
 
 
 def own_states() -> None:
     """What is saved of an optimizer is what it has."""
-    model, optimizer = _optimizer(overlap_grad_reduce=True, bucket_size=1)
-    _train(model, optimizer)
+    model, optimizer = make_optimizer(overlap_grad_reduce=True, bucket_size=1)
+    train(model, optimizer)
     inner = optimizer.chained_optimizers[0].optimizer
     expected = [state["exp_avg"].normal_().clone() for state in inner.state.values()]
     assert len(model.buffers[0].buckets) == len(expected) > 2
-    _save_and_load(model, optimizer)
+    save_and_load(model, optimizer)
     for state, before in zip(inner.state.values(), expected, strict=True):
         assert torch.equal(state["exp_avg"], before)
 
 
 def positions_without_memory() -> None:
     """Built on the meta device, the whole network asks CUDA for nothing: on a machine with a GPU, which is mocked."""
-    _start()
+    start()
     from megatron.core.tensor_parallel import layers
 
     from megatron_patch.conversion.verify import _config
@@ -236,12 +211,12 @@ def positions_without_memory() -> None:
 
 def streams() -> None:
     """A step of offloaded states waits for copies."""
-    _train(*_optimizer(offload=True))
+    train(*make_optimizer(offload=True))
 
 
 def parameters_on_the_device() -> None:
     """A step of offloaded states."""
-    _train(*_optimizer(offload=True))
+    train(*make_optimizer(offload=True))
 
 
 def parameters_on_the_device_are_pinned() -> None:
@@ -284,7 +259,7 @@ def copies_of_own_states() -> None:
         return found
 
     HybridDeviceOptimizer._get_sub_optimizer_param_groups = count
-    model, _ = _optimizer(offload=True)
+    model, _ = make_optimizer(offload=True)
     assert sum(copied) == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -307,15 +282,15 @@ def states_where_their_weights_are() -> None:
 
 def leaves_of_fp32_models() -> None:
     """Building an optimizer with offloaded states."""
-    _optimizer(offload=True)
+    make_optimizer(offload=True)
 
 
 def loaded_weights_of_fp32_models() -> None:
     """Loading offloaded states: weights too are what was saved."""
-    model, optimizer = _optimizer(offload=True)
-    _train(model, optimizer)
+    model, optimizer = make_optimizer(offload=True)
+    train(model, optimizer)
     expected = [parameter.detach().clone() for parameter in model.parameters()]
-    _save_and_load(model, optimizer)
+    save_and_load(model, optimizer)
     (inner,) = optimizer.chained_optimizers
     for parameter, stepped in inner.optimizer.param_to_inner_param.items():
         assert torch.equal(parameter, stepped)
@@ -325,12 +300,12 @@ def loaded_weights_of_fp32_models() -> None:
 
 def loaded_state_has_no_master() -> None:
     """Loading offloaded states."""
-    _save_and_load(*_optimizer(offload=True))
+    save_and_load(*make_optimizer(offload=True))
 
 
 def settings_are_no_state() -> None:
     """Loading offloaded states without running code."""
-    _save_and_load(*_optimizer(offload=True))
+    save_and_load(*make_optimizer(offload=True))
 
 
 def few_kernels() -> None:
@@ -361,7 +336,7 @@ def angles_of_packed_samples() -> None:
     """Packed queries too: nothing is put together again for the next layer."""
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
 
-    _start()
+    start()
     query, angles, borders = torch.randn(8, 3, 8), torch.randn(5, 1, 1, 8), torch.tensor([0, 5, 8], dtype=torch.int32)
     group = torch.distributed.group.WORLD
     _apply_rotary_pos_emb_thd(query, borders, angles, cp_group=group)
@@ -373,7 +348,7 @@ def fused_accumulation() -> None:
     """A linear layer adds its weight's gradient to the one that it has."""
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 
-    _start()
+    start()
     weight = torch.nn.Parameter(torch.randn(3, 4))
     weight.main_grad = torch.ones(3, 4)
     tokens = torch.randn(5, 2, 4)
@@ -387,7 +362,7 @@ def norm_at_once() -> None:
     """The norm of many gradients is waited for once, and is what it was."""
     from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 
-    _start()
+    start()
     gradients, norms = [torch.randn(size) for size in range(1, 9)], []
     names = kernels(lambda: norms.append(get_grad_norm_fp32(gradients)))
     assert names.count("aten._local_scalar_dense") == 1, names
@@ -413,75 +388,3 @@ def version_of_nothing() -> None:
     OptimizerConfig(
         lr=0.1, use_distributed_optimizer=True, use_precision_aware_optimizer=True, optimizer_cpu_offload=True
     )
-
-
-def kernels(function: Callable[[], object]) -> list[str]:
-    """The operations on numbers that `function` dispatches; no views, no empty tensors."""
-    names = []
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-            if not operation.is_view and "empty" not in str(operation):
-                names.append(str(operation.overloadpacket))
-            return operation(*args, **(kwargs or {}))
-
-    with Recorder():
-        function()
-    return names
-
-
-def _start() -> None:
-    from megatron_patch.config.train import Parallel
-    from megatron_patch.model import groups
-
-    store = f"file://{tempfile.mkdtemp()}/store"
-    groups.start(Parallel(), seed=1, init_method=store, rank=0, world_size=1)
-
-
-def _wrapped_model(**ddp):
-    """A small language model wrapped for data parallelism."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    _start()
-    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, calculate_per_token_loss=True)
-    model = GPTModel(config, get_gpt_layer_local_spec(), vocab_size=16, max_sequence_length=8)
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, **ddp)
-    return DistributedDataParallel(config, ddp_config, model)
-
-
-def _optimizer(offload: bool = False, **ddp):
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-
-    model = _wrapped_model(**ddp)
-    return model, get_megatron_optimizer(
-        OptimizerConfig(
-            lr=0.1,
-            use_distributed_optimizer=True,
-            optimizer_cpu_offload=offload,
-            optimizer_offload_fraction=float(offload),
-        ),
-        [model],
-    )
-
-
-def _train(model, optimizer) -> None:
-    for parameter in model.parameters():
-        parameter.main_grad.fill_(1.0)
-    optimizer.step()
-
-
-def _save_and_load(model, optimizer) -> None:
-    from megatron.core import dist_checkpointing
-
-    with tempfile.TemporaryDirectory() as folder:
-        state = optimizer.sharded_state_dict(model.module.sharded_state_dict(), metadata=_metadata())
-        dist_checkpointing.save({"optimizer": copy.copy(state)}, folder)
-        target = optimizer.sharded_state_dict(model.module.sharded_state_dict(), is_loading=True, metadata=_metadata())
-        optimizer.load_state_dict(dist_checkpointing.load({"optimizer": target}, folder)["optimizer"])
-
-
-def _metadata() -> dict:
-    return {"distrib_optim_sharding_type": "fully_reshardable"}

@@ -10,7 +10,7 @@ from megatron.core.models.common.embeddings import rope_utils
 from torch import Tensor
 
 from megatron_patch.patches.rotary import Recent
-from tests.unit.patches.cases import kernels
+from tests.unit.patches.tiny_core import kernels
 
 ROTATE, ROTATE_PACKED = rope_utils._apply_rotary_pos_emb_bshd, rope_utils._apply_rotary_pos_emb_thd
 
