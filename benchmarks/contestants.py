@@ -18,7 +18,7 @@ from megatron_patch.data.images import normalize
 from megatron_patch.data.preprocessor import read_image_settings
 from megatron_patch.families.fused_names import to_transformer_engine_name
 from megatron_patch.families.layout import merge, pad_vocab
-from megatron_patch.families.llava import hub_name, read_config, rows, unused_names
+from megatron_patch.families.llava import hub_name, read_config, rows, unused_shapes
 from megatron_patch.families.sizes import Llava
 from megatron_patch.families.stages import Stage
 from megatron_patch.model import groups
@@ -192,4 +192,4 @@ def copy_weights(
         name = stage.local_name(weight.mcore)
         waiting.pop(to_transformer_engine_name(name) if for_transformer_engine else name).copy_(whole)
     assert not waiting, f"not filled: {list(waiting)}"
-    assert set(tensors) == set(unused_names(llava, tensors)), f"left over: {list(tensors)}"
+    assert set(tensors) == set(unused_shapes(llava, tensors)), f"left over: {list(tensors)}"

@@ -118,12 +118,10 @@ def positionals(text: str) -> Iterator[tuple[int, str, str, bool]]:
 
 
 def flag_row(owner: type, setting: Field, kind: Any, positional: str | None) -> tuple[str, ...]:
-    """A flag's row; as `flags.parse` has it, a bool's flag takes no value beside a `positional`."""
+    """A flag's row; `positional`: the setting that is given without one."""
     name, takes = code(flag(setting.name)), code(values_text(kind))
     if setting.name == positional:
         name = code(setting.name.upper())
-    elif positional and kind is bool:
-        takes = "nothing"
     default = default_text(setting)
     default = default if default == "required" else code(default.removeprefix("default: "))
     return name, takes, default, sentence(help_texts(owner)[setting.name])
@@ -226,6 +224,12 @@ def file_doc(family: Family) -> str:
     return ast.get_docstring(ast.parse(text)) or ""
 
 
+def pair(item: tuple[Any, Any]) -> str:
+    """A name, and what it becomes or its dimensions."""
+    name, what = item
+    return f"{code(name)}: {' x '.join(map(code, what)) if isinstance(what, tuple) else code(what)}"
+
+
 def fact(value: Any) -> str:
     """A field's value, whatever it is."""
     if value is None:
@@ -233,7 +237,7 @@ def fact(value: Any) -> str:
     if isinstance(value, dict):
         return "<br>".join(f"{code(name)}: {code(json.dumps(held))}" for name, held in value.items())
     if isinstance(value, tuple | list | frozenset):
-        return "<br>".join(" to ".join(map(fact, item)) if isinstance(item, tuple) else fact(item) for item in value)
+        return "<br>".join(pair(item) if isinstance(item, tuple) else fact(item) for item in value)
     return code(str(value).lower() if isinstance(value, bool) else str(value))
 
 

@@ -70,9 +70,9 @@ class Model:
         return not frozen.get(name.split(".")[0], False)
 
     @property
-    def trains_all(self) -> bool:
-        """Whether no part is frozen."""
-        return self.trains("language_model") and self.trains("vision_model")
+    def frozen(self) -> list[str]:
+        """Parts of the model that are not trained."""
+        return [part for part in ("language_model", "vision_model") if not self.trains(part)]
 
     def __post_init__(self) -> None:
         if self.precision == "fp8":
@@ -362,7 +362,7 @@ class Config:
         llava.check_model_size(self.model.model_size)
         self.parallel.check(llava)
         self.training.check(self.parallel.num_layers_per_chunk(llava))
-        is_random = self.model.pretrained_checkpoint is None and not self.model.trains_all
+        is_random = self.model.pretrained_checkpoint is None and bool(self.model.frozen)
         if is_random and self.data.data_path != MOCK and not self.training.plan:
             raise ValueError(
                 "--pretrained-checkpoint none: new weights are random and would stay so where they are frozen; "

@@ -7,7 +7,7 @@ values come from. `stream.py` moves the bytes, so no model is ever whole in memo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_patch.conversion.companions import CONFIG, TRACKER, checkpoint_folder
-from megatron_patch.families.layout import hf_shapes, merge, pad_vocab, shard, split
+from megatron_patch.families.layout import merge, pad_vocab, shard, split
 from megatron_patch.families.llava import pipeline_copies, read_config
 from megatron_patch.families.llava import rows as llava_rows
+from megatron_patch.families.shapes import hf_shapes
 from megatron_patch.families.sizes import Llava
 from megatron_patch.families.stages import Stage, pipeline_stages
 from megatron_patch.families.table import Weight
@@ -34,14 +35,16 @@ from megatron_patch.tensor_io.stream import BUFFER, read
 from megatron_patch.tensor_io.view import View
 
 RELEASE = "release"
+Shapes = Mapping[str, tuple[int, ...]]
+"""Names -> shapes."""
 
 
 def to_mcore(
-    rows: Iterable[Weight], hf: Reader, unused: Sequence[str] = (), dtype: torch.dtype | None = None
+    rows: Iterable[Weight], hf: Reader, unused: Shapes | None = None, dtype: torch.dtype | None = None
 ) -> Reader:
     """Hugging Face's tensors (the hub's names) as megatron.core's whole state dict.
 
-    `unused`: names that are there and have no place in it. dtype None: as stored. Raises ValueError, one line, when a
+    `unused`: what is there and has no place in it. dtype None: as stored. Raises ValueError, one line, when a
     tensor is missing, is not in the table, or has not the shape that the config gives.
     """
     rows = list(rows)
@@ -140,10 +143,10 @@ def _pieces(table: View) -> Iterator[View]:
         yield table.narrow(0, start, min(count, table.rows - start))
 
 
-def check_hf(rows: Iterable[Weight], hf: Reader, unused: Sequence[str] = ()) -> None:
+def check_hf(rows: Iterable[Weight], hf: Reader, unused: Shapes | None = None) -> None:
     """Raise ValueError unless `hf` holds exactly the table's tensors and `unused`, in the shapes of the config."""
     expected = {name: shape for weight in rows for name, shape in zip(weight.hf, hf_shapes(weight), strict=True)}
-    check_coverage(expected, hf, also=unused)
+    check_coverage({**expected, **(unused or {})}, hf)
 
 
 def check_mcore(rows: Iterable[Weight], mcore: Reader) -> None:
@@ -151,14 +154,13 @@ def check_mcore(rows: Iterable[Weight], mcore: Reader) -> None:
     check_coverage({weight.mcore: weight.shape for weight in rows}, mcore)
 
 
-def check_coverage(expected: dict[str, tuple[int, ...]], reader: Reader, also: Sequence[str] = ()) -> None:
-    """Raise ValueError unless `reader` holds exactly `expected` (name -> shape) and the names in `also`."""
+def check_coverage(expected: Shapes, reader: Reader) -> None:
+    """Raise ValueError unless `reader` holds exactly `expected`."""
     present = set(reader)
-    missing = [name for name in (*expected, *also) if name not in present]
+    missing = [name for name in expected if name not in present]
     if missing:
         raise ValueError(f"{reader.source}: {_some(missing)} missing; the model of its config.json needs every tensor")
-    known = {*expected, *also}
-    extra = [name for name in reader if name not in known]
+    extra = [name for name in reader if name not in expected]
     if extra:
         raise ValueError(
             f"{reader.source_of(extra[0])}: {_some(extra)} not in the table of this model, and nothing is dropped "

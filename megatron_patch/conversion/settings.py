@@ -51,7 +51,7 @@ class Conversion:
 
     source_clip_ckpt_path: Path | None = None
     """Hugging Face folder of a vision tower (or of a whole CLIP or the like); none: the source is a whole LLaVA. With
-    --mg2hf true only where the checkpoint lacks the tower's unused last layer."""
+    --mg2hf true only where the checkpoint lacks the tower's unused last layers."""
 
     projector: Path | None = None
     """LLaVA's mm_projector.bin to begin with; none: a new projector, or the whole LLaVA's. --parts writes one."""

@@ -11,9 +11,10 @@ import torch
 
 from megatron_patch.conversion.companions import UNUSED
 from megatron_patch.conversion.plan import append_mean_rows, check_hf, new_projector
-from megatron_patch.families.llava import hub_name, parts, rows, unused_names
+from megatron_patch.families.hf_config import describe_vision_model
+from megatron_patch.families.llava import hub_name, parts, rows, unused_shapes
 from megatron_patch.families.llava_repository import TOWER, is_repository
-from megatron_patch.families.sizes import Llava
+from megatron_patch.families.sizes import Llava, plain
 from megatron_patch.files.json_object import read_json
 from megatron_patch.files.names import CONFIG
 from megatron_patch.stores.hf import HfReader, load_safetensors
@@ -32,8 +33,8 @@ class Sources:
     reader: Reader
     """All tensors under the hub's names."""
 
-    unused: tuple[str, ...]
-    """Those that transformers' model has and megatron.core's has not."""
+    unused: dict[str, tuple[int, ...]]
+    """Names and shapes of those that transformers' model has and megatron.core's has not."""
 
     files: list[Path]
 
@@ -59,16 +60,16 @@ def open_sources(llava: Llava, llm: Path, clip: Path | None, projector: Path | N
                 # Before anything is made in the sizes that config.json says, the weights have to have them.
                 known = [*language.rows(), *tower.rows()]
                 there = _without_tied_copy(llava, Joined(models))
-                check_hf(known, there, unused_names(llava, there))
+                check_hf(known, there, unused_shapes(llava, there))
                 last = InMemory(new_projector(connector.rows(), seed), "the new projector")
             else:
                 last = read_mm_projector(projector)
             reader = Joined([*models, last])
     reader = _without_tied_copy(llava, reader)
-    unused = unused_names(llava, reader)
+    unused = unused_shapes(llava, reader)
     check_hf(rows(llava), reader, unused)
     files = [path for model in models for path in model.files()]
-    return Sources(reader, tuple(unused), files)
+    return Sources(reader, unused, files)
 
 
 def open_model(folder: Path, rename: Callable[[str], str | None]) -> HfReader:
@@ -95,6 +96,7 @@ def open_unused(llava: Llava, carriers: Sequence[Path], clip: Path | None, check
     if kept is not None:
         reader = InMemory(load_safetensors(kept, check), str(kept))
     elif clip is not None:
+        _check_same_tower(llava, clip)
         _, tower, _ = parts(llava)
         reader = open_model(clip, tower.hub_name)
     else:
@@ -102,11 +104,27 @@ def open_unused(llava: Llava, carriers: Sequence[Path], clip: Path | None, check
             f"{carriers[0] / UNUSED}: missing; it holds the tower's last layers, which no training uses; give "
             "the tower's folder with --source-clip-ckpt-path"
         )
-    names = unused_names(llava, reader)
-    for name in names:
-        if name not in reader:
-            raise ValueError(f"{reader.source}: has no {name}; give another --source-clip-ckpt-path or copy it again")
-    return Views({name: reader.view(name) for name in names}, reader)
+    shapes = unused_shapes(llava, reader)
+    for name, shape in shapes.items():
+        if name not in reader or reader.shape(name) != shape:
+            raise ValueError(
+                f"{reader.source}: has no {name} of shape {list(shape)}; give another --source-clip-ckpt-path or copy "
+                "it again"
+            )
+    return Views({name: reader.view(name) for name in shapes}, reader)
+
+
+def _check_same_tower(llava: Llava, folder: Path) -> None:
+    """Raise ValueError where the tower in `folder` has other sizes than the model's, or is another kind."""
+    tower = llava.vision
+    given = describe_vision_model(read_json(folder / CONFIG), tower.num_layers, tower.select_strategy)
+    own, other = plain(tower), plain(given)
+    for name in own:
+        if own[name] != other[name]:
+            raise ValueError(
+                f"--source-clip-ckpt-path {folder}: {name} is {other[name]}, and {own[name]} in the checkpoint; give "
+                "the folder of the tower that it was made of"
+            )
 
 
 def _repository_name(llava: Llava, name: str) -> str | None:
@@ -118,10 +136,10 @@ def _repository_name(llava: Llava, name: str) -> str | None:
 
 
 def _with_tower(model: Reader, clip: Reader, was_trained: bool) -> Reader:
-    """A checkpoint of the LLaVA repository with its tower, which is CLIP's unless it `was_trained`.
+    """A checkpoint of the LLaVA repository with its tower, which is the one in `clip` unless it `was_trained`.
 
-    As LLaVA loads it: a tower in the checkpoint is read where it was trained, else CLIP's by its name. Raises
-    ValueError where a tower in it is another than the CLIP that is given.
+    As LLaVA loads it: a tower in the checkpoint is read where it was trained, else by its name. Raises
+    ValueError where a tower in it is another than the one that is given.
     """
     own = [name for name in model if name in clip]
     if was_trained and own:
@@ -130,7 +148,7 @@ def _with_tower(model: Reader, clip: Reader, was_trained: bool) -> Reader:
         there, given = model[name], clip[name]
         if there.shape != given.shape or not torch.equal(there, given.to(there.dtype)):
             raise ValueError(
-                f"{model.source_of(name)}: its tower's {name} is not that of {clip.source}; give the CLIP that this "
+                f"{model.source_of(name)}: its tower's {name} is not that of {clip.source}; give the tower that this "
                 "LLaVA was trained on, or say unfreeze_mm_vision_tower true in its config.json if the tower was trained"
             )
     return Joined([Views({name: model.view(name) for name in model if name not in clip}, model), clip])

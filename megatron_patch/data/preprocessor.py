@@ -115,6 +115,9 @@ def preprocessor_of(settings: ImageSettings, config: dict[str, Any]) -> dict[str
         "do_center_crop": not square,
         "crop_size": {"height": height, "width": width},
         "do_pad": settings.transform == "pad",
+        # Which not every version means by leaving them out.
+        "do_convert_rgb": True,
+        "resample": 3,
         "image_mean": list(settings.mean),
         "image_std": list(settings.std),
     }
@@ -186,7 +189,8 @@ def _settings(kind: str, config: dict[str, Any]) -> ImageSettings:
     size = _lengths("size", values["size"], square=False)
     if "height" in DEFAULTS[kind]["size"] and set(size) != {"height", "width"}:
         raise ValueError(f"size is {_short(values['size'])}; {kind} takes height and width")
-    crop = _lengths("crop_size", values.get("crop_size", size), square=True)
+    given = config.get("crop_size", DEFAULTS[kind].get("crop_size"))
+    crop = _lengths("crop_size", given, square=True) if crops or given is not None else {}
     pads = kind == LLAVA and bool(config.get("do_pad"))  # CLIP's class makes nothing of it
     height, width = crop.get("height"), crop.get("width")
     if set(size) == {"shortest_edge"} and crops:
@@ -203,7 +207,7 @@ def _settings(kind: str, config: dict[str, Any]) -> ImageSettings:
             f"without it, are supported"
         )
     if height is None or width is None:
-        raise ValueError(f"crop_size is {_short(values.get('crop_size'))}; expected height and width")
+        raise ValueError(f"crop_size is {_short(given)}; expected height and width")
     mean, std = (_per_channel(name, values[name]) for name in ("image_mean", "image_std"))
     if 0 in std:
         raise ValueError(f"image_std is {_short(values['image_std'])}; expected no 0")
@@ -212,7 +216,7 @@ def _settings(kind: str, config: dict[str, Any]) -> ImageSettings:
 
 def _lengths(name: str, value: object, square: bool) -> dict[str, int]:
     """A size's lengths by their names. A number, as old files have it, is a `square`'s side or the shortest edge."""
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         value = {"height": value, "width": value} if square else {"shortest_edge": value}
     if isinstance(value, list) and len(value) == 2:
         value = dict(zip(("height", "width"), value, strict=True))

@@ -250,7 +250,7 @@ def _layer_collectives(config: Config, llava: Llava, batch: _Batch, card: Card, 
         # Gathered in front of qkv and fc1, reduced and scattered after proj and fc2; the other way round in the
         # backward pass, which gathers the inputs of trained weights once more. Or all-reduced: twice the bytes.
         forward, backward, times = (
-            (4, 4 + 2 * (config.model.trains("language_model")), 1) if parallel.uses_sequence_parallel else (2, 2, 2)
+            (4, 4 + 2 * config.model.trains("language_model"), 1) if parallel.uses_sequence_parallel else (2, 2, 2)
         )
         calls += (1 + again) * forward + backward
         seconds += calls * _collective(card, times * hidden, tp)

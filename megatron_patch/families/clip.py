@@ -60,7 +60,7 @@ CLIP = VisionFamily(
         Setting("num_layers", "num_hidden_layers", 12),
     ),
     required=(("hidden_act", ("quick_gelu",)), ("num_channels", (3,))),
-    unused=("vision_model.post_layernorm.weight", "vision_model.post_layernorm.bias"),
+    unused=(("vision_model.post_layernorm.weight", ("hidden",)), ("vision_model.post_layernorm.bias", ("hidden",))),
     # A whole CLIPModel brings its text half; position_ids is a constant that older versions wrote.
     ignored=(
         r"text_model\..*",

@@ -133,13 +133,19 @@ def describe_vision_model(
         raise ValueError(
             f"vision_feature_layer is {short(layer)}; the tower has layers 1 to {there}, or -{there} to -1"
         )
-    return VisionModel(
+    tower = VisionModel(
         family=family,
         num_layers=num_layers,
         num_unused_layers=there - num_layers,
         select_strategy=select_strategy or family.select_strategy,
         **settings,
     )
+    if tower.grid < 1 or tower.num_image_tokens < 1:
+        raise ValueError(
+            f"image_size is {tower.img_size} and patch_size {tower.patch_dim}: with vision_feature_select_strategy "
+            f"{tower.select_strategy!r} an image has no position"
+        )
+    return tower
 
 
 def vision_config(hf_config: dict[str, Any]) -> dict[str, Any]:

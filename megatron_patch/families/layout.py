@@ -61,20 +61,6 @@ def split(weight: Weight, whole: T) -> tuple[T, ...]:
     return (whole.reshape(-1),) if weight.layout == "class_token" else (whole,)
 
 
-def hf_shapes(weight: Weight) -> tuple[tuple[int, ...], ...]:
-    """Shapes of Hugging Face's tensors of a sized row, in the order of its names.
-
-    What `split` gives. (Not asked of it with meta tensors: joining those makes torch import its compiler.)
-    """
-    rows, *others = weight.shape
-    if weight.layout == "qkv":
-        keys = weight.num_query_groups * weight.kv_channels
-        return tuple((length, *others) for length in (rows - 2 * keys, keys, keys))
-    if weight.layout == "gated":
-        return ((rows // 2, *others),) * 2
-    return (weight.shape[-1:],) if weight.layout == "class_token" else (tuple(weight.shape),)
-
-
 def pad_vocab(whole: T, padded_vocab_size: int) -> T:
     """Append zero rows up to `padded_vocab_size`."""
     return _join([whole, whole.new_zeros(padded_vocab_size - whole.shape[0], *whole.shape[1:])])

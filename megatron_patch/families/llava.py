@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_patch.families.hf_config import describe
 from megatron_patch.families.projector import PROJECTOR
-from megatron_patch.families.shapes import language_dims, projector_dims, vision_dims
+from megatron_patch.families.shapes import hf_shapes, language_dims, projector_dims, vision_dims
 from megatron_patch.families.sizes import Llava
 from megatron_patch.families.table import Family, Weight
 from megatron_patch.files.json_object import read_json
@@ -59,12 +59,20 @@ class Part:
         shapes = {weight.mcore: weight.sized(self.dims).shape for weight in self.weights if name in weight.mcore}
         return {mcore: math.prod(shape) for mcore, shape in shapes.items() if len(shape) > 1}
 
-    def unused_names(self, present: Container[str]) -> list[str]:
-        """The hub's names of the tensors that the network does not use, of the optional ones the `present`."""
-        layers = range(self.num_layers, self.num_layers + self.num_unused_layers)
-        optional = [self.hf_prefix + name for name in self.family.optional]
-        names = [self.hf_prefix + name for name in self.family.unused_names(layers)]
-        return names + [name for name in optional if name in present]
+    def unused_shapes(self, present: Container[str]) -> dict[str, tuple[int, ...]]:
+        """The hub's names and shapes of the tensors that the network does not use: its last layers', and what the table
+        says; what is optional if any of it is `present`.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        repeated = [weight.sized(self.dims) for weight in self.weights if "*" in weight.mcore]
+        for layer in range(self.num_layers, self.num_layers + self.num_unused_layers):
+            for weight in (weight.at(layer) for weight in repeated):
+                shapes |= zip(weight.hf, hf_shapes(weight), strict=True)
+        optional = self.family.optional
+        has_optional = any(self.hf_prefix + name in present for name, _ in optional)
+        for name, axes in (*self.family.unused, *(optional if has_optional else ())):
+            shapes[name] = tuple(self.dims[axis] for axis in axes)
+        return {self.hf_prefix + name: shape for name, shape in shapes.items()}
 
     def hub_name(self, hf_name: str) -> str | None:
         """The hub's name of a tensor in this part's own checkpoint (not a LLaVA's); None: left out on purpose."""
@@ -109,12 +117,12 @@ def rows(llava: Llava) -> list[Weight]:
     return [weight for part in parts(llava) for weight in part.rows()]
 
 
-def unused_names(llava: Llava, present: Container[str]) -> list[str]:
-    """The hub's names of all tensors that the network does not use: the tower's layers and norm after LLaVA's.
+def unused_shapes(llava: Llava, present: Container[str]) -> dict[str, tuple[int, ...]]:
+    """The hub's names and shapes of all tensors that the network does not use: the tower's, after LLaVA's layer.
 
     `present`: names in the checkpoint, since not every one has all of them.
     """
-    return [name for part in parts(llava) for name in part.unused_names(present)]
+    return {name: shape for part in parts(llava) for name, shape in part.unused_shapes(present).items()}
 
 
 def pipeline_copies(llava: Llava) -> dict[str, str]:

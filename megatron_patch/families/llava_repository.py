@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.families.clip import CLIP
 from megatron_patch.families.sizes import VisionModel
 from megatron_patch.families.table import short
 
@@ -69,7 +70,12 @@ def check_settings(hf_config: dict[str, Any]) -> None:
 
 
 def check_tower(hf_config: dict[str, Any], tower: VisionModel, folder: Path) -> None:
-    """Raise ValueError where the CLIP in `folder` is not one that the checkpoint's `mm_vision_tower` can be."""
+    """Raise ValueError where the tower in `folder` is not one that the checkpoint's `mm_vision_tower` can be."""
+    if tower.family is not CLIP:
+        raise ValueError(
+            f"{folder}: is a {tower.family.name}, and the LLaVA repository's towers are CLIP's; give the folder of "
+            f"{tower_name(hf_config)!r}"
+        )
     name, width = tower_name(hf_config), hf_config.get("mm_hidden_size", tower.hidden_size)
     said = re.search(r"clip-vit-\w+-patch(\d+)(?:-(\d+))?$", name)
     expected = (int(said[1]), int(said[2] or 224)) if said else (tower.patch_dim, tower.img_size)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_patch.families.sizes import LanguageModel, VisionModel
+    from megatron_patch.families.table import Weight
 
 # The end of a parameter's name -> the names of its dimensions. A bias has its weight's first dimension.
 SHAPES = {
@@ -35,6 +36,20 @@ def whole_shape(name: str, layout: str, dims: dict[str, int]) -> tuple[int, ...]
     if layout == "gated":
         first *= 2
     return (first,) if is_bias else (first, *rest)
+
+
+def hf_shapes(weight: Weight) -> tuple[tuple[int, ...], ...]:
+    """Shapes of Hugging Face's tensors of a sized row, in the order of its names.
+
+    What `layout.split` gives. (Not asked of it with meta tensors: joining those makes torch import its compiler.)
+    """
+    rows, *others = weight.shape
+    if weight.layout == "qkv":
+        keys = weight.num_query_groups * weight.kv_channels
+        return tuple((length, *others) for length in (rows - 2 * keys, keys, keys))
+    if weight.layout == "gated":
+        return ((rows // 2, *others),) * 2
+    return (weight.shape[-1:],) if weight.layout == "class_token" else (tuple(weight.shape),)
 
 
 def language_dims(model: LanguageModel) -> dict[str, int]:

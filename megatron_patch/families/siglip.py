@@ -6,7 +6,6 @@ from megatron_patch.families.clip import EMBEDDINGS, LAYERS
 from megatron_patch.families.table import Setting, VisionFamily, replicated
 
 HEAD = "vision_model.head."
-ATTENTION = HEAD + "attention."
 
 SIGLIP = VisionFamily(
     name="siglip_vision_model",
@@ -34,12 +33,20 @@ SIGLIP = VisionFamily(
         Setting("num_layers", "num_hidden_layers", 12),
     ),
     required=(("hidden_act", ("gelu_pytorch_tanh",)), ("num_channels", (3,))),
-    unused=("vision_model.post_layernorm.weight", "vision_model.post_layernorm.bias"),
+    unused=(("vision_model.post_layernorm.weight", ("hidden",)), ("vision_model.post_layernorm.bias", ("hidden",))),
     # Attention that pools all positions into one, which vision_use_head false leaves out.
     optional=(
-        HEAD + "probe",
-        *(ATTENTION + name for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")),
-        *(f"{HEAD}{name}.{kind}" for name in ("layernorm", "mlp.fc1", "mlp.fc2") for kind in ("weight", "bias")),
+        (HEAD + "probe", ("one", "one", "hidden")),
+        (HEAD + "attention.in_proj_weight", ("qkv", "hidden")),
+        (HEAD + "attention.in_proj_bias", ("qkv",)),
+        (HEAD + "attention.out_proj.weight", ("hidden", "hidden")),
+        (HEAD + "attention.out_proj.bias", ("hidden",)),
+        (HEAD + "layernorm.weight", ("hidden",)),
+        (HEAD + "layernorm.bias", ("hidden",)),
+        (HEAD + "mlp.fc1.weight", ("ffn", "hidden")),
+        (HEAD + "mlp.fc1.bias", ("ffn",)),
+        (HEAD + "mlp.fc2.weight", ("hidden", "ffn")),
+        (HEAD + "mlp.fc2.bias", ("hidden",)),
     ),
     # A whole SiglipModel brings its text half.
     ignored=(r"text_model\..*", r"logit_(scale|bias)", r"vision_model\.embeddings\.position_ids"),

@@ -151,11 +151,12 @@ class Family:
     ignored: tuple[str, ...] = ()
     """Patterns of Hugging Face names that a checkpoint may hold and that carry nothing to convert."""
 
-    unused: tuple[str, ...] = ()
-    """Hugging Face names that the network does not use, besides its last layers'; carried over to the export."""
+    unused: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Hugging Face's tensors that the network does not use, besides its last layers': names, and of their dimensions
+    (`shapes.py`). Carried over to the export."""
 
-    optional: tuple[str, ...] = ()
-    """The same of names that not every checkpoint has."""
+    optional: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """The same of what not every checkpoint has: all of it or nothing."""
 
     renamed: tuple[tuple[str, str], ...] = ()
     """(pattern, replacement): other spellings of the same Hugging Face names, turned into the table's."""
@@ -171,11 +172,6 @@ class Family:
     def is_gated(self) -> bool:
         """Whether the feed-forward's first layer is a gate and what it lets pass."""
         return any(weight.layout == "gated" for weight in self.weights)
-
-    def unused_names(self, layers: range) -> list[str]:
-        """Hugging Face names of the tensors that every checkpoint has and the network does not use, `layers`' too."""
-        repeated = [weight for weight in self.weights if "*" in weight.mcore]
-        return [name for layer in layers for weight in repeated for name in weight.at(layer).hf] + list(self.unused)
 
     def canonical(self, hf_name: str) -> str:
         """A Hugging Face name in the table's spelling."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import platform
@@ -14,6 +15,8 @@ from pathlib import Path
 
 MARK = ".written_by_megatron_patch"
 """A file in a folder that is being written aside: only what has it is cleared after a run or conversion was killed."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system without locks says, as Lustre may be."""
 
 
 def beside(path: Path) -> Path:
@@ -128,7 +131,9 @@ def _flock(descriptor: int, kind: int, seconds: float) -> bool:
             if time.monotonic() >= end:
                 raise
             time.sleep(0.05)
-        except OSError:  # of a file system without locks, as Lustre may be
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
             return False
 
 

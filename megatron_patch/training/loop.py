@@ -58,7 +58,7 @@ def train(config: Config) -> int:
             config, llava, first_iteration=progress.iteration + 1, world_size=world_size, is_writer=is_writer
         )
         saver = Saver(config, chunks, optimizer)
-        unlearned = Unlearned(not any(map(config.model.trains, ("language_model", "vision_model"))))
+        unlearned = Unlearned(len(config.model.frozen) == 2)  # the projector alone is trained
         if progress.iteration >= config.training.train_iters:
             logger.info(
                 f"nothing to do: {progress.iteration} iterations are done, and --train-iters asks for "

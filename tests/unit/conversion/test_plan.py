@@ -14,8 +14,8 @@ from megatron_patch.conversion.commands import main
 from megatron_patch.conversion.companions import checkpoint_folder
 from megatron_patch.conversion.plan import load_rank, open_mcore, to_hf, to_mcore
 from megatron_patch.conversion.summary import summarize
-from megatron_patch.families.layout import hf_shapes
-from megatron_patch.families.llava import parts, read_config, rows, unused_names
+from megatron_patch.families.llava import parts, read_config, rows, unused_shapes
+from megatron_patch.families.shapes import hf_shapes
 from megatron_patch.families.stages import Stage, pipeline_stages, stage_lengths
 from megatron_patch.stores import checksums
 from megatron_patch.stores.reader import InMemory
@@ -147,7 +147,7 @@ def test_swapped_query_and_key_are_found_by_shape(llava, weights):
 
 def test_unused_tensors_must_be_there(llava, weights):
     with pytest.raises(ValueError, match=r"vision_tower.*missing"):
-        to_mcore(rows(llava), InMemory(weights, "made here"), unused_names(llava, ()))
+        to_mcore(rows(llava), InMemory(weights, "made here"), unused_shapes(llava, ()))
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from megatron_patch.conversion import sources
-from megatron_patch.conversion.sources import open_sources
+from megatron_patch.conversion.sources import open_sources, open_unused
 from megatron_patch.families.hf_config import describe, llava_config
 from megatron_patch.stores.mm_projector import NAMES
-from tests.tiny import save_clip, save_llama
+from tests.tiny import TOWERS, save_clip, save_llama, save_siglip
 
 SETTINGS = {
     "model_type": "llava_llama",
@@ -101,7 +101,7 @@ def test_a_tower_in_it_is_compared_with_the_clip(folders, tmp_path):
     assert set(same) == set(plain)
     assert all(torch.equal(same[name], plain[name]) for name in plain)
     other = with_tower(folders, tmp_path, False, 1.0)
-    with pytest.raises(ValueError, match=r"its tower's vision_tower\..* is not that of .*clip; give the CLIP"):
+    with pytest.raises(ValueError, match=r"its tower's vision_tower\..* is not that of .*clip; give the tower"):
         opened(other, clip, config)
 
 
@@ -128,3 +128,33 @@ def test_no_projector_is_made_before_the_weights_have_the_sizes(tmp_path, monkey
     llava = describe(llava_config({**text, "hidden_size": 60_000}, tower))
     with pytest.raises(ValueError, match=r"has shape .*96\], by config.json .*60000\] is expected"):
         open_sources(llava, llm, clip, None, 1)
+
+
+@pytest.mark.parametrize("name", ["encoder.layers.2.mlp.fc1.bias", "post_layernorm.weight", "head.probe"])
+def test_unused_tensors_have_their_shapes(name, tmp_path):
+    llm, tower = save_llama(tmp_path / "llm"), save_siglip(tmp_path / "tower")
+    config = llava_config(*(json.loads((folder / "config.json").read_text()) for folder in (llm, tower)))
+    open_sources(describe(config), llm, tower, None, 1)
+    file = tower / "model.safetensors"
+    tensors = load_file(file)
+    (full,) = (key for key in tensors if key.endswith(name))
+    save_file({**tensors, full: torch.zeros(5)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{name} has shape \[5\]"):
+        open_sources(describe(config), llm, tower, None, 1)
+    save_file({key: tensor for key, tensor in tensors.items() if key != full}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        open_sources(describe(config), llm, tower, None, 1)
+    save_file({key: tensor for key, tensor in tensors.items() if "head." not in key}, file, metadata={"format": "pt"})
+    open_sources(describe(config), llm, tower, None, 1)
+
+
+def test_unused_tensors_are_those_of_the_same_tower(tmp_path):
+    towers = {name: save(tmp_path / name, image_size=28) for name, save in TOWERS.items()}
+    text = json.loads((save_llama(tmp_path / "llm") / "config.json").read_text())
+    llava = describe(llava_config(text, json.loads((towers["clip"] / "config.json").read_text())))
+    assert len(open_unused(llava, [tmp_path], towers["clip"])) == 18
+    with pytest.raises(ValueError, match=r"siglip: family is siglip_vision_model, and clip_vision_model in the checkp"):
+        open_unused(llava, [tmp_path], towers["siglip"])
+    save_clip(tmp_path / "wider", intermediate_size=160)
+    with pytest.raises(ValueError, match=r"wider: ffn_hidden_size is 160, and 128 in the checkpoint"):
+        open_unused(llava, [tmp_path], tmp_path / "wider")

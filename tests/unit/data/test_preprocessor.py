@@ -73,12 +73,20 @@ def test_pixels_are_those_of_transformers(spelling, tmp_path):
     # What is handed on says the same outright, in the one file that all versions read.
     (tmp_path / "handed on").mkdir()
     handed_on = preprocessor_of(read_image_settings(tmp_path), read_preprocessor(tmp_path))
+    assert handed_on["do_convert_rgb"] is True  # transformers 4 takes other images otherwise, or none
     written = write(tmp_path / "handed on", preprocessor_config=handed_on)
     assert torch.equal(ours(written), theirs(tmp_path))
     assert torch.equal(theirs(written), theirs(tmp_path))
 
 
+SQUARE = {KIND: "SiglipImageProcessor", "size": {"height": 30, "width": 30}}
 REFUSED = {
+    "a crop of no size": ({"preprocessor_config": {**SQUARE, "do_center_crop": True}}, "crop_size is None"),
+    "a crop of a square": (
+        {"preprocessor_config": {**SQUARE, "do_center_crop": True, "crop_size": {"height": 28, "width": 28}}},
+        "and crop_size another",
+    ),
+    "true for a size": ({"preprocessor_config": {**CLIP, "size": True}}, "size is True"),
     "no square in old lengths": ({"preprocessor_config": {KIND: "SiglipImageProcessor", "size": 28}}, "takes height"),
     "another class": ({"preprocessor_config": {**CLIP, KIND: "DPTImageProcessor"}}, "is 'DPTImageProcessor'"),
     "no square": (

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_patch.families import layout, table
+from megatron_patch.families.shapes import hf_shapes
 from megatron_patch.families.table import Weight
 
 DIMS = {
@@ -41,7 +42,7 @@ def numbered(*shape: int) -> torch.Tensor:
 
 
 def test_split_is_the_inverse_of_merge(row):
-    tensors = [numbered(*shape) + 1000 * i for i, shape in enumerate(layout.hf_shapes(row))]
+    tensors = [numbered(*shape) + 1000 * i for i, shape in enumerate(hf_shapes(row))]
     whole = layout.merge(row, tensors)
     assert tuple(whole.shape) == row.shape
     for part, tensor in zip(layout.split(row, whole), tensors, strict=True):

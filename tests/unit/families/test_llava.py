@@ -25,7 +25,7 @@ from transformers import (
 from megatron_patch.families import hf_config
 from megatron_patch.families import llava as families
 from megatron_patch.families.fused_names import FUSED_NORMS, to_local_name, to_transformer_engine_name
-from megatron_patch.families.layout import hf_shapes
+from megatron_patch.families.shapes import hf_shapes
 from megatron_patch.stores.hf import HfReader
 from tests.tiny import LANGUAGE_SIZES, LLAMA3_ROPE, VISION_SIZES
 from tests.unit import properties
@@ -54,8 +54,8 @@ def test_tables_hold_every_tensor_of_transformers_llava(tmp_path, config_class, 
     expected = {
         name: shape for weight in families.rows(llava) for name, shape in zip(weight.hf, hf_shapes(weight), strict=True)
     }
-    assert set(weights) == set(expected) | set(families.unused_names(llava, weights))
-    assert not set(expected) & set(families.unused_names(llava, weights))
+    assert set(weights) == set(expected) | set(families.unused_shapes(llava, weights))
+    assert not set(expected) & set(families.unused_shapes(llava, weights))
     assert {name: weights.shape(name) for name in expected} == expected
 
 
@@ -206,6 +206,11 @@ def test_names_of_a_whole_clip_and_of_transformers_5():
                 f"layer is {re.escape(repr(layer))}; expected one layer's number",
             )
             for layer in ([-2, -2], [], True, "-2")
+        ),
+        ({**LLAVA, "vision_config": {**CLIP, "image_size": 6}}, "image_size is 6 and patch_size 7: .* has no position"),
+        (
+            {**LLAVA, "vision_config": {"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 16}},
+            "with vision_feature_select_strategy 'default' an image has no position",
         ),
         ({**LLAVA, "vision_feature_select_strategy": "cls"}, "strategy is 'cls'; expected 'default' or 'full'"),
         ({**LLAVA, "vision_feature_select_strategy": ["full"]}, "expected 'default' or 'full'"),

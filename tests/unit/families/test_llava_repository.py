@@ -112,6 +112,15 @@ def test_the_clip_is_the_one_that_is_named(said, fits):
     check_tower({**LLAVA, "mm_vision_tower": "mine", "mm_hidden_size": vision.hidden_size}, vision, Path("clip"))
 
 
+def test_another_kind_of_tower_is_refused():
+    """Of the same sizes, it would pass."""
+    sizes = {"hidden_size": 768, "image_size": 224, "patch_size": 16}
+    config = {**LLAVA, "mm_vision_tower": "openai/clip-vit-base-patch16", "mm_hidden_size": 768}
+    check_tower(config, describe_vision_model({"model_type": "clip_vision_model", **sizes}), Path("tower"))
+    with pytest.raises(ValueError, match=r"tower: is a siglip_vision_model, .* folder of 'openai/clip-vit-base"):
+        check_tower(config, describe_vision_model({"model_type": "siglip_vision_model", **sizes}), Path("tower"))
+
+
 @examples
 @given(changed(LLAVA))
 def test_whatever_it_says(config):
