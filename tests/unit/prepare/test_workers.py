@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -30,15 +31,21 @@ def test_a_process_that_does_not_answer_sigterm_ends_too():
     assert time.monotonic() - start < 10
 
 
+@pytest.fixture
+def started() -> Callable[[], set[multiprocessing.process.BaseProcess]]:
+    """A function that gives the processes that the test has started and that are there."""
+    before = set(multiprocessing.active_children())
+    return lambda: set(multiprocessing.active_children()) - before
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
-def test_a_process_that_is_killed_ends_the_run(signum):
+def test_a_process_that_is_killed_ends_the_run(signum, started):
     def killed(shard, tell):
         os.kill(os.getpid(), signum)
 
-    before = set(multiprocessing.active_children())
     with pytest.raises(ValueError, match=r"a process of the conversion was killed \(out of memory\?\)"):
         list(run(killed, range(2), num_workers=2))
-    assert not set(multiprocessing.active_children()) - before
+    assert not started()
 
 
 def test_a_process_that_is_killed_before_it_gets_its_next_shard_ends_the_run():
@@ -61,7 +68,7 @@ def stopped(pid: int | str, shard: int) -> str:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_process_that_is_stopped_ends_the_run():
+def test_a_process_that_is_stopped_ends_the_run(started):
     def task(shard, tell):
         tell(0)
         if shard == 1:
@@ -70,7 +77,7 @@ def test_a_process_that_is_stopped_ends_the_run():
 
     with pytest.raises(ValueError, match=stopped(r"\d+", 1)):
         list(run(task, range(3), num_workers=2))
-    assert not multiprocessing.active_children()
+    assert not started()
 
 
 @pytest.mark.usefixtures("quick")
@@ -191,7 +198,7 @@ def test_what_a_task_raises_in_this_process_is_a_line_too():
     "error",
     [BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), OSError("Resource temporarily unavailable")],
 )
-def test_no_further_process_is_one_line(allowed, error, monkeypatch):
+def test_no_further_process_is_one_line(allowed, error, monkeypatch, started):
     """A container's limit cannot be had here."""
     fork, left = os.fork, iter([True] * allowed)
 
@@ -204,4 +211,4 @@ def test_no_further_process_is_one_line(allowed, error, monkeypatch):
     message = rf"process {allowed + 1} of 3 cannot be started: Resource temporarily unavailable; use fewer --workers"
     with pytest.raises(ValueError, match=message):
         list(run(lambda shard, tell: shard, range(4), num_workers=3))
-    assert not multiprocessing.active_children()
+    assert not started()
