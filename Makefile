@@ -35,11 +35,14 @@ build/lowest/.installed: pyproject.toml $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --target build/lowest $(LOWEST)
 	touch $@
 
-# What reads samples and checkpoints through those libraries, and takes seconds.
+# What reads samples, images, tokenizers and checkpoints through those libraries, and takes seconds.
+LOWEST_TESTS := $(addprefix tests/unit/data/test_, conversation.py decode.py images.py loader.py position.py \
+    preprocessor.py private_api.py task_encoder.py tokenize.py) tests/unit/prepare/test_convert.py \
+    tests/unit/conversion/test_verify.py tests/unit/families/test_llava.py
+
 test-lowest: build/lowest/.installed
 	PYTHONPATH="$(CURDIR)/build/lowest" $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
-	    -m "not transformers_5" --ignore tests/unit/data/test_prompts.py \
-	    tests/unit/data tests/unit/prepare tests/unit/families tests/unit/conversion
+	    -m "not transformers_5" $(LOWEST_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
