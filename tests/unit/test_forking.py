@@ -191,6 +191,7 @@ def test_a_parent_that_was_stopped_meanwhile_does_not_take_it_for_late(monkeypat
 
 def test_a_handler_that_raises_leaves_no_process(monkeypatch):
     def interrupt_the_parent() -> None:
+        time.sleep(0.1)  # until it knows what it has forked
         os.kill(os.getppid(), signal.SIGUSR1)
         never()
 
