@@ -23,11 +23,11 @@ h2 { font-size: 1em; margin: 2em 0 .3em; border-top: 1px solid #ccc; padding-top
 img { margin-right: .5em; vertical-align: top; max-width: 20em }
 span { border-radius: 3px; padding: 1px 2px; margin-right: 1px; white-space: pre-wrap }
 .given { background: #eee }
-.label { background: #b7e4b0 }
+.learned { background: #b7e4b0 }
 .image { background: #b9d7f5 }
 .padding { color: #999; background: #f8f8f8 }
 </style></head><body>
-<p><span class="given">prompt</span> <span class="label">label</span>
+<p><span class="given">prompt</span> <span class="learned">label</span>
 <span class="image">an image's positions</span> <span class="padding">padding</span>
 &mdash; the title of a token is its position and its id. The last token of a sample is a label alone: the model
 never sees it.</p>
@@ -85,7 +85,7 @@ def _tokens(ids: Tensor, labels: Tensor, tokenizer: Any, image_token_id: int, pa
             continue
         for place, token in places:
             target = targets[place] if place < len(targets) else IGNORE
-            kind = "label" if target != IGNORE else "given" if place <= last else "padding"
+            kind = "learned" if target != IGNORE else "given" if place <= last else "padding"
             shown = target if token is None or target != IGNORE else token
             text = html.escape(tokenizer.decode([shown])).replace("\n", "&#8629;\n") or "&#8709;"
             yield f'<span class="{kind}" title="position {place}, id {shown}">{text}</span>'

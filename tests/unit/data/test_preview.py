@@ -30,10 +30,10 @@ onload = () => {
   const {document: page, performance} = frames[0], spans = kind => [...page.querySelectorAll("span." + kind)]
   const seen = {
     pictures: [...page.images].map(image => [image.complete, image.naturalWidth, image.naturalHeight, image.width > 0]),
-    colours: ["given", "label", "image"].map(kind => frames[0].getComputedStyle(spans(kind)[0]).backgroundColor),
-    label: spans("label").slice(1).map(span => span.textContent).join(""),
+    colours: ["given", "learned", "image"].map(kind => frames[0].getComputedStyle(spans(kind)[0]).backgroundColor),
+    learned: spans("learned").slice(1).map(span => span.textContent).join(""),
     titles: spans("given").slice(1).map(span => span.title),
-    visible: spans("label").every(span => span.getBoundingClientRect().width > 0),
+    visible: spans("learned").every(span => span.getBoundingClientRect().width > 0),
     fetched: performance.getEntriesByType("resource").map(entry => entry.name.slice(0, 5)),
     headings: [...page.querySelectorAll("h2")].map(heading => heading.textContent),
   }
@@ -53,7 +53,7 @@ def test_page_shows_every_token_label_and_picture(packing, tmp_path):
     assert "<h2>&lt;0001&gt;: " in page
     assert page.count("<h2>") == sum(len(batch.keys) for batch in batches)
     legend, page = page.split("</p>", 1)
-    assert page.count('class="label"') == sum(int((batch.labels != -100).sum()) for batch in batches)
+    assert page.count('class="learned"') == sum(int((batch.labels != -100).sum()) for batch in batches)
     assert page.count('class="image">image 1: 3 to 18<') == sum(len(batch.pixels) for batch in batches)
     assert page.count('class="given"') == page.count("<h2>") * 14
     shown = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
@@ -129,7 +129,7 @@ def test_a_browser_shows_what_the_page_says(tmp_path):
     assert len(set(seen["colours"])) == 3
     assert seen["visible"]
     ids = [int(label) for batch in batches for row in batch.labels for label in row if label != -100]
-    assert seen["label"].replace("↵\n", "\n") == "".join(tokenizer.decode([id]) for id in ids)
+    assert seen["learned"].replace("↵\n", "\n") == "".join(tokenizer.decode([id]) for id in ids)
     assert seen["titles"][0] == f"position 0, id {batches[0].input_ids[0, 0]}"
     assert seen["headings"][0].startswith("<b>0001</b>: ")
     assert set(seen["fetched"]) <= {"data:"}
