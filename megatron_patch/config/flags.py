@@ -92,6 +92,7 @@ def _reader(kind: Any) -> Any:
     """The function that turns a flag's text into a value of `kind`; its ValueError says what is allowed."""
 
     def read(text: str) -> Any:
+        """A value of `kind`; ArgumentTypeError says what is allowed."""
         optional = _is_optional(kind)
         if optional and text == "none":
             return None
@@ -172,6 +173,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and name the nearest flag."""
 
     def error(self, message: str) -> NoReturn:
+        """Print one line and end with exit code 2."""
         if message.startswith("unrecognized arguments: "):
             unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
             near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)

@@ -117,7 +117,10 @@ def open_unused(llava: Llava, carriers: Sequence[Path], clip: Path | None, check
 def _check_same_tower(llava: Llava, folder: Path) -> None:
     """Raise ValueError where the tower in `folder` has other sizes than the model's, or is another kind."""
     tower = llava.vision
-    given = describe_vision_model(read_json(folder / CONFIG), tower.num_layers, tower.select_strategy)
+    try:
+        given = describe_vision_model(read_json(folder / CONFIG), tower.num_layers, tower.select_strategy)
+    except ValueError as error:
+        raise ValueError(error if str(folder) in str(error) else f"{folder / CONFIG}: {error}") from None
     own, other = plain(tower), plain(given)
     for name in own:
         if own[name] != other[name]:

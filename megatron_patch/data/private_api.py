@@ -1,4 +1,4 @@
-"""All that is used here of what torch, energon and Python do not promise, behind names of our own.
+"""What the loaders use of torch, energon and Python that these do not promise, behind names of our own.
 
 Read in torch 2.13.0 (torch/utils/data/dataloader.py, torch/_utils.py), energon 7.4.1 (typed_converter.py,
 module_loader.py, flavors/webdataset/metadata.py) and CPython 3.11 (multiprocessing/process.py, queues.py). A test for

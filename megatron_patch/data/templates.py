@@ -83,6 +83,7 @@ def writer(tokenizer: Any, template: str) -> Callable[[Messages], str]:
     _try_out(template, json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}))
 
     def write(messages: Messages, wrap: Callable[[str], Any]) -> str:
+        """The text of `messages`, each content as `wrap` gives it."""
         try:
             return tokenizer.apply_chat_template(
                 [{"role": role, "content": wrap(text)} for role, text in messages],

@@ -107,6 +107,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         self.repairs: list[Repair] = []
 
     def find_spec(self, name: str, path, target=None) -> importlib.machinery.ModuleSpec | None:
+        """A module of megatron.core's, to be repaired when it is loaded; None: others find it."""
         if name == PACKAGE:
             transformer_engine_fault()
             self.repairs = needed()
@@ -128,6 +129,7 @@ class _Loader(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        """Load the module, then make its repairs."""
         self.loader.exec_module(module)
         for repair in self.repairs:
             if repair.fits(module):

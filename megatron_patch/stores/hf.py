@@ -211,6 +211,7 @@ class _SafetensorsFile:
         return self.entries.keys()
 
     def view(self, name: str) -> View:
+        """Where one tensor's values lie."""
         entry = self.entries[name]
         label = f"{self.path}: {name}"
         if entry["dtype"] not in SAFETENSORS_TYPES:

@@ -74,6 +74,7 @@ def _captioner(config: Config, llava: Llava, count: int) -> Callable[[list[Distr
     next_tokens = _next_tokens(config, llava, torch.cat(images))
 
     def caption(chunks: list[DistributedDataParallel]) -> list[Caption]:
+        """Caption each sample with the model as it is now."""
         with evaluating(chunks):
             answers = _generate(config, prompts, ends, lambda *text: next_tokens(chunks, *text))
         return [
@@ -161,6 +162,7 @@ def _next_tokens(
     )
 
     def next_tokens(chunks: list[DistributedDataParallel], input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """The likeliest token after each text, int64 [b]."""
         positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         # Context parallelism deals out sequences: the positions go along in the place of labels.
         batch = Batch(keys=[], input_ids=input_ids, labels=positions, pixels=pixels)

@@ -112,6 +112,7 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
     def forward_step(
         length: int | None, batches: Iterator[Batch], chunk: DistributedDataParallel
     ) -> tuple[Tensor, Callable]:
+        """One micro batch through one (virtual) stage: its output, and what makes a loss of that."""
         part = unwrap_model(chunk)
         if not takes(part):
             return chunk(), _no_losses
@@ -121,6 +122,7 @@ def batch_runner(config: Config, llava: Llava) -> Callable[..., Totals]:
         return chunk(**inputs), functools.partial(_sum_losses, counts["num_labels"])
 
     def run(chunks: list[DistributedDataParallel], batches: Iterator[Batch], forward_only: bool) -> Totals:
+        """All micro batches of an iteration, on megatron.core's schedule."""
         done.clear()
         parts = [unwrap_model(chunk) for chunk in chunks]
         feed = Feed(
@@ -166,6 +168,7 @@ def _preparer(
     borders_on_device = config.data.packs and uses_transformer_engine(config.model)
 
     def prepare(batch: Batch, part: LlavaModel, length: int | None) -> tuple[dict[str, Any], dict[str, int]]:
+        """What the stage `part` takes of a batch, and what is counted of it."""
         batch = pad(batch, length or padded_length(batch.labels.shape[1], parallel, multiple))
         text = shard_sequence(batch, llava.image_token_id, parallel)
         labels = place_labels(text)

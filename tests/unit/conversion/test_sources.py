@@ -155,6 +155,10 @@ def test_unused_tensors_are_those_of_the_same_tower(tmp_path):
     assert len(open_unused(llava, [tmp_path], towers["clip"])) == 18
     with pytest.raises(ValueError, match=r"siglip: family is siglip_vision_model, and clip_vision_model in the checkp"):
         open_unused(llava, [tmp_path], towers["siglip"])
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match=r"another/config.json: vision tower: model_type 'vit' is not supported"):
+        open_unused(llava, [tmp_path], tmp_path / "another")
     save_clip(tmp_path / "wider", intermediate_size=160)
     with pytest.raises(ValueError, match=r"wider: ffn_hidden_size is 160, and 128 in the checkpoint"):
         open_unused(llava, [tmp_path], tmp_path / "wider")
