@@ -26,6 +26,13 @@ LAYERS = (
     row(MCORE + "mlp.linear_fc2.weight", HF + "mlp.fc2.weight"),
     replicated(MCORE + "mlp.linear_fc2.bias", HF + "mlp.fc2.bias"),
 )
+SETTINGS = (
+    Setting("hidden_size", "hidden_size", 768),
+    Setting("ffn_hidden_size", "intermediate_size", 3072),
+    Setting("num_attention_heads", "num_attention_heads", 12),
+    Setting("img_size", "image_size", 224),
+    Setting("num_layers", "num_hidden_layers", 12),
+)
 
 CLIP = VisionFamily(
     name="clip_vision_model",
@@ -51,13 +58,9 @@ CLIP = VisionFamily(
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     },
     settings=(
-        Setting("hidden_size", "hidden_size", 768),
-        Setting("ffn_hidden_size", "intermediate_size", 3072),
-        Setting("num_attention_heads", "num_attention_heads", 12),
+        *SETTINGS,
         Setting("layernorm_epsilon", "layer_norm_eps", 1e-5),
         Setting("patch_dim", "patch_size", 32),
-        Setting("img_size", "image_size", 224),
-        Setting("num_layers", "num_hidden_layers", 12),
     ),
     required=(("hidden_act", ("quick_gelu",)), ("num_channels", (3,))),
     unused=(("vision_model.post_layernorm.weight", ("hidden",)), ("vision_model.post_layernorm.bias", ("hidden",))),

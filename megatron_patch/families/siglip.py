@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_patch.families.clip import EMBEDDINGS, LAYERS
+from megatron_patch.families.clip import EMBEDDINGS, LAYERS, SETTINGS
 from megatron_patch.families.table import Setting, VisionFamily, replicated
 
 HEAD = "vision_model.head."
@@ -24,13 +24,9 @@ SIGLIP = VisionFamily(
         "image_std": [0.5, 0.5, 0.5],
     },
     settings=(
-        Setting("hidden_size", "hidden_size", 768),
-        Setting("ffn_hidden_size", "intermediate_size", 3072),
-        Setting("num_attention_heads", "num_attention_heads", 12),
+        *SETTINGS,
         Setting("layernorm_epsilon", "layer_norm_eps", 1e-6),
         Setting("patch_dim", "patch_size", 16),
-        Setting("img_size", "image_size", 224),
-        Setting("num_layers", "num_hidden_layers", 12),
     ),
     required=(("hidden_act", ("gelu_pytorch_tanh",)), ("num_channels", (3,))),
     unused=(("vision_model.post_layernorm.weight", ("hidden",)), ("vision_model.post_layernorm.bias", ("hidden",))),
