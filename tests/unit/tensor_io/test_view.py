@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_patch.families import layout, table
+from megatron_patch.families.shapes import hf_shapes
 from megatron_patch.families.table import Weight
 from megatron_patch.tensor_io.stream import read
 from megatron_patch.tensor_io.view import View
@@ -83,7 +84,7 @@ def test_what_a_view_cannot(matrix, change, message):
 def test_layouts_plan_what_they_compute(row, size):
     """Every layout function gives the same of views as of tensors."""
     row = row.sized(DIMS)
-    parts = [torch.randn(shape) for shape in layout.hf_shapes(row)]
+    parts = [torch.randn(shape) for shape in hf_shapes(row)]
     whole, planned = layout.merge(row, parts), layout.merge(row, [view(part) for part in parts])
     assert torch.equal(tensor(planned), whole)
     shards, planned_shards = layout.shard(row, whole, size), layout.shard(row, planned, size)
